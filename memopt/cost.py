@@ -1,0 +1,76 @@
+"""Seconds of a step: a roofline from a device's published rates, or a table of measured seconds.
+
+A cost model is one call, `seconds(graph, step)`. Its law: never negative, additive over steps, equal for equal keys.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from memopt.devices import Device
+from memopt.graph import Step, StepGraph
+
+
+class CostModel(Protocol):
+    def seconds(self, graph: StepGraph, step: Step) -> float:
+        """Predicted seconds of one run of `step`."""
+        ...
+
+
+def moved_bytes(graph: StepGraph, step: Step) -> int:
+    """Bytes a step reads and writes: each tensor once. A pure view moves none."""
+    if is_view(graph, step):
+        return 0
+    return sum(_tensor_bytes(graph, name) for name in (*dict.fromkeys(step.reads), *step.writes))
+
+
+def is_view(graph: StepGraph, step: Step) -> bool:
+    """Writes only into storages it reads, and is pure: metadata alone, no kernel."""
+    return step.pure and bool(step.writes) and not graph.created(step)
+
+
+def _tensor_bytes(graph: StepGraph, name: str) -> int:
+    info = graph.tensors[name]
+    count = 1
+    for size in info.shape:
+        count *= size
+    return min(count * ITEMSIZE.get(info.dtype, 4), graph.storages[info.storage].nbytes)
+
+
+ITEMSIZE = {
+    "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "complex64": 8,
+    "complex128": 16, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """max(flops / peak rate, bytes / bandwidth) + launch (Williams et al., 2009, doi:10.1145/1498765.1498785).
+
+    The rate is that of the widest dtype the step reads; efficiency: the share of each peak a good kernel reaches.
+    """
+
+    device: Device
+    efficiency: float = 0.7
+
+    def seconds(self, graph: StepGraph, step: Step) -> float:
+        if is_view(graph, step):
+            return 0.0
+        dtypes = {graph.tensors[name].dtype for name in (*step.reads, *step.writes)}
+        compute = step.flops / self.device.flops(dtypes) if step.flops else 0.0
+        memory = moved_bytes(graph, step) / self.device.memory_bandwidth
+        return max(compute, memory) / self.efficiency + self.device.launch_seconds
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Seconds by `Step.key`, measured on the device that will run the step; `other` answers for unseen keys."""
+
+    table: Mapping[str, float]
+    other: CostModel = field(repr=False)
+
+    def seconds(self, graph: StepGraph, step: Step) -> float:
+        found = self.table.get(step.key)
+        return self.other.seconds(graph, step) if found is None else found

@@ -1,0 +1,188 @@
+"""The one edit behind every trade: let a value go after its early reads, make it again before its late ones.
+
+`edit` applies remakes to the photograph; `memopt.program.insert` applies the same remakes to the fx graph, and the
+pipeline demands that both agree. Nobody writes byte effects down: the bytes of a plan are `peak(edit(graph, chosen))`.
+
+How copies are placed. A remake serves the reads of its storage by steps inside its span. Just before the first such
+step the value is made again: its unpack steps are copied there, and whatever those read that has itself a remake
+covering the moment is made again first, recursively, in the original order of the steps. A copy is made once per
+remake and shared by all reads in the span, so nested spans express recursion (a block boundary remade once for a
+whole segment; the inside of a block remade for the block alone). A read no remake covers keeps the original alive:
+any set of remakes is correct, only its bytes and seconds differ. Steps left without a reader are dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from memopt.graph import Step, StepGraph, TensorInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Remake:
+    """Make `value` (a storage) again for its reads by the steps from span[0] to span[1] (names, both included).
+
+    trade: the trade that proposed it. unpack: the steps that make it again, as they stand in the graph (recompute:
+    its producer). pack: steps put right after the value is made (an offload's copy out). seconds: the cost of the
+    unpack and pack steps alone, without what they in turn need remade.
+    """
+
+    trade: str
+    value: str
+    span: tuple[str, str]
+    unpack: tuple[Step, ...] = ()
+    pack: tuple[Step, ...] = ()
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    """A step to place before another: `step` is the template, `tensors` maps its tensors to their copies."""
+
+    step: Step
+    name: str
+    tensors: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Where every copy stands. before[i]: copies in order, placed before original step i.
+
+    reads[i]: original tensor -> the copy step i reads in its stead (missing: all reads stay).
+    """
+
+    before: dict[int, list[Copy]]
+    reads: dict[int, dict[str, str]]
+
+
+class Placer:
+    """Walks the steps once and decides which copy each read is served from. Shared by both sides of the edit."""
+
+    def __init__(self, graph: StepGraph, remakes: Iterable[Remake]) -> None:
+        self.graph = graph
+        self.spans: dict[str, list[tuple[int, int, int]]] = {}
+        self.unpack: dict[int, dict[str, Step]] = {}
+        for index, remake in enumerate(remakes):
+            first, last = (graph.position[name] for name in remake.span)
+            self.spans.setdefault(remake.value, []).append((last - first, first, index))
+            self.unpack[index] = {w: step for step in remake.unpack for w in step.writes}
+        for spans in self.spans.values():
+            spans.sort()  # the narrowest span that covers a moment serves it
+        self.copies: dict[tuple[str, int], str] = {}
+        self.counts: dict[str, int] = {}
+
+    def covering(self, tensor: str, at: int) -> int | None:
+        """Index of the remake that serves a read of `tensor` at position `at`, or None: the original does."""
+        spans = self.spans.get(self.graph.storage_of(tensor))
+        if not spans or self.graph.producer.get(tensor, at) >= at:
+            return None
+        return next((i for width, first, i in spans if first <= at <= first + width), None)
+
+    def maker(self, tensor: str, remake: int) -> Step:
+        """The step that makes this tensor again: from the remake's unpack, else (a view) the one that made it."""
+        return self.unpack[remake].get(tensor) or self.graph.steps[self.graph.producer[tensor]]
+
+    def schedule(self) -> Schedule:
+        before: dict[int, list[Copy]] = {}
+        reads: dict[int, dict[str, str]] = {}
+        for at, step in enumerate(self.graph.steps):
+            if not any(self.graph.storage_of(name) in self.spans for name in step.reads):
+                continue
+            if placed := self.place(step.reads, at):
+                before[at] = placed
+            if renamed := self.renamed(step.reads, at):
+                reads[at] = renamed
+        return Schedule(before, reads)
+
+    def renamed(self, tensors: Sequence[str], at: int) -> dict[str, str]:
+        served = ((name, self.covering(name, at)) for name in dict.fromkeys(tensors))
+        return {name: self.copies[name, i] for name, i in served if i is not None}
+
+    def place(self, wanted: Sequence[str], at: int) -> list[Copy]:
+        """Copies needed so that every wanted tensor can be read at `at`, in the original order of their steps."""
+        needed: dict[str, Step] = {}
+        stack = list(wanted)
+        while stack:
+            name = stack.pop()
+            index = self.covering(name, at)
+            if index is None or (name, index) in self.copies:
+                continue
+            step = self.maker(name, index)
+            if step.name not in needed:
+                needed[step.name] = step
+                stack.extend(step.reads)
+        # In the order the originals were made; an unpack that is no original step counts as its value's producer.
+        order = sorted(needed.values(), key=lambda s: (self.graph.producer[s.writes[0]], s.name))
+        return [self.copy(step, at) for step in order]
+
+    def copy(self, step: Step, at: int) -> Copy:
+        count = self.counts[step.name] = self.counts.get(step.name, 0) + 1
+        tensors = self.renamed(step.reads, at)
+        for name in step.writes:
+            tensors[name] = f"{name}__{count}"
+            index = self.covering(name, at)
+            if index is not None:
+                self.copies.setdefault((name, index), tensors[name])
+        return Copy(step, f"{step.name}__{count}", tuple(tensors.items()))
+
+
+def edit(graph: StepGraph, remakes: Iterable[Remake]) -> StepGraph:
+    """The step graph with every remake applied and unread steps dropped. Copies stand in the phase that reads them."""
+    remakes = tuple(remakes)
+    if not remakes:
+        return graph
+    schedule = Placer(graph, remakes).schedule()
+    tensors, storages = dict(graph.tensors), dict(graph.storages)
+    packs = _packs(graph, remakes)
+    steps: list[Step] = []
+    for at, step in enumerate(graph.steps):
+        for copy in schedule.before.get(at, ()):
+            steps.append(_copied(graph, copy, step, tensors, storages))
+        renamed = schedule.reads.get(at, {})
+        steps.append(replace(step, reads=tuple(renamed.get(n, n) for n in step.reads)) if renamed else step)
+        steps.extend(packs.get(at, ()))
+    kept = live_steps(steps, graph.outputs)
+    return StepGraph(graph.inputs, kept, graph.outputs, tensors, storages)
+
+
+def _packs(graph: StepGraph, remakes: Sequence[Remake]) -> dict[int, list[Step]]:
+    packs: dict[int, list[Step]] = {}
+    for remake in remakes:
+        if remake.pack:
+            packs.setdefault(graph.uses[remake.value][0], []).extend(remake.pack)
+    return packs
+
+
+def _copied(graph: StepGraph, copy: Copy, reader: Step, tensors: dict, storages: dict) -> Step:
+    """Declare the copy's tensors and storages; return its step. A written view lands in its base's new storage."""
+    renamed = dict(copy.tensors)
+    home = {graph.storage_of(name): tensors[renamed.get(name, name)].storage for name in copy.step.reads}
+    for name in copy.step.writes:
+        info: TensorInfo = graph.tensors[name]
+        if info.storage not in home:
+            home[info.storage] = f"{info.storage}@{copy.name}"
+            storages[home[info.storage]] = replace(storages[info.storage], name=home[info.storage])
+        tensors[renamed[name]] = replace(info, name=renamed[name], storage=home[info.storage])
+    return replace(
+        copy.step,
+        name=copy.name,
+        phase=reader.phase,
+        reads=tuple(renamed.get(n, n) for n in copy.step.reads),
+        writes=tuple(renamed[n] for n in copy.step.writes),
+    )
+
+
+def live_steps(steps: Sequence[Step], outputs: Sequence[str]) -> tuple[Step, ...]:
+    """The steps somebody reads, in order: those that write an output, or for a kept step, or have side effects."""
+    wanted, kept = set(outputs), []
+    for step in reversed(steps):
+        if not step.pure or any(name in wanted for name in step.writes) or not step.writes:
+            wanted.update(step.reads)
+            kept.append(step)
+    return tuple(reversed(kept))
+
+
+def added_steps(before: StepGraph, after: StepGraph) -> tuple[Step, ...]:
+    """Steps of `after` that `before` does not have: the copies, in order."""
+    return tuple(step for step in after.steps if step.name not in before.position)

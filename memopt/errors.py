@@ -1,0 +1,62 @@
+"""Errors users meet. Each is one sentence that says what was asked, what was found and what works."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class MemoptError(Exception):
+    """Base of every error memopt raises on purpose."""
+
+
+class CaptureError(MemoptError):
+    """The model could not be turned into a step graph; the message names the user's line and a way out."""
+
+
+class VerifyError(MemoptError):
+    """A graph broke one of its own rules: a bug in a pass or a trade, never the user's fault."""
+
+
+class PlanFileError(MemoptError, ValueError):
+    """A plan file is damaged, or belongs to another model, torch version or schema."""
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """The step that sets the floor. bytes: held while it runs; kinds: the same bytes by storage kind."""
+
+    step: str
+    op: str
+    source: str
+    bytes: int
+    kinds: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class WayOut:
+    """One change that would let the step run: what to pass, the peak it leads to and the seconds it adds."""
+
+    change: str
+    peak_bytes: int
+    seconds: float = 0.0
+    numerics: str = "exact"
+
+
+class BudgetError(MemoptError):
+    """The budget is below what the step can run in. Nothing was allocated and nothing was changed."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        floor_bytes: int,
+        budget_bytes: int,
+        binding: Binding | None = None,
+        ways_out: Sequence[WayOut] = (),
+    ) -> None:
+        super().__init__(message)
+        self.floor_bytes = floor_bytes
+        self.budget_bytes = budget_bytes
+        self.binding = binding
+        self.ways_out = tuple(ways_out)

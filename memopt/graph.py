@@ -1,0 +1,154 @@
+"""The photograph of a training step: a frozen, torch-free record that solvers, timeline and report read.
+
+A `StepGraph` lists the steps of one training step in the order they run (forward, backward, optimizer). Tensors are
+named; tensors that share memory name the same `Storage`, and bytes are counted once per storage. Nothing here
+imports torch, so a graph loads in milliseconds and its algorithms are pure functions of a value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+from memopt.errors import VerifyError
+
+Phase = Literal["forward", "backward", "optimizer"]
+PHASES: tuple[Phase, ...] = ("forward", "backward", "optimizer")
+
+# What a storage holds, in the order the report lists them. The first five are `inputs`: alive before the step begins.
+KINDS = ("parameter", "buffer", "input", "state", "rng", "gradient", "activation", "temporary")
+
+
+@dataclass(frozen=True, slots=True)
+class Storage:
+    """One block of memory. nbytes: bytes asked of the allocator (not yet rounded); kind: one of `KINDS`."""
+
+    name: str
+    nbytes: int
+    kind: str = "activation"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """A tensor as the step sees it: shape and dtype, and the storage it is a view of."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    storage: str
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One operation. reads and writes name tensors; a view is a step whose write has the storage of its read.
+
+    key: operation, argument shapes, strides, dtypes and constants in one string: equal keys cost the same.
+    flops: floating-point operations; workspace: bytes the operation takes and gives back while it runs.
+    pure: running it again on equal inputs gives bit-equal outputs and changes nothing else.
+    """
+
+    name: str
+    op: str
+    phase: Phase
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    source: str = ""
+    key: str = ""
+    flops: int = 0
+    workspace: int = 0
+    pure: bool = True
+
+
+@dataclass(frozen=True)
+class StepGraph:
+    """inputs: tensors alive before the step and throughout; outputs: tensors the caller holds to its end."""
+
+    inputs: tuple[str, ...]
+    steps: tuple[Step, ...]
+    outputs: tuple[str, ...]
+    tensors: Mapping[str, TensorInfo] = field(repr=False)
+    storages: Mapping[str, Storage] = field(repr=False)
+
+    @cached_property
+    def position(self) -> dict[str, int]:
+        """Step name -> its place in `steps`."""
+        return {step.name: at for at, step in enumerate(self.steps)}
+
+    @cached_property
+    def producer(self) -> dict[str, int]:
+        """Tensor name -> position of the step that writes it first; inputs have none."""
+        made: dict[str, int] = {}
+        for at, step in enumerate(self.steps):
+            for name in step.writes:
+                made.setdefault(name, at)
+        return made
+
+    @cached_property
+    def input_storages(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self.tensors[name].storage for name in self.inputs))
+
+    @cached_property
+    def output_storages(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(self.tensors[name].storage for name in self.outputs))
+
+    @cached_property
+    def uses(self) -> dict[str, tuple[int, ...]]:
+        """Storage name -> positions of the steps that touch (read or write) it, ascending."""
+        touched: dict[str, dict[int, None]] = {}
+        for at, step in enumerate(self.steps):
+            for storage in self.touched(step):
+                touched.setdefault(storage, {})[at] = None
+        return {name: tuple(at) for name, at in touched.items()}
+
+    @cached_property
+    def boundary(self) -> int:
+        """Position of the first step that is not forward (the number of steps if there is none)."""
+        return next((at for at, step in enumerate(self.steps) if step.phase != "forward"), len(self.steps))
+
+    def storage_of(self, tensor: str) -> str:
+        return self.tensors[tensor].storage
+
+    def touched(self, step: Step) -> Iterator[str]:
+        return (self.tensors[name].storage for name in (*step.reads, *step.writes))
+
+    def created(self, step: Step) -> tuple[str, ...]:
+        """Storages the step brings to life: written by it, and not read by it (a view or in-place write reads)."""
+        old = {self.tensors[name].storage for name in step.reads}
+        new = dict.fromkeys(self.tensors[name].storage for name in step.writes)
+        return tuple(name for name in new if name not in old)
+
+    def bytes_of(self, tensors: Iterable[str]) -> int:
+        """Bytes of the distinct storages behind these tensors."""
+        return sum(self.storages[name].nbytes for name in {self.tensors[t].storage for t in tensors})
+
+
+def verify(graph: StepGraph) -> StepGraph:
+    """Return the graph if it is well formed, else raise VerifyError naming the first rule broken and where.
+
+    Rules: step names are unique; each tensor is written once and before it is read; each tensor and storage is
+    declared; phases come in order; outputs exist.
+    """
+    seen: set[str] = set(graph.inputs)
+    names: set[str] = set()
+    phase = 0
+    for step in graph.steps:
+        if step.name in names:
+            raise VerifyError(f"two steps are called {step.name!r}; step names must be unique")
+        names.add(step.name)
+        if PHASES.index(step.phase) < phase:
+            raise VerifyError(f"step {step.name!r} is {step.phase} but stands after {PHASES[phase]} began")
+        phase = PHASES.index(step.phase)
+        for read in step.reads:
+            if read not in seen:
+                raise VerifyError(f"step {step.name!r} reads {read!r} before any step writes it")
+        for write in step.writes:
+            if write in seen:
+                raise VerifyError(f"step {step.name!r} writes {write!r}, which is already written")
+            if write not in graph.tensors or graph.tensors[write].storage not in graph.storages:
+                raise VerifyError(f"step {step.name!r} writes {write!r}, of which no shape or storage is declared")
+            seen.add(write)
+    if missing := [name for name in graph.outputs if name not in seen]:
+        raise VerifyError(f"outputs {missing[:3]} are never written")
+    return graph

@@ -1,0 +1,79 @@
+"""What a solver is asked and what it answers: `Problem` -> `Plan`. Values only; no torch, no solver library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+from memopt.edit import Remake, edit
+from memopt.graph import StepGraph
+from memopt.timeline import peak
+
+
+class Status(str, Enum):
+    """fits: nothing had to be done. optimal: proven within the solver's gap. feasible: holds, gap stated.
+    infeasible: no plan of the offered remakes holds; `Plan.peak` is then the least peak found (the floor)."""
+
+    FITS = "fits"
+    OPTIMAL = "optimal"
+    FEASIBLE = "feasible"
+    INFEASIBLE = "infeasible"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """graph: the whole step. remakes: every offer of every trade. budget: bytes. block: allocator rounding, bytes.
+
+    seconds: step name -> predicted seconds of one run of that step (missing: 0), the price of a copy of it.
+    """
+
+    graph: StepGraph
+    remakes: tuple[Remake, ...]
+    budget: int
+    seconds: Mapping[str, float] = field(default_factory=dict, repr=False)
+    block: int = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """chosen: the remakes to apply. peak: bytes, always `peak(edit(graph, chosen))`. seconds: added to the step.
+
+    lower_bound: no choice of remakes holds the budget with fewer added seconds (0.0 when nothing was proven).
+    floor: least peak known to be reachable with the offers, bytes. solver: who answered.
+    """
+
+    chosen: tuple[Remake, ...]
+    peak: int
+    seconds: float
+    lower_bound: float
+    status: Status
+    floor: int = 0
+    solver: str = ""
+
+    @property
+    def gap(self) -> float:
+        """(seconds - lower_bound) / seconds; 0.0 when nothing was added."""
+        return 0.0 if self.seconds <= 0 else max(0.0, (self.seconds - self.lower_bound) / self.seconds)
+
+
+def added_seconds(problem: Problem, edited: StepGraph) -> float:
+    """Seconds of the steps the edit added less those it made unnecessary, never below zero."""
+    before = sum(problem.seconds.get(step.name, 0.0) for step in problem.graph.steps)
+    return max(0.0, sum(problem.seconds.get(original(s.name), 0.0) for s in edited.steps) - before)
+
+
+def original(step: str) -> str:
+    """The name of the step a copy was made of ('mm_3__2' -> 'mm_3')."""
+    return step.rsplit("__", 1)[0] if "__" in step else step
+
+
+def simulated(problem: Problem, chosen: tuple[Remake, ...], solver: str, lower_bound: float = 0.0) -> Plan:
+    """The plan for these remakes with peak and seconds taken from the edited graph, nothing else.
+
+    Its status is FEASIBLE within the budget, else INFEASIBLE.
+    """
+    edited = edit(problem.graph, chosen)
+    top = peak(edited, problem.block)
+    status = Status.FEASIBLE if top <= problem.budget else Status.INFEASIBLE
+    return Plan(chosen, top, added_seconds(problem, edited), lower_bound, status, floor=top, solver=solver)
