@@ -77,3 +77,12 @@ def simulated(problem: Problem, chosen: tuple[Remake, ...], solver: str, lower_b
     top = peak(edited, problem.block)
     status = Status.FEASIBLE if top <= problem.budget else Status.INFEASIBLE
     return Plan(chosen, top, added_seconds(problem, edited), lower_bound, status, floor=top, solver=solver)
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredStep:
+    """One step as it ran: peak_bytes of torch's allocations, seconds, and the peak bytes of each phase."""
+
+    peak_bytes: int
+    seconds: float
+    phases: Mapping[str, int] = field(default_factory=dict)
