@@ -168,6 +168,7 @@ def _copied(graph: StepGraph, copy: Copy, reader: Step, tensors: dict, storages:
         copy.step,
         name=copy.name,
         phase=reader.phase,
+        advances=False,
         reads=tuple(renamed.get(n, n) for n in copy.step.reads),
         writes=tuple(renamed[n] for n in copy.step.writes),
     )
@@ -177,7 +178,7 @@ def live_steps(steps: Sequence[Step], outputs: Sequence[str]) -> tuple[Step, ...
     """The steps somebody reads, in order: those that write an output, or for a kept step, or have side effects."""
     wanted, kept = set(outputs), []
     for step in reversed(steps):
-        if not step.pure or any(name in wanted for name in step.writes) or not step.writes:
+        if not step.pure or step.advances or any(name in wanted for name in step.writes) or not step.writes:
             wanted.update(step.reads)
             kept.append(step)
     return tuple(reversed(kept))

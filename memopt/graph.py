@@ -47,6 +47,7 @@ class Step:
     key: operation, argument shapes, strides, dtypes and constants in one string: equal keys cost the same.
     flops: floating-point operations; workspace: bytes the operation takes and gives back while it runs.
     pure: running it again on equal inputs gives bit-equal outputs and changes nothing else.
+    advances: moves the random generator on, so it runs even if nobody reads it; a copy of it does not advance.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Step:
     flops: int = 0
     workspace: int = 0
     pure: bool = True
+    advances: bool = False
 
 
 @dataclass(frozen=True)

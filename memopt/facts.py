@@ -1,0 +1,157 @@
+"""What one fx node does, read once from its fake values and kept on the node: bytes, aliases, cost key, source line.
+
+Facts are immutable, so a copied node shares them with its original: the photograph of an edited program is then made
+without propagating fake tensors again, and cannot be fooled by copies whose `meta["val"]` alias the original's.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+FACTS = "memopt"  # where facts stand in `node.meta`
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """One tensor a node makes. home: index into the node's tensor inputs whose storage it shares, None if fresh."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    home: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """made[i]: output i (None: not a tensor). The rest as in `memopt.graph.Step`."""
+
+    op: str
+    made: tuple[Made | None, ...]
+    key: str
+    flops: int
+    source: str
+    pure: bool
+    random: bool
+
+
+def facts(node: fx.Node) -> Facts:
+    """The node's facts, read at first use."""
+    found: Facts | None = node.meta.get(FACTS)
+    if found is None:
+        found = node.meta[FACTS] = _read(node)
+    return found
+
+
+def is_getitem(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is operator.getitem
+
+
+def hint(size: int | torch.SymInt) -> int:
+    """A size as an int; a symbolic size gives the value it was traced with."""
+    if isinstance(size, int):
+        return size
+    node = size.node
+    return int(node.hint if node.hint is not None else node.expr)
+
+
+def storage_bytes(value: torch.Tensor) -> int:
+    return hint(value.untyped_storage().nbytes())
+
+
+def tensor_values(node: fx.Node) -> list[torch.Tensor | None]:
+    """The node's outputs in order; entries that are not tensors are None."""
+    value = node.meta.get("val")
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    return [v if isinstance(v, torch.Tensor) else None for v in values]
+
+
+def tensor_inputs(node: fx.Node) -> list[fx.Node]:
+    """Input nodes that stand for one tensor, each once, in argument order."""
+    return [arg for arg in node.all_input_nodes if isinstance(arg.meta.get("val"), torch.Tensor)]
+
+
+def _read(node: fx.Node) -> Facts:
+    homes = {arg.meta["val"].untyped_storage()._cdata: at for at, arg in reversed([*enumerate(tensor_inputs(node))])}
+    made = tuple(None if value is None else _made(value, homes) for value in tensor_values(node))
+    random = is_random(node)
+    return Facts(op_name(node), made, cost_key(node), _flops(node), source_line(node), _pure(node, random), random)
+
+
+def _made(value: torch.Tensor, homes: dict[int, int]) -> Made:
+    shape = tuple(hint(size) for size in value.shape)
+    home = homes.get(value.untyped_storage()._cdata)
+    return Made(shape, str(value.dtype).removeprefix("torch."), storage_bytes(value), home)
+
+
+def op_name(node: fx.Node) -> str:
+    target = node.target
+    return str(target) if isinstance(target, torch._ops.OperatorBase) else getattr(target, "__name__", str(target))
+
+
+def is_random(node: fx.Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.nondeterministic_seeded in tags
+
+
+def _pure(node: fx.Node, random: bool) -> bool:
+    """Known to be a function of its inputs: an ATen or prim overload, or one of our own, that mutates nothing."""
+    if random or not isinstance(node.target, torch._ops.OpOverload):
+        return node.op == "call_function" and node.target in PURE
+    return node.target.namespace in ("aten", "prims", "memopt") and not node.target._schema.is_mutable
+
+
+PURE: set[Any] = {operator.getitem}  # targets that are no overloads and known to be functions of their inputs
+
+
+def cost_key(node: fx.Node) -> str:
+    """Operation and arguments with tensors reduced to dtype, shape and strides: equal keys cost the same."""
+    return f"{op_name(node)}({', '.join(_describe(a) for a in (*node.args, *node.kwargs.items()))})"
+
+
+def _describe(arg: Any) -> str:
+    if isinstance(arg, fx.Node):
+        value = arg.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            dtype = str(value.dtype).removeprefix("torch.")
+            return f"{dtype}{[hint(s) for s in value.shape]}{[hint(s) for s in value.stride()]}"
+        return "sym" if isinstance(value, torch.SymInt) else type(value).__name__
+    if isinstance(arg, list | tuple):
+        return f"[{', '.join(_describe(a) for a in arg)}]"
+    return str(arg)
+
+
+def _flops(node: fx.Node) -> int:
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet not in flop_registry:
+        return 0
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda arg: arg.meta.get("val"))
+    return int(hint(flop_registry[packet](*args, **kwargs, out_val=node.meta["val"])))
+
+
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+_INNER = ("/torch/", "<eval_with_key>", "/accelerate/")
+
+
+def frames(node: fx.Node) -> Iterator[str]:
+    """'file.py:line' of each frame of the node's stack trace, innermost first; the backward names its forward."""
+    for path, line in reversed(_FRAME.findall(node.meta.get("stack_trace") or "")):
+        if not any(part in path for part in _INNER):
+            yield f"{path.rsplit('/', 1)[-1]}:{line}"
+
+
+def source_line(node: fx.Node) -> str:
+    return next(frames(node), "")
+
+
+def nodes_in(value: Any) -> list[fx.Node]:
+    """Every fx node inside nested arguments."""
+    return [leaf for leaf in tree_iter(value) if isinstance(leaf, fx.Node)]
