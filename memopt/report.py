@@ -1,0 +1,230 @@
+"""The answer to "does it fit, and at what price": one value that the table, the JSON, the page and plan files read.
+
+Everything here is derived from the step before and after the plan, its seconds and what was measured; nothing is
+stored twice, so the three views cannot disagree. No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from memopt.edit import Remake, added_steps
+from memopt.errors import Binding, WayOut
+from memopt.graph import Step, StepGraph
+from memopt.plans import MeasuredStep, Plan, Status, original
+from memopt.timeline import Snapshot, at_peak, by_kind, peak, phase_peaks
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Lever:
+    """What one trade did: bytes it keeps out of memory across the gaps, seconds its copies take, values remade."""
+
+    lever: str
+    numerics: str
+    bytes: int
+    seconds: float
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """One value that is let go and made again. bytes: of its storage; seconds: of the copies made for it."""
+
+    value: str
+    lever: str
+    bytes: int
+    seconds: float
+    source: str
+
+
+@dataclass(frozen=True)
+class PlanResult:
+    """A planned (and perhaps measured) step.
+
+    budget: bytes. block: allocator rounding, bytes. before, after: the step as captured and with the plan applied
+    (the same if infeasible). seconds: step name -> seconds of one run; a copy costs what its original does.
+    breaks: graph breaks. timings: seconds of "capture", "plan", "lower". binding, ways_out: set when infeasible.
+    classes: lever -> "exact", "reordered" or "lossy". formula: the peak in batch B and sequence S. notes: what was
+    assumed. identity: {"graph": hash, "torch": version, "schema": "1"}, what a plan file is checked against.
+    """
+
+    model: str
+    device: str
+    budget: int
+    block: int
+    before: StepGraph = field(repr=False)
+    after: StepGraph = field(repr=False)
+    plan: Plan = field(repr=False)
+    seconds: Mapping[str, float] = field(repr=False)
+    breaks: int = 0
+    timings: Mapping[str, float] = field(default_factory=dict)
+    binding: Binding | None = None
+    ways_out: tuple[WayOut, ...] = ()
+    classes: Mapping[str, str] = field(default_factory=dict)
+    formula: str = ""
+    notes: tuple[str, ...] = ()
+    measured: MeasuredStep | None = None
+    identity: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def infeasible(self) -> bool:
+        return self.plan.status is Status.INFEASIBLE
+
+    @cached_property
+    def peak(self) -> int:
+        """Predicted peak of the planned step, bytes."""
+        return peak(self.after, self.block)
+
+    @cached_property
+    def baseline_peak(self) -> int:
+        """Predicted peak of the same step without memopt, bytes."""
+        return peak(self.before, self.block)
+
+    @cached_property
+    def step_seconds(self) -> float:
+        """Predicted seconds of the planned step."""
+        return sum(self.seconds_of(step) for step in self.after.steps)
+
+    @cached_property
+    def baseline_seconds(self) -> float:
+        """Predicted seconds of the same step without memopt."""
+        return sum(self.seconds_of(step) for step in self.before.steps)
+
+    @property
+    def held(self) -> bool | None:
+        """Whether the measured peak stayed within the budget; None if nothing was measured."""
+        return None if self.measured is None else self.measured.peak_bytes <= self.budget
+
+    @property
+    def error(self) -> float | None:
+        """(measured - predicted) / predicted peak, positive if more was needed; None if nothing was measured."""
+        return None if self.measured is None else (self.measured.peak_bytes - self.peak) / max(self.peak, 1)
+
+    @cached_property
+    def snapshot(self) -> Snapshot:
+        """What the planned step holds at its peak."""
+        return at_peak(self.after, self.block)
+
+    def seconds_of(self, step: Step) -> float:
+        found = self.seconds.get(step.name)
+        return self.seconds.get(original(step.name), 0.0) if found is None else found
+
+    def source_of(self, storage: str) -> str:
+        """The user's line that makes this storage; '' for what lives before the step begins."""
+        return self._lines.get(storage, "")
+
+    @cached_property
+    def _lines(self) -> dict[str, str]:
+        return {**_sources(self.before), **_sources(self.after)}
+
+    @cached_property
+    def decisions(self) -> tuple[Decision, ...]:
+        """One a remade value and trade, in the order of the plan. Their seconds add up to the copies' seconds."""
+        lines, spent = _sources(self.before), self._spent()
+        chosen = {} if self.infeasible else {(r.value, r.trade): None for r in self.plan.chosen}
+        return tuple(
+            Decision(value, lever, self.before.storages[value].nbytes, spent.get((value, lever), 0.0), lines.get(value, ""))
+            for value, lever in chosen
+        )
+
+    def _spent(self) -> dict[tuple[str, str], float]:
+        """(value, trade) -> seconds of its copies. A copy that remakes several values is charged to the first."""
+        owner = _owners(self.before, self.plan.chosen)
+        spent: dict[tuple[str, str], float] = {}
+        for step in added_steps(self.before, self.after):
+            key = owner.get(step.name) or owner.get(original(step.name))
+            if key is not None:
+                spent[key] = spent.get(key, 0.0) + self.seconds_of(step)
+        return spent
+
+    def numerics_of(self, lever: str) -> str:
+        """The lever's declared class. Undeclared ones count as lossy, but recompute, which repeats the same steps."""
+        return self.classes.get(lever, "exact" if lever == "recompute" else "lossy")
+
+    @cached_property
+    def levers(self) -> tuple[Lever, ...]:
+        """The decisions summed by trade, most bytes first."""
+        rows = []
+        for name in dict.fromkeys(decision.lever for decision in self.decisions):
+            mine = [decision for decision in self.decisions if decision.lever == name]
+            nbytes, seconds = sum(d.bytes for d in mine), sum(d.seconds for d in mine)
+            rows.append(Lever(name, self.numerics_of(name), nbytes, seconds, len(mine)))
+        return tuple(sorted(rows, key=lambda row: (-row.bytes, row.lever)))
+
+    def to_json(self) -> dict[str, Any]:
+        """The object of the contract (docs: JSON), ready for `json.dumps`; bytes and seconds throughout."""
+        out: dict[str, Any] = {
+            "schema": SCHEMA,
+            "model": self.model,
+            "device": self.device,
+            "budget_bytes": self.budget,
+            "status": self.plan.status.value,
+            "predicted": {
+                "peak_bytes": self.peak,
+                "seconds": self.step_seconds,
+                "phases": phase_peaks(self.after, self.block),
+            },
+            "baseline": {"peak_bytes": self.baseline_peak, "seconds": self.baseline_seconds},
+            "floor_bytes": self.plan.floor,
+            "lower_bound_seconds": self.baseline_seconds + self.plan.lower_bound,
+            "gap": self.plan.gap,
+            "levers": [_lever_json(lever) for lever in self.levers],
+            "decisions": [_fields(decision) for decision in self.decisions],
+            "graph": {"steps": len(self.before.steps), "storages": len(_used(self.before)), "breaks": self.breaks},
+            "timings": dict(self.timings),
+            "at_peak": by_kind(self.after, self.snapshot) if self.after.steps else {},
+            "formula": self.formula,
+            "notes": list(self.notes),
+        }
+        return {**out, **self._measured_json(), **self._infeasible_json()}
+
+    def _measured_json(self) -> dict[str, Any]:
+        if self.measured is None:
+            return {}
+        return {"measured": _fields(self.measured), "error": self.error, "held": self.held}
+
+    def _infeasible_json(self) -> dict[str, Any]:
+        if not self.infeasible:
+            return {}
+        binding = _fields(self.binding) | {"kinds": dict(self.binding.kinds)} if self.binding else None
+        return {"binding": binding, "ways_out": [_fields(way) for way in self.ways_out]}
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """A flat dataclass as a dict; mappings inside become plain dicts."""
+    pairs = ((name, getattr(value, name)) for name in value.__dataclass_fields__)
+    return {name: dict(item) if isinstance(item, Mapping) else item for name, item in pairs}
+
+
+def _lever_json(lever: Lever) -> dict[str, Any]:
+    """`class` is a keyword of Python, so the dataclass says `numerics`."""
+    return {("class" if name == "numerics" else name): value for name, value in _fields(lever).items()}
+
+
+def _sources(graph: StepGraph) -> dict[str, str]:
+    """Storage -> source line of the step that touches it first; inputs have none of their own."""
+    lines = {name: graph.steps[at[0]].source for name, at in graph.uses.items()}
+    return {**lines, **dict.fromkeys(graph.input_storages, "")}
+
+
+def _used(graph: StepGraph) -> set[str]:
+    """Storages the step holds at some moment: an edit leaves those of dropped steps declared."""
+    return {*graph.input_storages, *graph.output_storages, *graph.uses}
+
+
+def _owners(graph: StepGraph, chosen: tuple[Remake, ...]) -> dict[str, tuple[str, str]]:
+    """Step name -> the (value, trade) its copies are charged to: the first remake that packs or unpacks with it."""
+    owner: dict[str, tuple[str, str]] = {}
+    trade = {remake.value: remake.trade for remake in reversed(chosen)}
+    for remake in chosen:
+        for step in (*remake.pack, *remake.unpack):
+            owner.setdefault(step.name, (remake.value, remake.trade))
+    for step in graph.steps:  # views are copied with their base though no remake lists them
+        if value := next((graph.storage_of(name) for name in step.writes if graph.storage_of(name) in trade), None):
+            owner.setdefault(step.name, (value, trade[value]))
+    return owner
