@@ -1,0 +1,251 @@
+"""Plan files (`plan.memopt.json`): a plan saved, checked, compared and applied again on another run or rank.
+
+A file names steps and values, never tensors, and carries its own sha256, so that an edit or a cut is seen before
+anything is built on it. The same plan gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from memopt import __version__
+from memopt.edit import Remake
+from memopt.errors import PlanFileError
+from memopt.graph import StepGraph
+from memopt.report import SCHEMA, PlanResult
+
+MARK = "memopt plan"  # the file's `format`: tells a plan from any other JSON
+
+
+@dataclass(frozen=True)
+class SavedRemake:
+    """A remake by names. bytes: of the value's storage; seconds: of its unpack and pack steps alone."""
+
+    trade: str
+    value: str
+    span: tuple[str, str]
+    unpack: tuple[str, ...]
+    pack: tuple[str, ...]
+    seconds: float
+    bytes: int
+    source: str
+
+    @property
+    def key(self) -> tuple[str, str, tuple[str, str], tuple[str, ...]]:
+        """What makes two remakes the same one."""
+        return (self.trade, self.value, self.span, self.unpack)
+
+
+@dataclass(frozen=True)
+class PlanFile:
+    """What a plan file holds. budget, peak, baseline_peak, floor: bytes; seconds, baseline_seconds: of one step.
+
+    identity: {"graph": hash, "torch": version, "schema": "1"} of the run that saved it; levers: as in the JSON.
+    """
+
+    identity: Mapping[str, str]
+    memopt: str
+    model: str
+    device: str
+    budget: int
+    status: str
+    peak: int
+    baseline_peak: int
+    floor: int
+    seconds: float
+    baseline_seconds: float
+    phases: Mapping[str, int]
+    levers: tuple[Mapping[str, Any], ...]
+    remakes: tuple[SavedRemake, ...] = field(repr=False)
+
+    def chosen(self, graph: StepGraph, offers: Iterable[Remake] = ()) -> tuple[Remake, ...]:
+        """The remakes for this graph: the equal offer where there is one, else built from the graph's own steps.
+
+        Raises PlanFileError if the graph lacks a step or value that the file names.
+        """
+        known = {(r.trade, r.value, r.span, tuple(s.name for s in r.unpack)): r for r in offers}
+        return tuple(known.get(saved.key) or _rebuilt(saved, graph) for saved in self.remakes)
+
+
+def _rebuilt(saved: SavedRemake, graph: StepGraph) -> Remake:
+    named = (*saved.span, *saved.unpack, *saved.pack)
+    if missing := [name for name in named if name not in graph.position]:
+        raise PlanFileError(f"the plan names step {missing[0]!r}, which this model's step does not have; plan anew")
+    if saved.value not in graph.storages:
+        raise PlanFileError(f"the plan remakes {saved.value!r}, which this model's step does not hold; plan anew")
+    unpack, pack = (tuple(graph.steps[graph.position[n]] for n in names) for names in (saved.unpack, saved.pack))
+    return Remake(saved.trade, saved.value, saved.span, unpack=unpack, pack=pack, seconds=saved.seconds)
+
+
+def to_plan_file(result: PlanResult) -> PlanFile:
+    """The plan of this result by names. Raises PlanFileError if it is infeasible: there is then nothing to save."""
+    if result.infeasible:
+        raise PlanFileError("an infeasible plan cannot be saved: no choice holds the budget")
+    out = result.to_json()
+    return PlanFile(
+        identity=dict(result.identity),
+        memopt=__version__,
+        model=result.model,
+        device=result.device,
+        budget=result.budget,
+        status=result.plan.status.value,
+        peak=result.peak,
+        baseline_peak=result.baseline_peak,
+        floor=result.plan.floor,
+        seconds=result.step_seconds,
+        baseline_seconds=result.baseline_seconds,
+        phases=out["predicted"]["phases"],
+        levers=tuple(out["levers"]),
+        remakes=tuple(_saved(remake, result) for remake in result.plan.chosen),
+    )
+
+
+def _saved(remake: Remake, result: PlanResult) -> SavedRemake:
+    unpack, pack = (tuple(step.name for step in steps) for steps in (remake.unpack, remake.pack))
+    nbytes, source = result.before.storages[remake.value].nbytes, result.source_of(remake.value)
+    return SavedRemake(remake.trade, remake.value, remake.span, unpack, pack, remake.seconds, nbytes, source)
+
+
+def dumps(plan: PlanFile) -> str:
+    """The file's text: sorted keys, one decision a line for a readable diff, its own sha256 at the end."""
+    body = {"format": MARK, "schema": SCHEMA, **asdict(plan)}
+    remakes = ",\n  ".join(_canonical(remake) for remake in body.pop("remakes"))
+    lines = [f"{json.dumps(key)}: {_canonical(value)}" for key, value in sorted(body.items())]
+    lines.append(f'"remakes": [\n  {remakes}\n ]' if remakes else '"remakes": []')
+    digest = _digest(json.loads("{" + ",".join(lines) + "}"))
+    return "{\n " + ",\n ".join([*lines, f'"sha256": "{digest}"']) + "\n}\n"
+
+
+def _canonical(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, allow_nan=False)
+
+
+def _digest(body: Mapping[str, Any]) -> str:
+    return hashlib.sha256(_canonical(body).encode()).hexdigest()
+
+
+def save_plan(result: PlanResult, path: str | Path) -> PlanFile:
+    """Write the plan at `path`, whole or not at all. Raises PlanFileError if infeasible, OSError as `open` does."""
+    plan = to_plan_file(result)
+    write_atomic(path, dumps(plan))
+    return plan
+
+
+def write_atomic(path: str | Path, text: str) -> None:
+    """Put text at `path` through a temporary file beside it: readers see the old file or the new, never a part."""
+    path = Path(path)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as out:
+            out.write(text)
+            out.flush()
+            os.fsync(out.fileno())
+        Path(name).chmod(0o666 & ~_umask())  # mkstemp's 0600 would keep the file from other users of a shared folder
+        Path(name).replace(path)
+    except BaseException:  # also on Ctrl-C: nothing may stay behind
+        with suppress(FileNotFoundError):
+            Path(name).unlink()
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def load_plan(path: str | Path) -> PlanFile:
+    """Read a plan file. Raises PlanFileError, in one sentence, if it is missing, truncated, edited or foreign."""
+    body = _read(Path(path))
+    if not isinstance(body, dict) or body.get("format") != MARK:
+        raise PlanFileError(f"{path} is not a memopt plan file; `memopt plan ... --save FILE` writes one")
+    if body.get("schema") != SCHEMA:
+        found = body.get("schema")
+        raise PlanFileError(f"{path} has schema {found}, this memopt reads schema {SCHEMA}; plan again and save")
+    if body.pop("sha256", None) != _digest(body):
+        raise PlanFileError(f"{path} was changed after it was saved (its sha256 does not match); plan again and save")
+    try:
+        return _from_body(body)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise PlanFileError(f"{path} lacks a field of a plan file ({error}); plan again and save") from error
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PlanFileError(f"cannot read plan file {path}: {error.strerror or error}") from error
+    except ValueError as error:  # both broken JSON and broken UTF-8
+        raise PlanFileError(f"{path} is cut short or not JSON ({error}); plan again and save") from error
+
+
+def _from_body(body: dict[str, Any]) -> PlanFile:
+    fields = {key: value for key, value in body.items() if key not in ("format", "schema")}
+    fields["levers"] = tuple(fields["levers"])
+    fields["remakes"] = tuple(
+        SavedRemake(**{key: tuple(item) if isinstance(item, list) else item for key, item in saved.items()})
+        for saved in fields["remakes"]
+    )
+    return PlanFile(**fields)
+
+
+REASONS = {
+    "schema": "the plan has schema {saved}, this memopt uses {here}",
+    "torch": "the plan was made with torch {saved}, this is torch {here}",
+    "graph": "the plan is of another model, shape or setting (its step is {saved}, this one is {here})",
+}
+
+
+def check_identity(plan: PlanFile, identity: Mapping[str, str]) -> None:
+    """Raise PlanFileError if the plan was made for another schema, torch version or step than `identity` states."""
+    for key, sentence in REASONS.items():
+        saved, here = plan.identity.get(key, "unknown"), identity.get(key, "unknown")
+        if saved != here:
+            raise PlanFileError(f"{sentence.format(saved=saved[:16], here=here[:16])}; plan again and save")
+
+
+@dataclass(frozen=True)
+class PlanDiff:
+    """What separates two plans. removed: remakes only the first has; added: only the second; kept: in both.
+
+    changes: field -> (first, second) where they differ; bytes and seconds as in `PlanFile`.
+    """
+
+    changes: Mapping[str, tuple[Any, Any]]
+    removed: tuple[SavedRemake, ...]
+    added: tuple[SavedRemake, ...]
+    kept: int
+
+    @property
+    def same(self) -> bool:
+        return not (self.changes or self.removed or self.added)
+
+    def to_json(self) -> dict[str, Any]:
+        """Ready for `json.dumps`."""
+        changes = {key: {"a": a, "b": b} for key, (a, b) in self.changes.items()}
+        lists = {name: [asdict(r) for r in getattr(self, name)] for name in ("removed", "added")}
+        return {"same": self.same, "changes": changes, **lists, "kept": self.kept}
+
+
+COMPARED = ("model", "device", "budget", "status", "peak", "baseline_peak", "seconds", "baseline_seconds", "memopt")
+
+
+def diff_plans(a: PlanFile, b: PlanFile) -> PlanDiff:
+    """Compare two plans decision by decision."""
+    changes = {name: (getattr(a, name), getattr(b, name)) for name in COMPARED}
+    changes |= {name: (a.identity.get(name), b.identity.get(name)) for name in REASONS}
+    ours, theirs = {r.key: r for r in a.remakes}, {r.key: r for r in b.remakes}
+    return PlanDiff(
+        changes={name: pair for name, pair in changes.items() if pair[0] != pair[1]},
+        removed=tuple(r for key, r in ours.items() if key not in theirs),
+        added=tuple(r for key, r in theirs.items() if key not in ours),
+        kept=len(ours.keys() & theirs.keys()),
+    )
