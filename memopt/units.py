@@ -48,7 +48,8 @@ def resolve_budget(spec: int | str, *, capacity: int | None, needed: int | None 
     "auto" is the capacity less 5 % of it or 512 MiB, whichever is more.
     ValueError, naming every accepted form, for nonsense, for nothing left, and for more than the device has.
     """
-    budget = spec if isinstance(spec, int) and not isinstance(spec, bool) else _from_text(spec, capacity, needed)
+    written = isinstance(spec, bool) or not isinstance(spec, int)  # True is an int to Python, and no budget
+    budget = _from_text(spec, capacity, needed) if written else int(spec)
     if budget < 1:
         raise _refused(spec, f"it leaves {budget:,} bytes")
     if capacity is not None and budget > capacity:
@@ -56,7 +57,7 @@ def resolve_budget(spec: int | str, *, capacity: int | None, needed: int | None 
     return budget
 
 
-def _from_text(spec: str, capacity: int | None, needed: int | None) -> int:
+def _from_text(spec: object, capacity: int | None, needed: int | None) -> int:
     text = spec.strip() if isinstance(spec, str) else ""
     if text == "auto":
         return _auto(spec, capacity, needed)
@@ -69,7 +70,7 @@ def _from_text(spec: str, capacity: int | None, needed: int | None) -> int:
     raise _refused(spec, f"it is none of them{_hint(spec)}")
 
 
-def _auto(spec: str, capacity: int | None, needed: int | None) -> int:
+def _auto(spec: object, capacity: int | None, needed: int | None) -> int:
     if capacity is None and needed is not None:
         return needed
     whole = _known(spec, capacity)
@@ -77,7 +78,7 @@ def _auto(spec: str, capacity: int | None, needed: int | None) -> int:
     return free if needed is None else min(free, needed)
 
 
-def _known(spec: str, capacity: int | None) -> int:
+def _known(spec: object, capacity: int | None) -> int:
     if capacity is None:
         raise _refused(spec, "the device's memory is not known, so name the bytes")
     return capacity
