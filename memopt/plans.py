@@ -81,8 +81,12 @@ def simulated(problem: Problem, chosen: tuple[Remake, ...], solver: str, lower_b
 
 @dataclass(frozen=True, slots=True)
 class MeasuredStep:
-    """One step as it ran: peak_bytes of torch's allocations, seconds, and the peak bytes of each phase."""
+    """One step as it ran: peak_bytes of torch's allocations, seconds, and the peak bytes of each phase.
+
+    reserved_bytes: peak of what torch's CUDA allocator took from the device; 0 on CPU, which keeps no reserve.
+    """
 
     peak_bytes: int
     seconds: float
     phases: Mapping[str, int] = field(default_factory=dict)
+    reserved_bytes: int = 0

@@ -1,0 +1,1 @@
+"""The optimizer's update as the third phase of a step: `photograph`."""

@@ -1,0 +1,113 @@
+"""Every block torch's CPU allocator handed out and took back while some code ran, from the profiler's memory events.
+
+What the events do not show, all of it checked in tests/runtime/test_trace.py or noted here (torch 2.13):
+- the end of a block that was allocated before the recording: c10/core/CPUAllocator.cpp knows sizes of profiled blocks
+  only, and for an address it saw in an earlier recording it may report a stale size. So an end counts only if its
+  address was handed out within this recording; what was there before is the caller's to state (`resident`).
+- other Python threads: profiler state is thread-local. CPU autograd runs in the calling thread and is seen.
+- memory that does not come from the allocator: OpenMP's and MKL's own buffers, Python objects.
+oneDNN's scratch and reordered weights do come from it and are seen, inside the op that took them.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch._C._profiler import _EventType, _ProfilerEvent
+from torch.profiler import ProfilerActivity, profile
+
+from memopt.errors import MemoptError
+
+MARK = "memopt::"  # record_function ranges that start so are kept in a trace, under the name without it
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """A marked stretch of the recording. start, end: clock of the trace, ns."""
+
+    name: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Trace:
+    """times: when each event happened, ns, ascending. levels: bytes held after it, over those at the start."""
+
+    times: tuple[int, ...]
+    levels: tuple[int, ...]
+    ranges: tuple[Range, ...]
+
+    def level_at(self, time: int) -> int:
+        """Bytes held just before `time`, over those at the start of the recording."""
+        at = self._first(time)
+        return self.levels[at - 1] if at else 0
+
+    def peak(self, start: int | None = None, end: int | None = None) -> int:
+        """Most bytes held between two times (by default the whole recording), over those at its start."""
+        first = 0 if start is None else self._first(start)
+        last = len(self.levels) if end is None else self._first(end)
+        before = self.levels[first - 1] if first else 0
+        return max((before, *self.levels[first:last]))
+
+    def named(self, name: str) -> tuple[Range, ...]:
+        return tuple(found for found in self.ranges if found.name == name)
+
+    def _first(self, time: int) -> int:
+        return bisect_left(self.times, time)
+
+
+def record(run: Callable[[], object]) -> Trace:
+    """Run it once and return the trace of its CPU allocations.
+
+    Raises MemoptError when a profiler is already active: starting a second one would end the first without a word.
+    """
+    if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
+        raise MemoptError("a torch profiler is already running; measure outside it, since only one can be active")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else libkineto writes a line to stderr at each start and stop
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as prof:
+        run()
+    assert prof.profiler is not None
+    assert prof.profiler.kineto_results is not None
+    return _read(prof.profiler.kineto_results.experimental_event_tree())
+
+
+def _read(roots: list[_ProfilerEvent]) -> Trace:
+    blocks: list[tuple[int, int, int]] = []
+    ranges: list[Range] = []
+    for event in _walk(roots):
+        if event.tag == _EventType.Allocation:
+            fields = event.extra_fields
+            if fields.device.type == "cpu":  # type: ignore[union-attr]
+                blocks.append((event.start_time_ns, fields.ptr, fields.alloc_size))  # type: ignore[union-attr]
+        elif event.name.startswith(MARK):
+            ranges.append(Range(event.name.removeprefix(MARK), event.start_time_ns, event.end_time_ns))
+    blocks.sort(key=lambda block: block[0])
+    steps = list(changes(blocks))
+    ranges.sort(key=lambda found: (found.start, -found.end))
+    levels = tuple(accumulate(size for _, size in steps))
+    return Trace(tuple(time for time, _ in steps), levels, tuple(ranges))
+
+
+def _walk(roots: list[_ProfilerEvent]) -> Iterator[_ProfilerEvent]:
+    stack = list(roots)
+    while stack:
+        event = stack.pop()
+        yield event
+        stack.extend(event.children)
+
+
+def changes(blocks: list[tuple[int, int, int]]) -> Iterator[tuple[int, int]]:
+    """(time, change in bytes) of blocks born in this recording; sizes at their end are those at their birth."""
+    alive: dict[int, int] = {}
+    for time, address, size in blocks:
+        if size > 0:
+            alive[address] = size
+            yield time, size
+        elif address in alive:
+            yield time, -alive.pop(address)
