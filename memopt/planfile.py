@@ -174,7 +174,7 @@ def load_plan(path: str | Path) -> PlanFile:
         raise PlanFileError(f"{path} was changed after it was saved (its sha256 does not match); plan again and save")
     try:
         return _from_body(body)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PlanFileError(f"{path} lacks a field of a plan file ({error}); plan again and save") from error
 
 
@@ -190,11 +190,14 @@ def _read(path: Path) -> Any:
 def _from_body(body: dict[str, Any]) -> PlanFile:
     fields = {key: value for key, value in body.items() if key not in ("format", "schema")}
     fields["levers"] = tuple(fields["levers"])
-    fields["remakes"] = tuple(
-        SavedRemake(**{key: tuple(item) if isinstance(item, list) else item for key, item in saved.items()})
-        for saved in fields["remakes"]
-    )
+    fields["remakes"] = tuple(_from_names(saved) for saved in fields["remakes"])
     return PlanFile(**fields)
+
+
+def _from_names(saved: dict[str, Any]) -> SavedRemake:
+    first, last = saved["span"]
+    lists = {"span": (first, last), "unpack": tuple(saved["unpack"]), "pack": tuple(saved["pack"])}
+    return SavedRemake(**{**saved, **lists})
 
 
 REASONS = {

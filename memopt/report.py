@@ -127,8 +127,9 @@ class PlanResult:
         """One a remade value and trade, in the order of the plan. Their seconds add up to the copies' seconds."""
         lines, spent = _sources(self.before), self._spent()
         chosen = {} if self.infeasible else {(r.value, r.trade): None for r in self.plan.chosen}
+        size = self.before.storages
         return tuple(
-            Decision(value, lever, self.before.storages[value].nbytes, spent.get((value, lever), 0.0), lines.get(value, ""))
+            Decision(value, lever, size[value].nbytes, spent.get((value, lever), 0.0), lines.get(value, ""))
             for value, lever in chosen
         )
 

@@ -59,7 +59,8 @@ def tiny_step(layers: int = 3) -> StepGraph:
         b.step(f"layer_{i}_backward", "backward", f"{grad} h{i} a{i} p{i}", made, 10 + i)
         grad = f"gh{i}"
     for i in range(layers):
-        b.step(f"adamw_{i}", "optimizer", f"p{i} m{i} gp{i}", (b.tensor(f"p{i}_new", 2, "", storage=f"p{i}"),), 40, False)
+        updated = (b.tensor(f"p{i}_new", 2, "", storage=f"p{i}"),)
+        b.step(f"adamw_{i}", "optimizer", f"p{i} m{i} gp{i}", updated, 40, pure=False)
     outputs = ("l", *(f"p{i}_new" for i in range(layers)))
     return verify(StepGraph(tuple(b.inputs), tuple(b.steps), outputs, b.tensors, b.storages))
 

@@ -41,10 +41,7 @@ def test_a_saved_plan_loads_to_the_same_value_and_the_same_remakes(make: Make, t
 def test_equal_plans_give_equal_bytes_whatever_the_hash_seed(make: Make, saved: Path, tmp_path: Path) -> None:
     save_plan(make(64 * MIB), tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == saved.read_bytes()
-    code = (
-        "import sys; from memopt.planfile import dumps, load_plan;"
-        "sys.stdout.write(dumps(load_plan(sys.argv[1])))"
-    )
+    code = "import sys; from memopt.planfile import dumps, load_plan;sys.stdout.write(dumps(load_plan(sys.argv[1])))"
     for seed in ("1", "2"):
         env = {**os.environ, "PYTHONHASHSEED": seed}
         out = subprocess.run([sys.executable, "-c", code, str(saved)], env=env, capture_output=True, check=True)
@@ -61,7 +58,7 @@ def test_a_truncated_file_is_refused_at_every_length(saved: Path) -> None:
     text = saved.read_text()
     for length in range(0, len(text.rstrip()), 97):
         saved.write_text(text[:length])
-        with pytest.raises(PlanFileError, match="plan again and save|is not a memopt plan"):
+        with pytest.raises(PlanFileError, match=r"plan again and save|is not a memopt plan"):
             load_plan(saved)
 
 
