@@ -41,6 +41,7 @@ class Facts:
     source: str
     pure: bool
     random: bool
+    advances: bool
 
 
 def facts(node: fx.Node) -> Facts:
@@ -83,7 +84,9 @@ def _read(node: fx.Node) -> Facts:
     homes = {arg.meta["val"].untyped_storage()._cdata: at for at, arg in reversed([*enumerate(tensor_inputs(node))])}
     made = tuple(None if value is None else _made(value, homes) for value in tensor_values(node))
     random = is_random(node)
-    return Facts(op_name(node), made, cost_key(node), _flops(node), source_line(node), _pure(node, random), random)
+    drawn = node.target in DRAWS
+    pure = drawn or _pure(node, random)
+    return Facts(op_name(node), made, cost_key(node), _flops(node), source_line(node), pure, random, drawn)
 
 
 def _made(value: torch.Tensor, homes: dict[int, int]) -> Made:
@@ -98,8 +101,22 @@ def op_name(node: fx.Node) -> str:
 
 
 def is_random(node: fx.Node) -> bool:
-    tags = getattr(node.target, "tags", ())
-    return torch.Tag.nondeterministic_seeded in tags
+    """Draws from the generator. Attention tagged random for its dropout is not when that is 0."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    dropout = _argument(node, "dropout_p")
+    return dropout is None or dropout != 0.0
+
+
+def _argument(node: fx.Node, name: str) -> Any:
+    """The argument's value, its default if it was left out, None if the op has none of that name."""
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    for at, argument in enumerate(node.target._schema.arguments):
+        if argument.name == name:
+            given = node.args[at] if at < len(node.args) else node.kwargs.get(name, argument.default_value)
+            return given
+    return None
 
 
 def _pure(node: fx.Node, random: bool) -> bool:
@@ -110,6 +127,7 @@ def _pure(node: fx.Node, random: bool) -> bool:
 
 
 PURE: set[Any] = {operator.getitem}  # targets that are no overloads and known to be functions of their inputs
+DRAWS: set[Any] = set()  # targets that draw random numbers from a generator state they read (memopt.runtime.rng)
 
 
 def cost_key(node: fx.Node) -> str:

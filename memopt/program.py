@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import fx
@@ -17,6 +18,9 @@ from torch import fx
 from memopt.edit import Copy, Placer, Remake
 from memopt.facts import facts, is_getitem, nodes_in, tensor_inputs, tensor_values
 from memopt.graph import Phase, Step, StepGraph, Storage, TensorInfo
+
+# A copy of a node whose target is a key calls the value instead: how a random draw is replayed (memopt.runtime.rng).
+AGAIN: dict[Any, Any] = {}
 
 TANGENTS = "tangents"  # the step that brings the gradients of the outputs to life
 
@@ -27,12 +31,14 @@ class Program:
 
     kinds: placeholder -> storage kind ("parameter", "buffer", "input", "tangent").
     names: placeholder -> what the user calls it ("model.embed_tokens.weight").
+    prefix: stands before the names of this program's steps when a step has several programs (graph breaks).
     """
 
     module: fx.GraphModule
     forward_outputs: int
     kinds: Mapping[str, str]
     names: Mapping[str, str]
+    prefix: str = ""
 
     @property
     def graph(self) -> fx.Graph:
@@ -43,6 +49,12 @@ class Program:
         """Nodes of the forward's outputs and of the gradients (None: no gradient)."""
         values = [v if isinstance(v, fx.Node) else None for v in self.graph.output_node().args[0]]
         return values[: self.forward_outputs], values[self.forward_outputs :]
+
+    def name(self, node: fx.Node) -> str:
+        """The node's name in the photograph: parameters and buffers keep the user's, shared by all programs."""
+        if node.op == "placeholder" and self.kinds.get(node.name) in ("parameter", "buffer"):
+            return self.names.get(node.name, node.name)
+        return self.prefix + node.name
 
     def copy(self) -> Program:
         """A program whose graph can be edited without touching this one's. Facts and fake values are shared."""
@@ -72,8 +84,12 @@ def normalised(program: Program) -> Program:
 def _sweep(graph: fx.Graph) -> None:
     """Erase nodes nobody reads and that change nothing; random ones stay, they advance the generator."""
     for node in reversed(graph.nodes):
-        if node.op == "call_function" and not node.users and (is_getitem(node) or facts(node).pure):
+        if node.op == "call_function" and not node.users and (is_getitem(node) or _removable(node)):
             graph.erase_node(node)
+
+
+def _removable(node: fx.Node) -> bool:
+    return facts(node).pure and not facts(node).advances or node.target in AGAIN.values()
 
 
 def _forward_first(program: Program) -> None:
@@ -148,9 +164,11 @@ class _Photographer:
         self.storages: dict[str, Storage] = {}
         self.steps: list[Step] = []
         self.inputs: list[str] = []
+        self.tangents: list[str] = []
+        self.given_storages: dict[int, str] = {}  # fake storage -> tensor: inputs may share one
 
     def declare(self, name: str, at: int, node: fx.Node, kind: str) -> bool:
-        """Declare output `at` of the node under `name`; False if it is no tensor."""
+        """Declare output `at` of the node as tensor `name`; False if it is no tensor."""
         made = facts(node).made[at]
         if made is None:
             return False
@@ -158,30 +176,44 @@ class _Photographer:
             home = name
             self.storages[home] = Storage(home, made.nbytes, kind)
         else:
-            home = self.tensors[tensor_inputs(node)[made.home].name].storage
+            home = self.tensors[self.program.name(tensor_inputs(node)[made.home])].storage
         self.tensors[name] = TensorInfo(name, made.shape, made.dtype, home)
         return True
 
-    def placeholder(self, node: fx.Node, fakes: dict[int, str]) -> None:
-        kind = self.program.kinds.get(node.name, "input")
-        if not self.declare(node.name, 0, node, "temporary" if kind == "tangent" else kind):
-            return
-        if kind != "tangent":
-            self.inputs.append(node.name)
-            base = fakes.setdefault(node.meta["val"].untyped_storage()._cdata, node.name)  # inputs may share storage
-            self.tensors[node.name] = replace(self.tensors[node.name], storage=base)
+    def given(self, node: fx.Node) -> None:
+        """Declare a placeholder or a constant of the module: alive before the step, throughout it."""
+        kind = "buffer" if node.op == "get_attr" else self.program.kinds.get(node.name, "input")
+        name = self.program.name(node)
+        if kind == "tangent":
+            if self.declare(name, 0, node, "temporary"):
+                self.tangents.append(name)
+        elif self.declare(name, 0, node, kind):
+            self.inputs.append(name)
+            base = self.given_storages.setdefault(node.meta["val"].untyped_storage()._cdata, name)
+            self.tensors[name] = replace(self.tensors[name], storage=base)
 
-    def call(self, node: fx.Node, phase: Phase, source: str) -> None:
-        known = facts(node)
-        items = {user.args[1]: user.name for user in node.users if is_getitem(user)}
+    def call(self, node: fx.Node, phase: Phase) -> None:
+        known, name = facts(node), self.program.name(node)
+        items = {user.args[1]: self.program.name(user) for user in node.users if is_getitem(user)}
         many = isinstance(node.meta.get("val"), list | tuple)
-        names = [items.get(at, f"{node.name}.{at}") if many else node.name for at in range(len(known.made))]
+        names = [items.get(at, f"{name}.{at}") if many else name for at in range(len(known.made))]
         kind = "activation" if phase == "forward" else "temporary"
-        writes = tuple(name for at, name in enumerate(names) if self.declare(name, at, node, kind))
-        reads = tuple(arg.name for arg in tensor_inputs(node))
-        self.steps.append(
-            Step(node.name, known.op, phase, reads, writes, source, known.key, known.flops, pure=known.pure)
-        )
+        writes = tuple(made for at, made in enumerate(names) if self.declare(made, at, node, kind))
+        reads = tuple(self.program.name(arg) for arg in tensor_inputs(node))
+        advances = known.advances and node.target not in AGAIN.values()
+        step = Step(name, known.op, phase, reads, writes, known.source, known.key, known.flops)
+        self.steps.append(replace(step, pure=known.pure, advances=advances))
+
+    def begin_backward(self) -> None:
+        if self.tangents:
+            name = self.program.prefix + TANGENTS
+            self.steps.append(Step(name, TANGENTS, "backward", (), tuple(self.tangents), pure=False))
+
+    def mark_gradients(self, gradients: Iterable[str]) -> None:
+        for name in gradients:
+            home = self.storages[self.tensors[name].storage]
+            if home.kind == "temporary":
+                self.storages[home.name] = replace(home, kind="gradient")
 
 
 def photograph(program: Program) -> StepGraph:
@@ -192,25 +224,18 @@ def photograph(program: Program) -> StepGraph:
     camera = _Photographer(program)
     first_backward = boundary(program)
     phase: Phase = "forward"
-    fakes: dict[int, str] = {}
-    tangents = []
     for node in program.graph.nodes:
-        if node.op == "placeholder":
-            camera.placeholder(node, fakes)
-            if program.kinds.get(node.name) == "tangent" and node.name in camera.tensors:
-                tangents.append(node.name)
         if node is first_backward:
             phase = "backward"
-            if tangents:
-                camera.steps.append(Step(TANGENTS, TANGENTS, phase, (), tuple(tangents), pure=False))
-        if node.op == "call_function" and not is_getitem(node):
-            camera.call(node, phase, facts(node).source)
-    forward, gradients = program.outputs
-    for node in gradients:
-        if node is not None and (made := camera.storages.get(camera.tensors[node.name].storage)) and made.kind == "temporary":
-            camera.storages[made.name] = replace(made, kind="gradient")
-    outputs = [n.name for n in (*forward, *gradients) if n is not None and n.name in camera.tensors]
-    return StepGraph(tuple(camera.inputs), tuple(camera.steps), tuple(dict.fromkeys(outputs)), camera.tensors, camera.storages)
+            camera.begin_backward()
+        if node.op in ("placeholder", "get_attr"):
+            camera.given(node)
+        elif node.op == "call_function" and not is_getitem(node):
+            camera.call(node, phase)
+    forward, gradients = ([program.name(n) for n in part if n is not None] for part in program.outputs)
+    outputs = [name for name in dict.fromkeys((*forward, *gradients)) if name in camera.tensors]
+    camera.mark_gradients(name for name in gradients if name in camera.tensors)
+    return StepGraph(tuple(camera.inputs), tuple(camera.steps), tuple(outputs), camera.tensors, camera.storages)
 
 
 def insert(program: Program, graph: StepGraph, remakes: Iterable[Remake]) -> Program:
@@ -220,36 +245,40 @@ def insert(program: Program, graph: StepGraph, remakes: Iterable[Remake]) -> Pro
     """
     schedule = Placer(graph, remakes).schedule()
     program = program.copy()
-    nodes = {node.name: node for node in program.graph.nodes}
+    nodes = {program.name(node): node for node in program.graph.nodes}
     for at, step in enumerate(graph.steps):
         if step.name not in nodes:
             continue
         reader = nodes[step.name]
         for placed in schedule.before.get(at, ()):
-            _place(program.graph, nodes, placed, reader)
-        renamed = schedule.reads.get(at, {})
-        if renamed:
-            for old, new in renamed.items():
-                reader.replace_input_with(nodes[old], nodes[new])
+            _place(program, nodes, placed, reader)
+        for old, new in schedule.reads.get(at, {}).items():
+            reader.replace_input_with(nodes[old], nodes[new])
     _sweep(program.graph)
     program.graph.lint()
     return program
 
 
-def _place(graph: fx.Graph, nodes: dict[str, fx.Node], placed: Copy, reader: fx.Node) -> None:
+def _place(program: Program, nodes: dict[str, fx.Node], placed: Copy, reader: fx.Node) -> None:
     """Copy the template's node, and its getitems, before `reader` with its reads renamed."""
     template, renamed = nodes[placed.step.name], dict(placed.tensors)
-    with graph.inserting_before(reader):
-        twin = graph.node_copy(template, lambda arg: nodes[renamed.get(arg.name, arg.name)])
-        _adopt(twin, template, placed.name, nodes)
+
+    def read(arg: fx.Node) -> fx.Node:
+        name = program.name(arg)
+        return nodes[renamed.get(name, name)]
+
+    with program.graph.inserting_before(reader):
+        twin = program.graph.node_copy(template, read)
+        _adopt(program, twin, template, placed.name, nodes)
         for item in [user for user in template.users if is_getitem(user)]:
-            _adopt(graph.node_copy(item, lambda _: twin), item, renamed[item.name], nodes)
+            _adopt(program, program.graph.node_copy(item, lambda _: twin), item, renamed[program.name(item)], nodes)
 
 
-def _adopt(twin: fx.Node, template: fx.Node, name: str, nodes: dict[str, fx.Node]) -> None:
+def _adopt(program: Program, twin: fx.Node, template: fx.Node, name: str, nodes: dict[str, fx.Node]) -> None:
     facts(template)  # read before the copy, so that both share them
     twin.meta = {**template.meta, "partitioner_tag": "is_backward"}
-    twin.name = name
+    twin.target = AGAIN.get(template.target, template.target)
+    twin.name = name.removeprefix(program.prefix)
     nodes[name] = twin
 
 

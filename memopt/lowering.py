@@ -1,0 +1,115 @@
+"""From a Dynamo graph to something that runs: AOTAutograd with our partition, then eager or Inductor.
+
+`lower` differentiates the graph, hands the joint graph to `transform` as a `Program`, splits what comes back and
+compiles both halves. Eager runs them as flat Python that frees at last use; Inductor compiles them in process through
+`compile_fx` (never `torch.compile`: inside a backend it silently runs eager).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from memopt.program import Program, normalised, split
+from memopt.runtime.executor import Executor
+
+Transform = Callable[[Program], Program]
+LOWERINGS = ("auto", "inductor", "eager")
+
+
+def lower(
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    names: Mapping[int, str],
+    transform: Transform,
+    lowering: str = "eager",
+    dry: bool = False,
+) -> Callable[..., Any]:
+    """A callable for Dynamo that runs the graph with its joint program transformed.
+
+    names: id(tensor) -> the user's name of that parameter or buffer. dry: the graph will run on fake tensors only, to
+    find what comes after it; nothing is generated or compiled.
+    """
+    described = _described(module, inputs, names)
+
+    def partition(joint: fx.GraphModule, _: Any, *, num_fwd_outputs: int, **__: Any) -> tuple[Any, Any]:
+        program = _program(joint, num_fwd_outputs, described)
+        changed = transform(program)
+        return split(program if dry else changed)
+
+    return (_inductor if lowering == "inductor" else _eager)(module, inputs, partition, dry)
+
+
+def _described(module: fx.GraphModule, inputs: Sequence[Any], names: Mapping[int, str]) -> list[tuple[str, str]]:
+    """(kind, name) of each graph input, in order."""
+    holders = module.graph.find_nodes(op="placeholder")
+    return [_describe(holder, value, names) for holder, value in zip(holders, inputs, strict=True)]
+
+
+def _describe(holder: fx.Node, value: Any, names: Mapping[int, str]) -> tuple[str, str]:
+    static = "_dynamo_static_input_type" in (holder.meta.get("tensor_dict") or {})
+    kind = "parameter" if isinstance(value, torch.nn.Parameter) else "buffer" if static else "input"
+    return kind, names.get(id(value), holder.name)
+
+
+def _program(joint: fx.GraphModule, forward_outputs: int, described: Sequence[tuple[str, str]]) -> Program:
+    holders = joint.graph.find_nodes(op="placeholder")
+    kinds: dict[str, str] = {}
+    names: dict[str, str] = {}
+    primals = 0
+    for holder in holders:
+        if holder.name.startswith("tangents"):
+            kinds[holder.name] = "tangent"
+            continue
+        at = getattr(holder.meta.get("desc"), "idx", primals)
+        primals += 1
+        kinds[holder.name], names[holder.name] = described[at] if at < len(described) else ("input", holder.name)
+    return normalised(Program(joint, forward_outputs, kinds, names))
+
+
+def _eager(module: fx.GraphModule, inputs: Sequence[Any], partition: Any, dry: bool) -> Callable[..., Any]:
+    from torch._functorch.aot_autograd import aot_module_simplified
+
+    def run(graph: fx.GraphModule, _: Any) -> Executor:
+        return Executor(graph)
+
+    return aot_module_simplified(
+        module, inputs, fw_compiler=run, bw_compiler=run, inference_compiler=run, partition_fn=partition
+    )
+
+
+def _inductor(module: fx.GraphModule, inputs: Sequence[Any], partition: Any, dry: bool) -> Callable[..., Any]:
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+
+    def dry_inner(graph: fx.GraphModule, _: Any, **__: Any) -> Executor:
+        return Executor(graph)
+
+    return compile_fx(
+        module,
+        inputs,
+        inner_compile=dry_inner if dry else compile_fx_inner,
+        config_patches={"custom_partitioner_fn": _Partitioner(partition), "force_disable_caches": dry},
+    )
+
+
+class _Partitioner:
+    """Inductor's CustomPartitionerFn around our partition. uuid: None keeps AOTAutograd from caching a foreign plan."""
+
+    def __init__(self, partition: Any) -> None:
+        self.partition = partition
+
+    def __call__(self, joint: fx.GraphModule, inputs: Any, **kwargs: Any) -> tuple[Any, Any]:
+        return self.partition(joint, inputs, **kwargs)
+
+    def uuid(self) -> Any | None:
+        return None
+
+
+def signature(program: Program) -> str:
+    """Hash of a program's operations, wiring and constants: equal signatures take the same plan."""
+    lines = [node.format_node() or "" for node in program.graph.nodes]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

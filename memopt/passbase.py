@@ -1,0 +1,53 @@
+"""What a pass and a trade are: a name, a numerics class, and one function."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, ClassVar
+
+from memopt.edit import Remake
+from memopt.graph import StepGraph
+
+if TYPE_CHECKING:
+    from memopt.program import Program
+
+
+class Numerics(str, Enum):
+    """What a lever does to the numbers. exact: bit-identical. reordered: same mathematics, other rounding.
+    lossy: information is given up; runs only when the user named it."""
+
+    EXACT = "exact"
+    REORDERED = "reordered"
+    LOSSY = "lossy"
+
+
+@dataclass(frozen=True)
+class Trade(ABC):
+    """Offers remakes and counts no bytes: `edit` and `timeline` do that. Its fields are its options."""
+
+    name: ClassVar[str]
+    numerics: ClassVar[Numerics]
+
+    @abstractmethod
+    def propose(self, graph: StepGraph, seconds: Mapping[str, float]) -> tuple[Remake, ...]:
+        """Every remake worth offering, in the order of the graph. seconds: step name -> seconds of one run."""
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass leaves: the program (a new one if anything changed) and how many places it changed."""
+
+    program: Program
+    sites: int
+
+
+@dataclass(frozen=True)
+class Cleanup:
+    """A rewrite that is always better and costs nothing. Run twice, it changes nothing the second time."""
+
+    name: ClassVar[str]
+    numerics: ClassVar[Numerics]
+    run: ClassVar[Callable[[Program], PassResult]]
