@@ -1,0 +1,95 @@
+"""What the copies of one backward region hold, step by step: the inner loop of `memopt.solvers.space`.
+
+Time is counted in halves: 2 t is the moment just before step t, when copies are made in a burst; 2 t + 1 is step t.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Maker(NamedTuple):
+    """The step that makes a value: position, values it reads and creates, bytes of workspace, seconds."""
+
+    at: int
+    reads: tuple[int, ...]
+    makes: tuple[int, ...]
+    workspace: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a region's copies do. held: (from, to, bytes), half-times, both included; bursts: (half-time, bytes above
+    what stood before); extends: original value -> last half-time a copy reads it; used: values really copied."""
+
+    held: tuple[tuple[int, int, int], ...]
+    bursts: tuple[tuple[int, int], ...]
+    extends: Mapping[int, int]
+    seconds: float
+    used: tuple[int, ...]
+
+
+class Walk:
+    """Places copies as `memopt.edit.Placer` does: lazily, before the first read, with what they read in turn."""
+
+    def __init__(self, makers: Mapping[int, Maker], size: Sequence[int], remade: frozenset[int]) -> None:
+        self.makers, self.size, self.remade = makers, size, remade
+        self.born: dict[int, int] = {}
+        self.last: dict[int, int] = {}
+        self.extends: dict[int, int] = {}
+        self.bursts: list[tuple[int, list[Maker]]] = []
+        self.seconds = 0.0
+
+    def run(self, reads: Sequence[tuple[int, tuple[int, ...]]]) -> Work:
+        for at, values in reads:
+            wanted = [v for v in values if v in self.remade]
+            if any(v not in self.born for v in wanted):
+                self.burst(wanted, 2 * at)
+            for v in wanted:
+                self.last[v] = 2 * at + 1
+        held = tuple((b + 1, self.last[v], self.size[v]) for v, b in self.born.items() if self.last[v] > b)
+        tops = tuple((when, self.top(when, makers)) for when, makers in self.bursts)
+        return Work(held, tops, self.extends, self.seconds, tuple(self.born))
+
+    def burst(self, wanted: Sequence[int], when: int) -> None:
+        needed: dict[int, Maker] = {}
+        stack = [v for v in wanted if v not in self.born]
+        while stack:
+            maker = self.makers[stack.pop()]
+            if maker.at not in needed:
+                needed[maker.at] = maker
+                stack.extend(u for u in maker.reads if u in self.remade and u not in self.born)
+        order = [needed[at] for at in sorted(needed)]
+        for maker in order:
+            self.copy(maker, when)
+        self.bursts.append((when, order))
+
+    def copy(self, maker: Maker, when: int) -> None:
+        self.seconds += maker.seconds
+        for u in maker.reads:
+            if u in self.born and u in self.remade:
+                self.last[u] = max(self.last[u], when)
+            else:
+                self.extends[u] = when
+        for v in maker.makes:
+            if v in self.remade and v not in self.born:
+                self.born[v] = when
+                self.last[v] = when
+
+    def top(self, when: int, makers: Sequence[Maker]) -> int:
+        """Most bytes above what stood before the burst: new copies, outputs nobody reads, workspace."""
+        reader = {u: i for i, maker in enumerate(makers) for u in maker.reads}
+        above = best = 0
+        ending: dict[int, int] = {}
+        for v, i in reader.items():
+            if self.last.get(v) == when:
+                ending[i] = ending.get(i, 0) + self.size[v]
+        for i, maker in enumerate(makers):
+            fresh = [v for v in maker.makes if self.born.get(v) == when]
+            made = sum(self.size[v] for v in maker.makes)
+            best = max(best, above + made + maker.workspace)
+            above += sum(self.size[v] for v in fresh if self.last[v] > when or v in reader) - ending.get(i, 0)
+        return best

@@ -1,0 +1,179 @@
+"""The choices of a problem as numbers: which offer covers which reads, and a fast simulation of any subset.
+
+Offers whose spans fall into disjoint regions can be simulated region by region, and a region's copies depend on the
+offers chosen in it alone: results are cached by that subset, so trying a change costs one region. The simulation
+follows `memopt.edit` but keeps forward steps that lose all readers (edit drops them) and frees an original that only
+copies still read after the whole burst: its bytes and seconds are never below the edited graph's. Every final answer
+is simulated by `edit` itself.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from memopt.edit import Remake
+from memopt.plans import Problem
+from memopt.solvers.region import Maker, Walk, Work
+from memopt.timeline import rounded
+
+Parts = tuple[frozenset[int], ...]  # values remade, by region
+
+
+@dataclass
+class Region:
+    """A span of late steps. offers: value -> offer index. reads: (position, values offered here and read there)."""
+
+    first: int
+    last: int
+    offers: dict[int, int] = field(default_factory=dict)
+    reads: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class State:
+    """A simulated subset: peak bytes, the half-time of the peak, added seconds."""
+
+    parts: Parts
+    peak: int
+    at: int
+    seconds: float
+
+
+class Space:
+    """Index of one problem. Values are numbers, in the order storages are declared; offers keep their order."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem, self.graph = problem, problem.graph
+        graph = self.graph
+        self.number = {name: i for i, name in enumerate(graph.storages)}
+        self.size = [rounded(s.nbytes, problem.block) for s in graph.storages.values()]
+        self.steps = len(graph.steps)
+        self.workspace = np.array([rounded(step.workspace, problem.block) for step in graph.steps], dtype=np.int64)
+        self.uses: list[tuple[int, ...]] = [()] * len(self.size)
+        for name, uses in graph.uses.items():
+            self.uses[self.number[name]] = uses
+        self._index_offers(problem.remakes)
+        self._index_reads()
+        self._cache: dict[tuple[int, frozenset[int]], Work] = {}
+
+    def _index_offers(self, offers: tuple[Remake, ...]) -> None:
+        graph = self.graph
+        spans = [(graph.position[r.span[0]], graph.position[r.span[1]]) for r in offers]
+        self.regions = [Region(*span) for span in sorted(set(spans))]
+        index = {(r.first, r.last): k for k, r in enumerate(self.regions)}
+        self.separable = all(a.last < b.first for a, b in zip(self.regions, self.regions[1:], strict=False))
+        self.makers: dict[int, Maker] = {}
+        for offer, (remake, span) in enumerate(zip(offers, spans, strict=True)):
+            value = self.number[remake.value]
+            known = self.regions[index[span]].offers
+            plain = len(remake.unpack) == 1 and not remake.pack and remake.unpack[0].name in graph.position
+            self.separable &= plain and value not in known
+            if plain:
+                known[value] = offer
+                self.makers.setdefault(value, self.maker(remake))
+
+    def maker(self, remake: Remake) -> Maker:
+        step, graph, number = remake.unpack[0], self.graph, self.number
+        reads = tuple(dict.fromkeys(number[graph.storage_of(r)] for r in step.reads))
+        makes = tuple(number[name] for name in graph.created(step))
+        at = graph.position[step.name]
+        return Maker(at, reads, makes, int(self.workspace[at]), self.problem.seconds.get(step.name, 0.0))
+
+    def _index_reads(self) -> None:
+        """Per region the reads its offers may serve; per value and region the first and last such read."""
+        graph, starts = self.graph, [region.first for region in self.regions]
+        self.covered: dict[int, dict[int, tuple[int, int]]] = {v: {} for v in self.makers}
+        for at, step in enumerate(graph.steps):
+            k = bisect_right(starts, at) - 1
+            if k < 0 or at > self.regions[k].last:
+                continue
+            region = self.regions[k]
+            read = dict.fromkeys(self.number[graph.storage_of(r)] for r in step.reads)
+            served = tuple(v for v in read if v in region.offers)
+            if served:
+                region.reads.append((at, served))
+            for v in served:
+                self.covered[v][k] = (self.covered[v].get(k, (at, at))[0], at)
+        self._index_lives()
+
+    def _index_lives(self) -> None:
+        """Half-times: births of all values; ends of those no choice moves; anchors of the others."""
+        graph = self.graph
+        held = {self.number[n] for n in (*graph.input_storages, *graph.output_storages)}
+        given = {self.number[n] for n in graph.input_storages}
+        births, ends = np.zeros(len(self.size), np.int64), np.zeros(len(self.size), np.int64)
+        for v, uses in enumerate(self.uses):
+            births[v] = 0 if v in given else 2 * uses[0] + 1 if uses else 0
+            ends[v] = 2 * self.steps if v in held else 2 * uses[-1] + 1 if uses else -1
+        self.births, self.fixed_ends, self.held = births, ends, held
+        self.anchor: dict[int, int] = {}
+        for v in self.makers:
+            inside = [(r.first, r.last) for r in self.regions if v in r.offers]
+            outside = [u for u in self.uses[v] if not any(a <= u <= b for a, b in inside)]
+            self.anchor[v] = 2 * max(outside, default=self.uses[v][0]) + 1
+        self.sizes = np.array(self.size, dtype=np.int64)
+
+    def work(self, k: int, remade: frozenset[int]) -> Work:
+        """Simulate region k when these values are remade in it."""
+        found = self._cache.get((k, remade))
+        if found is None:
+            found = Walk(self.makers, self.size, remade).run(self.regions[k].reads)
+            self._cache[k, remade] = found
+        return found
+
+    def ends(self, parts: Parts, works: Sequence[Work]) -> np.ndarray:
+        """Half-time after which each original is free."""
+        ends = self.fixed_ends.copy()
+        for value, covered in self.covered.items():
+            if value not in self.held:
+                left = self.anchor[value]
+                for k, (_, last) in covered.items():
+                    if value not in parts[k] and 2 * last + 1 > left:
+                        left = 2 * last + 1
+                ends[value] = left
+        for work in works:
+            for value, when in work.extends.items():
+                if ends[value] < when:
+                    ends[value] = when
+        return ends
+
+    def bytes_at(self, parts: Parts) -> tuple[np.ndarray, float]:
+        """Bytes at each half-time, the bursts' and workspaces included, and added seconds."""
+        works = [self.work(k, part) for k, part in enumerate(parts)]
+        ends = self.ends(parts, works)
+        delta = np.zeros(2 * self.steps + 2, np.int64)
+        alive = ends >= self.births
+        np.add.at(delta, self.births[alive], self.sizes[alive])
+        np.subtract.at(delta, ends[alive] + 1, self.sizes[alive])
+        for work in works:
+            for first, last, size in work.held:
+                delta[first] += size
+                delta[last + 1] -= size
+        held = np.cumsum(delta)[: 2 * self.steps]
+        held[1::2] += self.workspace
+        for work in works:
+            for when, size in work.bursts:
+                held[when] += size
+        return held, sum(work.seconds for work in works)
+
+    def state(self, parts: Parts) -> State:
+        held, seconds = self.bytes_at(parts)
+        at = int(np.argmax(held)) if len(held) else 0
+        return State(parts, int(held[at]) if len(held) else 0, at, seconds)
+
+    def all(self) -> Parts:
+        return tuple(frozenset(region.offers) for region in self.regions)
+
+    def none(self) -> Parts:
+        return tuple(frozenset() for _ in self.regions)
+
+    def remakes(self, parts: Parts) -> tuple[Remake, ...]:
+        """The offers that really serve a read, in the problem's order."""
+        used: Iterable[int] = (
+            self.regions[k].offers[v] for k, part in enumerate(parts) for v in self.work(k, part).used
+        )
+        return tuple(self.problem.remakes[offer] for offer in sorted(used))
