@@ -85,8 +85,8 @@ def test_a_share_of_an_unknown_device_is_refused(spec: str) -> None:
 
 NONSENSE = [
     "", " ", "24", "24Gb", "24gb", "24 gigabytes", "GB", "1e9B", "0x10B", "nan", "infGB", "1_000B", "1,5GB", "--2GiB",
-    "-2", "-80%", "%", "80%%", "Auto", "24GB free", "0GB", "0%", "0.4B", "-24GiB", "-25GiB", "101%", "25GiB", 0, -1, CARD + 1,
-    True, 1.5, None, b"24GB", (24,),
+    "-2", "-80%", "%", "80%%", "Auto", "24GB free", "0GB", "0%", "0.4B", "-24GiB", "-25GiB", "101%", "25GiB", 0, -1,
+    CARD + 1, True, 1.5, None, b"24GB", (24,),
 ]  # fmt: skip
 
 
