@@ -42,6 +42,17 @@ class Decision:
     source: str
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Storages of one kind made at one source line, as the peak holds them. largest: the biggest one's name."""
+
+    source: str
+    kind: str
+    count: int
+    bytes: int
+    largest: str
+
+
 @dataclass(frozen=True)
 class PlanResult:
     """A planned (and perhaps measured) step.
@@ -113,6 +124,11 @@ class PlanResult:
     def seconds_of(self, step: Step) -> float:
         found = self.seconds.get(step.name)
         return self.seconds.get(original(step.name), 0.0) if found is None else found
+
+    @cached_property
+    def held_at_peak(self) -> tuple[Held, ...]:
+        """What the planned step holds at its peak, by source line and kind, most bytes first; workspace apart."""
+        return held(self.after, self.snapshot)
 
     def source_of(self, storage: str) -> str:
         """The user's line that makes this storage; '' for what lives before the step begins."""
@@ -211,6 +227,18 @@ def _sources(graph: StepGraph) -> dict[str, str]:
     """Storage -> source line of the step that touches it first; inputs have none of their own."""
     lines = {name: graph.steps[at[0]].source for name, at in graph.uses.items()}
     return {**lines, **dict.fromkeys(graph.input_storages, "")}
+
+
+def held(graph: StepGraph, snapshot: Snapshot) -> tuple[Held, ...]:
+    """The snapshot's storages by source line and kind, most bytes first. Layers that repeat a line share a row."""
+    lines, rows = _sources(graph), dict[tuple[str, str], list[tuple[str, int]]]()
+    for name, size in snapshot.storages:
+        rows.setdefault((lines.get(name, ""), graph.storages[name].kind), []).append((name, size))
+    out = (
+        Held(source, kind, len(items), sum(size for _, size in items), items[0][0])
+        for (source, kind), items in rows.items()
+    )
+    return tuple(sorted(out, key=lambda row: (-row.bytes, row.source, row.kind)))
 
 
 def _used(graph: StepGraph) -> set[str]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from memopt.planfile import PlanDiff, PlanFile
     from memopt.report import PlanResult
 
-LARGEST = 8  # storages listed at the peak
+LARGEST = 8  # source lines listed at the peak
 WIDTH = 120  # columns where the terminal does not say
 
 
@@ -149,12 +149,14 @@ def _at_peak(result: PlanResult) -> Table:
 
 
 def _largest(result: PlanResult) -> Table:
-    graph, snapshot = result.after, result.snapshot
-    table = grid("largest storages", "kind", "bytes>", "made at")
-    for name, size in snapshot.storages[:LARGEST]:
-        row(table, name, graph.storages[name].kind, short(size), result.source_of(name) or "before the step")
-    if rest := snapshot.storages[LARGEST:]:
-        row(table, f"{len(rest)} more", "", short(sum(size for _, size in rest)), "")
+    table = grid("made at", "kind", "storages>", "bytes>", "the largest of them")
+    for held in result.held_at_peak[:LARGEST]:
+        size = short(result.after.storages[held.largest].nbytes)
+        line = held.source or "before the step"
+        row(table, line, held.kind, str(held.count), short(held.bytes), f"{held.largest} {size}")
+    if rest := result.held_at_peak[LARGEST:]:
+        count = sum(held.count for held in rest)
+        row(table, "elsewhere", "", str(count), short(sum(held.bytes for held in rest)), "")
     return table
 
 

@@ -98,6 +98,7 @@ def test_infeasible_names_the_binding_step_and_the_ways_out(make_refused: Callab
 def test_what_lives_at_the_peak_adds_up_to_it(make: Make) -> None:
     result = make(64 * MIB)
     assert sum(result.to_json()["at_peak"].values()) == result.peak
+    assert sum(held.bytes for held in result.held_at_peak) == result.peak
     assert result.source_of("a2") == "modeling_tiny.py:22"
     assert result.source_of("p0") == ""
 
