@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
+from memopt.edit import live_steps
 from memopt.graph import Phase, Step, StepGraph, Storage, TensorInfo, verify
 
 BANDWIDTH = 2e11  # bytes a second of the imagined device; only ratios between steps matter here
@@ -112,7 +113,7 @@ class Tape:
     def graph(self, outputs: tuple[str, ...]) -> StepGraph:
         held = tuple(g for n, g in self.grads.items() if n in self.inputs)
         graph = StepGraph(
-            tuple(self.inputs), tuple(self.steps), (*outputs, *held), dict(self.tensors), dict(self.storages)
+            tuple(self.inputs), live_steps(self.steps, (*outputs, *held)), (*outputs, *held), dict(self.tensors), dict(self.storages)
         )
         return verify(graph)
 

@@ -1,0 +1,284 @@
+"""The planner's linear model: which originals live how long, which values are remade where, bytes at chosen moments.
+
+x[v, k]  the original of value v lives through its use in region k      (falls with time)
+d[v, k]  value v is remade in region k
+y[s, k]  maker s runs again in region k, where s makes several values
+e[s]     the forward run of s itself becomes unnecessary (all its readers are served by copies)
+n[v, h]  v has been remade by half-time h of its region, because something already remade there reads it
+
+A read in k wants x + d >= 1; a remade value wants each value its maker reads alive or remade; a memory row adds what
+is certainly alive, x of what may be, and n. Every row is a lower bound of the bytes a choice of offers really holds, so
+the relaxation's optimum is a lower bound on the added seconds of ANY subset of the offers. Left out (hence never above
+the truth): transients inside a burst of copies. The engine adds them as corrections found by simulation.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+
+import highspy
+import numpy as np
+import pulp
+
+from memopt.edit import live_steps
+from memopt.solvers.space import Parts, Space
+
+Key = tuple[str, int, int]
+
+
+class Model:
+    """Built once with PuLP, solved by HiGHS in process; rows are added and the budget moved on the warm model."""
+
+    def __init__(self, space: Space, *, integer: bool = False) -> None:
+        self.space = space
+        self.integer = integer
+        self.problem = pulp.LpProblem("memopt", pulp.LpMinimize)
+        self.variables: dict[Key, pulp.LpVariable] = {}
+        self.index: dict[Key, int] = {}
+        self.cost: dict[Key, float] = {}
+        self.scale = max(space.sizes.max(initial=1), 1) / 100.0  # bytes a unit of the rows: keeps coefficients near 1
+        self.seconds = max((m.seconds for m in space.makers.values()), default=0.0) or 1.0
+        self.rows: dict[int, tuple[int, float, dict[int, float]]] = {}  # half-time -> row, constant bytes, coefficients
+        self.pairs: dict[int, list[int]] = {}
+        self._constraints()
+        self._load()
+
+    # -- building ---------------------------------------------------------------------------------------------------
+
+    def var(self, kind: str, a: int, b: int, cost: float = 0.0) -> pulp.LpVariable:
+        key = (kind, a, b)
+        found = self.variables.get(key)
+        if found is None:
+            name = f"{len(self.variables):07d}_{kind}_{a}_{b}"  # PuLP sorts by name: numbers keep our order
+            cat = pulp.LpInteger if self.integer and kind in "xd" else pulp.LpContinuous
+            found = self.variables[key] = pulp.LpVariable(name, 0, 1, cat)
+            self.cost[key] = cost / self.seconds
+        return found
+
+    def at_least(self, terms: list[tuple[pulp.LpVariable, float]], bound: float) -> None:
+        expression = pulp.LpAffineExpression(terms)
+        self.problem.addConstraint(pulp.LpConstraint(expression, pulp.LpConstraintGE, rhs=bound))
+
+    def _constraints(self) -> None:
+        space = self.space
+        self.variables[("B", 0, 0)] = pulp.LpVariable("0000000_B", 0, None)
+        self.cost[("B", 0, 0)] = 0.0
+        bases: dict[int, set[int]] = {}
+        for k, region in enumerate(space.regions):
+            for v in region.offers:
+                bases.setdefault(v, set()).add(k)
+                for u in space.makers[v].reads:
+                    if u in space.makers:
+                        bases.setdefault(u, set()).add(k)
+        self.pairs = {v: sorted(ks) for v, ks in sorted(bases.items())}
+        for v, ks in self.pairs.items():
+            xs = [self.var("x", v, k) for k in ks]
+            for early, late in zip(xs, xs[1:], strict=False):
+                self.at_least([(early, 1.0), (late, -1.0)], 0.0)
+        for k, region in enumerate(space.regions):
+            for v in region.offers:
+                self._value(v, k)
+        self._free_runs()
+
+    def _value(self, v: int, k: int) -> None:
+        space, maker = self.space, self.space.makers[v]
+        siblings = [w for w in maker.makes if w in space.regions[k].offers]
+        d = self.var("d", v, k, maker.seconds if len(siblings) == 1 else 0.0)
+        if len(siblings) > 1:
+            self.at_least([(self.var("y", maker.at, k, maker.seconds), 1.0), (d, -1.0)], 0.0)
+        if k in space.covered[v]:
+            self.at_least([(self.var("x", v, k), 1.0), (d, 1.0)], 1.0)
+        for u in maker.reads:
+            if u in space.makers and 2 * space.regions[k].last + 1 > space.anchor[u]:
+                terms = [(self.var("x", u, k), 1.0), (d, -1.0)]
+                if u in space.regions[k].offers:
+                    terms.append((self.var("d", u, k), 1.0))
+                self.at_least(terms, 0.0)
+
+    def _free_runs(self) -> None:
+        """e[s] <= sum over regions of the maker's copies; worth its seconds once."""
+        for at in droppable(self.space):
+            copies = [key for key in self.variables if key[0] in "dy" and self._maker_of(key) == at]
+            seconds = max(m.seconds for m in self.space.makers.values() if m.at == at)
+            e = self.var("e", at, 0, -seconds)
+            self.at_least([*((self.variables[key], 1.0) for key in copies), (e, -1.0)], 0.0)
+
+    def _maker_of(self, key: Key) -> int:
+        return key[1] if key[0] == "y" else self.space.makers[key[1]].at
+
+    def _load(self) -> None:
+        self.problem.setObjective(
+            pulp.LpAffineExpression([(var, self.cost[key]) for key, var in self.variables.items() if self.cost[key]])
+        )
+        solver = pulp.HiGHS(msg=False, threads=1)
+        solver.createAndConfigureSolver(self.problem)
+        solver.buildSolverModel(self.problem)
+        self.highs = self.problem.solverModel
+        listed = {var.name: i for i, var in enumerate(self.problem.variables())}
+        for key, var in self.variables.items():
+            if var.name not in listed:  # in no constraint: PuLP never saw it
+                continue
+            self.index[key] = listed[var.name]
+        for key in self.variables:
+            if key not in self.index:
+                self.index[key] = self._column(self.cost[key], 1.0 if key[0] != "B" else highspy.kHighsInf)
+
+    def _column(self, cost: float = 0.0, upper: float = 1.0) -> int:
+        self.highs.addCol(cost, 0.0, upper, 0, [], [])
+        return int(self.highs.getNumCol()) - 1
+
+    # -- memory rows ------------------------------------------------------------------------------------------------
+
+    def add_row(self, half: int) -> None:
+        """Bytes at this half-time stay within B."""
+        if half in self.rows:
+            return
+        constant, terms = self._row(half)
+        terms[self.index["B", 0, 0]] = -1.0
+        row = int(self.highs.getNumRow())
+        columns = list(terms)
+        self.highs.addRow(-highspy.kHighsInf, -constant / self.scale, len(columns), columns, [terms[c] for c in columns])
+        self.rows[half] = (row, constant, terms)
+
+    def _row(self, half: int) -> tuple[float, dict[int, float]]:
+        space = self.space
+        constant = float(self._certain()[half])
+        terms: dict[int, float] = {}
+        k = self._region_at(half // 2)
+        pulled = self._pulled(half, k) if k is not None else {}
+        for v, ks in self.pairs.items():
+            if half <= space.anchor[v] or v in space.held:
+                continue
+            region = self._lives_to(v, ks, half)
+            size = space.size[v]
+            if k is not None and region == k and v in space.regions[k].offers and k in space.covered[v]:
+                if half >= 2 * space.covered[v][k][0]:
+                    constant += size
+                    continue
+                if v in pulled:
+                    terms[pulled[v]] = terms.get(pulled[v], 0.0) + size / self.scale
+            if region is not None:
+                column = self.index["x", v, region]
+                terms[column] = terms.get(column, 0.0) + size / self.scale
+        return constant, terms
+
+    def _certain(self) -> np.ndarray:
+        """Bytes alive at each half-time whatever is chosen: other values, and offered ones up to their anchor."""
+        if not hasattr(self, "_certain_bytes"):
+            space = self.space
+            ends = space.fixed_ends.copy()
+            for v in self.pairs:
+                if v not in space.held:
+                    ends[v] = min(ends[v], space.anchor[v])
+            delta = np.zeros(2 * space.steps + 2, np.int64)
+            alive = ends >= space.births
+            np.add.at(delta, space.births[alive], space.sizes[alive])
+            np.subtract.at(delta, ends[alive] + 1, space.sizes[alive])
+            held = np.cumsum(delta)[: 2 * space.steps]
+            held[1::2] += space.workspace
+            self._certain_bytes = held
+        return self._certain_bytes
+
+    def _region_at(self, at: int) -> int | None:
+        regions = self.space.regions
+        k = bisect_right([r.first for r in regions], at) - 1
+        return k if k >= 0 and at <= regions[k].last else None
+
+    def _lives_to(self, v: int, ks: list[int], half: int) -> int | None:
+        """The first region by whose use of v the original, if alive then, is alive at `half`."""
+        covered = self.space.covered[v]
+        for k in ks:
+            until = 2 * covered[k][1] + 1 if k in covered else 2 * self.space.regions[k].first
+            if until >= half:
+                return k
+        return None
+
+    def _pulled(self, half: int, k: int) -> dict[int, int]:
+        """Columns that say a value has been remade by `half` in region k, because a remade one reads it."""
+        space, offers = self.space, self.space.regions[k].offers
+        seen = {v: self.index["d", v, k] for v, (f, _) in _in_region(space, k).items() if 2 * f <= half}
+        stack = sorted(seen)
+        while stack:
+            w = stack.pop()
+            for u in space.makers[w].reads:
+                if u not in offers or (u in seen and 2 * _in_region(space, k).get(u, (half + 1, 0))[0] <= half):
+                    continue
+                if u not in seen:
+                    seen[u] = self._column()
+                    stack.append(u)
+                self.highs.addRow(0.0, highspy.kHighsInf, 3, [seen[u], self.index["x", u, k], seen[w]], [1.0, 1.0, -1.0])
+        return seen
+
+    # -- solving ----------------------------------------------------------------------------------------------------
+
+    def correct(self, half: int, extra: float) -> None:
+        """Lower a row's right side by bytes the model does not see (0 restores the certified row)."""
+        row, constant, _ = self.rows[half]
+        self.highs.changeRowBounds(row, -highspy.kHighsInf, -(constant + extra) / self.scale)
+
+    def solve(self, budget: float | None) -> np.ndarray | None:
+        """Column values at least seconds within `budget` bytes (None: at least bytes); None when infeasible."""
+        b = self.index["B", 0, 0]
+        upper = highspy.kHighsInf if budget is None else budget / self.scale
+        self.highs.changeColBounds(b, 0.0, upper)
+        self.highs.changeColCost(b, 1.0 if budget is None else 0.0)
+        for key, column in self.index.items() if self._minimising != (budget is None) else ():
+            if self.cost[key]:
+                self.highs.changeColCost(column, 0.0 if budget is None else self.cost[key])
+        self._minimising = budget is None
+        self.highs.run()
+        if self.highs.getModelStatus() != highspy.HighsModelStatus.kOptimal:
+            return None
+        return np.array(self.highs.getSolution().col_value)
+
+    _minimising = False
+
+    def objective(self) -> float:
+        """Seconds of the last solution, less what dead steps of the graph would give back; never negative."""
+        return max(0.0, float(self.highs.getObjectiveValue()) * self.seconds - dead_seconds(self.space))
+
+    def least_bytes(self) -> float:
+        return float(self.highs.getObjectiveValue()) * self.scale
+
+    def lives(self, values: np.ndarray, v: int, k: int) -> float:
+        return float(values[self.index["x", v, k]])
+
+    def rounded(self, values: np.ndarray, threshold: float = 0.5) -> Parts:
+        """Remade: every offer whose original does not live through its region."""
+        return tuple(
+            frozenset(v for v in region.offers if self.lives(values, v, k) < threshold)
+            for k, region in enumerate(self.space.regions)
+        )
+
+
+def _in_region(space: Space, k: int) -> dict[int, tuple[int, int]]:
+    cache: dict[int, dict[int, tuple[int, int]]] = space.__dict__.setdefault("_in_region", {})
+    if k not in cache:
+        cache[k] = {v: space.covered[v][k] for v in space.regions[k].offers if k in space.covered[v]}
+    return cache[k]
+
+
+def droppable(space: Space) -> list[int]:
+    """Makers that no forward step needs unless it can itself be dropped, so that copies may replace them."""
+    graph = space.graph
+    makers = {m.at for m in space.makers.values()}
+    needed: set[str] = set(graph.outputs)
+    spare: list[int] = []
+    inside = [(r.first, r.last, r.offers) for r in space.regions]
+    for at in reversed(range(len(graph.steps))):
+        step = graph.steps[at]
+        late = any(a <= at <= b for a, b, _ in inside)
+        free = step.pure and step.writes and not late and not any(w in needed for w in step.writes)
+        if free and at in makers:
+            spare.append(at)
+        if not free:
+            offered = next((o for a, b, o in inside if a <= at <= b), {})
+            needed.update(r for r in step.reads if space.number[graph.storage_of(r)] not in offered)
+    return sorted(spare)
+
+
+def dead_seconds(space: Space) -> float:
+    """Seconds of steps nobody reads even before any edit; `edit` drops them too."""
+    alive = {step.name for step in live_steps(space.graph.steps, space.graph.outputs)}
+    seconds = space.problem.seconds
+    return sum(seconds.get(step.name, 0.0) for step in space.graph.steps if step.name not in alive)
