@@ -1,0 +1,135 @@
+"""The optimizer's update as the third phase of a step graph: the optimizer itself, watched while it runs on fakes.
+
+Nothing is assumed about how an optimizer works. Its double (memopt/optim/rebuild.py) takes two steps over fake
+parameters: the first makes the state, the second is written down (memopt/optim/recorder.py). Left out: memory an
+operation takes and gives back inside itself (`Step.workspace` stays 0; memopt/runtime/opcost.py measures it), and state
+that an optimizer replaces rather than updates (it counts throughout, as state, beside its successor).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_iter
+
+from memopt.errors import MemoptError
+from memopt.graph import Step, StepGraph, Storage, TensorInfo
+from memopt.optim.rebuild import fake_parameters, rebuilt, refuse
+from memopt.optim.recorder import Recorder
+
+ASSUMED = "no optimizer given: torch.optim.AdamW with fp32 states is assumed"
+
+
+@dataclass(frozen=True)
+class OptimizerPhase:
+    """Steps of phase "optimizer" and everything they name. A storage has the name of its first tensor.
+
+    given: parameters (by their names), gradients ("grad:<parameter>") and state ("state:<parameter>:<key>"), all alive
+    before the phase; state_names: those of them that are state; outputs: made in the phase and kept for the next step.
+    assumed: a sentence for the report if the optimizer was not the user's, else "".
+    """
+
+    steps: tuple[Step, ...]
+    tensors: Mapping[str, TensorInfo]
+    storages: Mapping[str, Storage]
+    given: tuple[str, ...]
+    state_names: tuple[str, ...]
+    outputs: tuple[str, ...] = ()
+    assumed: str = ""
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(self.storages[self.tensors[name].storage].nbytes for name in self.state_names)
+
+    def graph(self) -> StepGraph:
+        """The phase as a step graph by itself, parameters, gradients and state its inputs."""
+        return StepGraph(self.given, self.steps, self.outputs, self.tensors, self.storages)
+
+
+def photograph_optimizer(
+    params: Sequence[tuple[str, Tensor]], optimizer: Optimizer | None, *, foreach: bool | None = None
+) -> OptimizerPhase:
+    """What `optimizer.step()` reads, writes and holds once its state exists, for parameters that all have gradients.
+
+    params: the parameters that get one, fake or real (only shapes are read), by name; the very objects the optimizer
+    holds, or as many in its order. None: AdamW as torch builds it by default, its states and temporaries in fp32 even
+    for parameters of less precision (where torch's own would follow the parameters). foreach: what torch picks where
+    the optimizer leaves it open; None for this device's choice, True to plan on a CPU for a CUDA device. Neither the
+    optimizer nor a tensor of it is changed.
+
+    Raises MemoptError for optimizers that need a closure, are sparse, hold other parameters, or fail on fake tensors.
+    """
+    if optimizer is not None:
+        refuse(optimizer)
+    recorder = Recorder()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fakes = fake_parameters(params, least=torch.float32 if optimizer is None else None)
+        double = _default(fakes) if optimizer is None else rebuilt(optimizer, params, fakes)
+        _choose_foreach(double, foreach)
+        with recorder:
+            _step(double)
+            _introduce(recorder, double, fakes)
+            recorder.on = True
+            _step(double)
+            outputs = recorder.finish()
+    if optimizer is None:
+        _narrow(recorder, params)
+    return _phase(recorder, outputs, ASSUMED if optimizer is None else "")
+
+
+def _default(fakes: dict[str, nn.Parameter]) -> Optimizer:
+    return torch.optim.AdamW(fakes.values() if fakes else [nn.Parameter(torch.empty(0))])
+
+
+def _narrow(recorder: Recorder, params: Sequence[tuple[str, Tensor]]) -> None:
+    """Give parameters and gradients back the dtype they have: only the update was assumed to be in fp32."""
+    for owner, tensor in params:
+        for name in (owner, f"grad:{owner}"):
+            home = recorder.storages[recorder.tensors[name].storage]
+            nbytes = home.nbytes * tensor.element_size() // max(tensor.element_size(), 4)
+            recorder.storages[home.name] = replace(home, nbytes=nbytes)
+            recorder.tensors[name] = replace(recorder.tensors[name], dtype=str(tensor.dtype).removeprefix("torch."))
+
+
+def _choose_foreach(optimizer: Optimizer, foreach: bool | None) -> None:
+    for group in optimizer.param_groups:
+        if foreach is not None and "foreach" in group and group["foreach"] is None and not group.get("fused"):
+            group["foreach"] = foreach
+
+
+def _step(optimizer: Optimizer) -> None:
+    try:
+        optimizer.step()
+    except Exception as error:  # the optimizer's code may be anybody's
+        kind = type(optimizer).__name__
+        raise MemoptError(
+            f"{kind}.step() failed on fake tensors ({type(error).__name__}: {error}), so its memory cannot be planned; "
+            "plan with optimizer=None, which assumes AdamW"
+        ) from error
+
+
+def _introduce(recorder: Recorder, optimizer: Optimizer, fakes: dict[str, nn.Parameter]) -> None:
+    """Name what is alive before the photographed step. Parameters first, so that state that aliases one is no state."""
+    for name, fake in fakes.items():
+        recorder.know(name, fake, "parameter")
+    for name, fake in fakes.items():
+        if fake.grad is not None:
+            recorder.know(f"grad:{name}", fake.grad, "gradient")
+    names = {id(fake): name for name, fake in fakes.items()}
+    for owner, state in optimizer.state.items():
+        for key, value in state.items() if isinstance(state, Mapping) else [("", state)]:
+            for at, leaf in enumerate(leaf for leaf in tree_iter(value) if isinstance(leaf, Tensor)):
+                name = f"state:{names.get(id(owner), 'other')}:{key}"
+                recorder.know(name if not at else f"{name}.{at}", leaf, "state")
+
+
+def _phase(recorder: Recorder, outputs: tuple[str, ...], assumed: str) -> OptimizerPhase:
+    state = tuple(n for n in recorder.given if recorder.storages[n].kind == "state")
+    return OptimizerPhase(
+        tuple(recorder.steps), recorder.tensors, recorder.storages, tuple(recorder.given), state, outputs, assumed
+    )
