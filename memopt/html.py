@@ -160,19 +160,14 @@ def _held(result: PlanResult, graph: StepGraph) -> str:
 
 def _phases(result: PlanResult) -> str:
     before, after = phase_peaks(result.before, result.block), phase_peaks(result.after, result.block)
-    found = result.measured.phases if result.measured else {}
-    heads = ("phase", "peak without memopt>", "planned>", "change>", *(("measured>",) if result.measured else ()))
-    rows = (
-        (
-            phase,
-            short(old),
-            short(after.get(phase, 0)),
-            percent(after.get(phase, 0) - old, old, "+"),
-            *((short(found[phase]) if phase in found else "",) if result.measured else ()),
-        )
-        for phase, old in before.items()
-    )
-    return _table(heads, rows)
+    shown: dict[str, dict[str, str]] = {"peak without memopt>": {name: short(size) for name, size in before.items()}}
+    if not result.infeasible:
+        shown["planned>"] = {name: short(size) for name, size in after.items()}
+        shown["change>"] = {name: percent(after.get(name, 0) - old, old, "+") for name, old in before.items()}
+    if result.measured:
+        shown["measured>"] = {name: short(size) for name, size in result.measured.phases.items()}
+    rows = ((name, *(column.get(name, "") for column in shown.values())) for name in before)
+    return _table(("phase", *shown), rows)
 
 
 def _levers(result: PlanResult) -> str:
