@@ -20,7 +20,7 @@ LEVELS = {
     1: "plans edit cost timeline devices",
     2: "program facts passbase kernels solvers",
     3: "passes capture optim runtime lowering compose outputs models workload factory nets text",
-    4: "pipeline report table planfile html chart page formula",
+    4: "pipeline profiling session report table planfile html chart page formula",
     5: "api",
     6: "cli options __main__ backend integrations",
 }

@@ -25,8 +25,10 @@ def main(folders: list[str]) -> int:
     for what, found in (("files", lines), ("functions", sizes)):
         ordered = sorted(found.values())
         tenth = ordered[int(0.9 * (len(ordered) - 1))]
-        print(f"{what:10} {len(ordered):5}  median {statistics.median(ordered):5.0f}  9 in 10 within {tenth:4}  ", end="")
-        print(f"longest {ordered[-1]:4}  {max(found, key=found.__getitem__)}")
+        middle, longest = statistics.median(ordered), max(found, key=found.__getitem__)
+        print(
+            f"{what:10} {len(ordered):5}  median {middle:5.0f}  9 in 10 within {tenth:4}  longest {ordered[-1]:4}  {longest}"
+        )
     over = [f"{name} has {size} lines" for found, limit in ((lines, FILE_LIMIT), (sizes, FUNCTION_LIMIT))
             for name, size in found.items() if size > limit]  # fmt: skip
     print("\n".join(over) or "nothing is over the limits")
