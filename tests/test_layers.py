@@ -21,7 +21,7 @@ LEVELS = {
     2: "program facts passbase kernels solvers",
     3: "passes capture optim runtime lowering compose outputs models workload factory nets text",
     4: "pipeline profiling session report table planfile html chart page formula",
-    5: "api",
+    5: "api workbench",
     6: "cli options __main__ backend integrations",
 }
 LEVEL = {f"memopt.{name}": level for level, names in LEVELS.items() for name in names.split()}

@@ -27,7 +27,8 @@ def main(folders: list[str]) -> int:
         tenth = ordered[int(0.9 * (len(ordered) - 1))]
         middle, longest = statistics.median(ordered), max(found, key=found.__getitem__)
         print(
-            f"{what:10} {len(ordered):5}  median {middle:5.0f}  9 in 10 within {tenth:4}  longest {ordered[-1]:4}  {longest}"
+            f"{what:10} {len(ordered):5}  median {middle:5.0f}  9 in 10 within {tenth:4}  longest {ordered[-1]:4}",
+            longest,
         )
     over = [f"{name} has {size} lines" for found, limit in ((lines, FILE_LIMIT), (sizes, FUNCTION_LIMIT))
             for name, size in found.items() if size > limit]  # fmt: skip
