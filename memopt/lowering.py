@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from memopt.facts import hint
+from memopt.outputs import detach_beside_loss, refuse_gradients
 from memopt.program import Program, normalised, split
 from memopt.runtime.executor import Executor
 
@@ -28,12 +30,15 @@ def lower(
     transform: Transform,
     lowering: str = "eager",
     dry: bool = False,
+    loss_only: bool = False,
+    seen: Callable[[bool], None] = lambda held: None,
 ) -> Callable[..., Any]:
     """A callable for Dynamo that runs the graph with its joint program transformed.
 
     names: id(tensor) -> the user's name of that parameter or buffer. dry: the graph will run on fake tensors only, to
-    find what comes after it; nothing is generated or compiled.
+    find what comes after it; nothing is generated or compiled. loss_only, seen: see `memopt.outputs`.
     """
+    detached = detach_beside_loss(module) if loss_only else None
     described = _described(module, inputs, names)
 
     def partition(joint: fx.GraphModule, _: Any, *, num_fwd_outputs: int, **__: Any) -> tuple[Any, Any]:
@@ -41,7 +46,8 @@ def lower(
         changed = transform(program)
         return split(program if dry else changed)
 
-    return (_inductor if lowering == "inductor" else _eager)(module, inputs, partition, dry)
+    run = (_inductor if lowering == "inductor" else _eager)(module, inputs, partition, dry)
+    return run if detached is None else refuse_gradients(run, *detached, seen)
 
 
 def _described(module: fx.GraphModule, inputs: Sequence[Any], names: Mapping[int, str]) -> list[tuple[str, str]]:
@@ -92,24 +98,29 @@ def _inductor(module: fx.GraphModule, inputs: Sequence[Any], partition: Any, dry
         module,
         inputs,
         inner_compile=dry_inner if dry else compile_fx_inner,
-        config_patches={"custom_partitioner_fn": _Partitioner(partition), "force_disable_caches": dry},
+        config_patches={"custom_partitioner_fn": _partitioner(partition), "force_disable_caches": dry},
     )
 
 
-class _Partitioner:
-    """Inductor's CustomPartitionerFn around our partition. uuid: None keeps AOTAutograd from caching a foreign plan."""
+def _partitioner(partition: Any) -> Any:
+    """Inductor's wrapper for a custom partition. uuid None keeps AOTAutograd from caching a plan under another's key."""
+    from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
-    def __init__(self, partition: Any) -> None:
-        self.partition = partition
+    class ByPlan(CustomPartitionerFn):
+        def __call__(self, joint: fx.GraphModule, inputs: Any, **kwargs: Any) -> tuple[Any, Any]:
+            return partition(joint, inputs, **kwargs)
 
-    def __call__(self, joint: fx.GraphModule, inputs: Any, **kwargs: Any) -> tuple[Any, Any]:
-        return self.partition(joint, inputs, **kwargs)
+        def uuid(self) -> Any | None:
+            return None
 
-    def uuid(self) -> Any | None:
-        return None
+    return ByPlan()
 
 
 def signature(program: Program) -> str:
     """Hash of a program's operations, wiring and constants: equal signatures take the same plan."""
     lines = [node.format_node() or "" for node in program.graph.nodes]
+    for node in program.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            lines.append(f"{node.name} {value.dtype} {[hint(n) for n in value.shape]} {program.kinds.get(node.name)}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

@@ -98,7 +98,9 @@ def _forward_first(program: Program) -> None:
     for node in program.graph.nodes:
         if node.meta.get("partitioner_tag") == "must_be_in_forward":
             forward |= _ancestors([node])
-    tangents = _descendants(n for n in program.graph.find_nodes(op="placeholder") if program.kinds.get(n.name) == "tangent")
+    tangents = _descendants(
+        n for n in program.graph.find_nodes(op="placeholder") if program.kinds.get(n.name) == "tangent"
+    )
     first = next((node for node in program.graph.nodes if node in tangents and node.op == "call_function"), None)
     late = False
     for node in list(program.graph.nodes):
@@ -147,7 +149,11 @@ def boundary(program: Program) -> fx.Node | None:
     forward = _ancestors(node for node in program.outputs[0] if node)
     nodes = [node for node in program.graph.nodes if node.op == "call_function"]
     last = max(
-        (at for at, node in enumerate(nodes) if node in forward or node.meta.get("partitioner_tag") == "must_be_in_forward"),
+        (
+            at
+            for at, node in enumerate(nodes)
+            if node in forward or node.meta.get("partitioner_tag") == "must_be_in_forward"
+        ),
         default=-1,
     )
     while last + 1 < len(nodes) and is_getitem(nodes[last + 1]):

@@ -1,0 +1,166 @@
+"""The doors for Python: `compile` and `plan`. The command line's doors are in memopt/workbench.py."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from memopt.devices import Device
+from memopt.devices import device as known_device
+from memopt.lowering import LOWERINGS
+from memopt.passbase import Numerics
+from memopt.passes import CLEANUPS, TRADES
+from memopt.pipeline import Request, silent
+from memopt.planfile import PlanFile, load_plan
+from memopt.report import PlanResult
+from memopt.runtime.here import device_of
+from memopt.session import Session, attach
+from memopt.units import resolve_budget
+
+GRADIENTS = ("loss", "all")
+
+
+def compile(
+    model: nn.Module,
+    budget: int | str,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    example_inputs: Sequence[Any] | Mapping[str, Any] | None = None,
+    allow: Sequence[str] = (),
+    numerics: str = "reordered",
+    lowering: str = "auto",
+    passes: str = "",
+    accumulate: int = 1,
+    gradients: str = "loss",
+    plan_file: str | Path | PlanFile | None = None,
+) -> nn.Module:
+    """Make the model's training step run within `budget` bytes, parameters, gradients and optimizer included.
+
+    The same module comes back, compiled in place: `state_dict` keys, saving, `generate` and inference are as before.
+    The plan is made at the first training step, or now if `example_inputs` (a tuple of positional or a mapping of
+    keyword inputs) is given; `model.memopt` then offers `.plan`, `.report()` and `.measured`.
+
+    budget: int bytes, "24GB", "24GiB", "80%" of the device, "-2GiB" (left free) or "auto". optimizer: planned with
+    the step; None assumes AdamW. numerics: "exact" permits only bit-identical levers and the eager lowering.
+    lowering: "auto", "inductor" or "eager". accumulate: backwards per optimizer step. gradients: "loss" or "all"
+    outputs carry gradients (memopt.outputs). plan_file: reuse a saved plan.
+
+    Raises ValueError for an option it does not know, CaptureError, and BudgetError (with the floor and ways out) before
+    anything is allocated; then the model is as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    request = make_request(
+        device_of(model), budget, optimizer, allow, numerics, lowering, passes, accumulate, type(model).__name__
+    )
+    session = Session(model, request, _known("gradients", gradients, GRADIENTS), _plan_file(plan_file))
+    if example_inputs is not None:
+        session.plan_for(*as_call(example_inputs))
+    return attach(session)
+
+
+def plan(
+    model: nn.Module,
+    example_inputs: Sequence[Any] | Mapping[str, Any],
+    *,
+    budget: int | str,
+    device: str | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    allow: Sequence[str] = (),
+    numerics: str = "reordered",
+    lowering: str = "auto",
+    passes: str = "",
+    accumulate: int = 1,
+    gradients: str = "loss",
+    plan_file: str | Path | PlanFile | None = None,
+) -> PlanResult:
+    """The plan for one training step, under fake tensors: nothing is allocated, nothing is compiled.
+
+    model and example_inputs may be real, or built under FakeTensorMode. device: a name of `memopt devices` to plan
+    for; the device the model is on if left out. The rest as in `compile`. Raises BudgetError if no plan fits.
+    """
+    target = known_device(device) if device else device_of(model)
+    request = make_request(
+        target, budget, optimizer, allow, numerics, lowering, passes, accumulate, type(model).__name__
+    )
+    session = Session(model, request, _known("gradients", gradients, GRADIENTS), _plan_file(plan_file), silent)
+    return session.plan_for(*as_call(example_inputs)).result
+
+
+def make_request(
+    device: Device,
+    budget: int | str,
+    optimizer: torch.optim.Optimizer | None,
+    allow: Sequence[str],
+    numerics: str,
+    lowering: str,
+    passes: str,
+    accumulate: int,
+    name: str,
+) -> Request:
+    """Check every option and resolve it. ValueError in one sentence with what is known."""
+    _known("numerics", numerics, ("exact", "reordered"))
+    for lever in [allow] if isinstance(allow, str) else allow:
+        _known("allow", lever, tuple(t.name for t in TRADES if t.numerics is Numerics.LOSSY))
+    if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
+        raise ValueError(f"accumulate={accumulate!r} refused: it counts backwards per optimizer step, 1 or more")
+    return Request(
+        budget=resolve_budget(budget, capacity=device.memory),
+        device=device,
+        lowering=resolve_lowering(lowering, device, numerics),
+        model=name,
+        optimizer=optimizer,
+        numerics=numerics,
+        off=switched_off(passes),
+        accumulate=accumulate,
+    )
+
+
+def resolve_lowering(lowering: str, device: Device, numerics: str) -> str:
+    """ "eager" or "inductor". "auto" is Inductor where a GPU or a C++ compiler can build for it, unless the numerics
+    must be exact: Inductor rounds differently."""
+    _known("lowering", lowering, LOWERINGS)
+    if numerics == "exact":
+        if lowering == "inductor":
+            raise ValueError('numerics="exact" needs lowering="eager": Inductor fuses, and so rounds differently')
+        return "eager"
+    if lowering != "auto":
+        return lowering
+    return "inductor" if device.kind == "cuda" or any(map(shutil.which, ("g++", "clang++", "cl"))) else "eager"
+
+
+def switched_off(passes: str) -> frozenset[str]:
+    """Names switched off by "+a,-b". ValueError for a name there is no pass for."""
+    known = tuple(p.name for p in (*CLEANUPS, *TRADES))
+    off = set()
+    for word in filter(None, (part.strip() for part in passes.split(","))):
+        name = _known("passes", word.lstrip("+-"), known)
+        if word.startswith("-"):
+            off.add(name)
+    return frozenset(off)
+
+
+def as_call(inputs: Sequence[Any] | Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword inputs of the model's forward."""
+    if isinstance(inputs, torch.Tensor):
+        return (inputs,), {}
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return tuple(inputs), {}
+
+
+def _known(option: str, value: str, known: Sequence[str]) -> str:
+    if value not in known:
+        raise ValueError(f"{option}={value!r} is not known; known are {', '.join(known) or 'none in this version'}")
+    return value
+
+
+def _plan_file(given: str | Path | PlanFile | None) -> PlanFile | None:
+    return load_plan(given) if isinstance(given, str | Path) else given
+
+

@@ -1,0 +1,75 @@
+"""The whole step from its parts: forwards in call order, backwards in reverse, then the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from math import prod
+
+from memopt.graph import Step, StepGraph, Storage, TensorInfo, verify
+from memopt.optim.photograph import OptimizerPhase
+
+
+def whole_step(
+    parts: Sequence[StepGraph], gradients: Mapping[str, str], optimizer: OptimizerPhase, accumulated: bool = False
+) -> StepGraph:
+    """One StepGraph of the step.
+
+    parts: photographs in the order their forwards run. gradients: parameter name -> tensor of its gradient in the
+    parts. optimizer: its steps read parameters by name and gradients as `grad:<name>`. accumulated: the gradients of
+    earlier micro-batches are alive from the start, and this one's are added to them after the backward.
+    """
+    tensors: dict[str, TensorInfo] = dict(optimizer.tensors)
+    storages: dict[str, Storage] = dict(optimizer.storages)
+    for part in reversed(parts):
+        tensors.update(part.tensors)
+        storages.update(part.storages)
+    own = {f"grad:{name}": made for name, made in gradients.items()}
+    inputs = dict.fromkeys(name for part in parts for name in part.inputs)
+    inputs.update(dict.fromkeys(name for name in optimizer.given if name not in own))
+    outputs = dict.fromkeys(name for part in (*parts, optimizer) for name in part.outputs)
+    steps = [step for part in parts for step in part.steps if step.phase == "forward"]
+    steps += [step for part in reversed(parts) for step in part.steps if step.phase == "backward"]
+    if accumulated:
+        steps.append(_accumulate(own, inputs, outputs))
+        own = {}
+    steps += [_renamed(step, own) for step in optimizer.steps]
+    return verify(StepGraph(tuple(inputs), tuple(steps), tuple(outputs), tensors, storages))
+
+
+def _accumulate(own: Mapping[str, str], inputs: dict[str, None], outputs: dict[str, None]) -> Step:
+    """The step that adds this micro-batch's gradients to those alive since the first one."""
+    inputs.update(dict.fromkeys(own))
+    for made in own.values():
+        outputs.pop(made, None)
+    return Step("accumulate", "accumulate", "backward", (*own.values(), *own), (), pure=False)
+
+
+def _renamed(step: Step, names: Mapping[str, str]) -> Step:
+    return replace(step, reads=tuple(dict.fromkeys(names.get(name, name) for name in step.reads)))
+
+
+def with_workspaces(graph: StepGraph, workspaces: Mapping[str, int]) -> StepGraph:
+    """The graph with each step's workspace (bytes) looked up by its key."""
+    steps = tuple(replace(s, workspace=workspaces[s.key]) if s.key in workspaces else s for s in graph.steps)
+    return replace(graph, steps=steps)
+
+
+def with_inputs(graph: StepGraph, extra: Iterable[tuple[TensorInfo, Storage]]) -> StepGraph:
+    """The graph with further tensors alive throughout: parameters and buffers no captured graph reads."""
+    new = [(info, storage) for info, storage in extra if info.name not in graph.tensors]
+    if not new:
+        return graph
+    return replace(
+        graph,
+        inputs=(*graph.inputs, *(info.name for info, _ in new)),
+        tensors={**graph.tensors, **{info.name: info for info, _ in new}},
+        storages={**graph.storages, **{s.name: s for _, s in new if s.name not in graph.storages}},
+    )
+
+
+def without_outputs(graph: StepGraph) -> StepGraph:
+    """The graph when the caller keeps only the loss of the forward's outputs (those of one element stay held)."""
+    forward = {name for step in graph.steps[: graph.boundary] for name in step.writes}
+    outputs = (n for n in graph.outputs if n not in forward or prod(graph.tensors[n].shape) <= 1)
+    return replace(graph, outputs=tuple(outputs))

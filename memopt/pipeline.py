@@ -1,0 +1,267 @@
+"""From a captured model to a plan: photograph, price, propose, solve, certify; and from a plan to the programs that run.
+
+Order and duties (timing, verification, dumps) live here; passes, trades and solvers are plain functions.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from memopt.capture import Capture, Survey
+from memopt.compose import whole_step, with_inputs, with_workspaces, without_outputs
+from memopt.cost import CostModel, Measured, Roofline
+from memopt.devices import Device
+from memopt.edit import Remake, edit
+from memopt.errors import Binding, VerifyError, WayOut
+from memopt.facts import storage_bytes
+from memopt.graph import StepGraph, Storage, TensorInfo, verify
+from memopt.optim.photograph import OptimizerPhase, photograph_optimizer
+from memopt.passes import CLEANUPS, TRADES
+from memopt.planfile import PlanFile, check_identity
+from memopt.plans import Plan, Problem, Status, simulated
+from memopt.program import Program, insert, photograph
+from memopt.report import SCHEMA, PlanResult
+from memopt.solvers import solve
+from memopt.timeline import at_peak, by_kind, peak, timeline
+from memopt.units import format_size
+
+log = logging.getLogger("memopt")
+
+Progress = Callable[[str, float | None], None]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What is known of operations by key, measured on the device: seconds and workspace bytes. Empty: the roofline."""
+
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    workspaces: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for, resolved. budget: bytes. passes: names switched off ("-recompute").
+
+    accumulate: forwards and backwards per update. lowering: "eager" or "inductor", never "auto" here.
+    """
+
+    budget: int
+    device: Device
+    lowering: str
+    model: str = "model"
+    optimizer: torch.optim.Optimizer | None = None
+    has_optimizer: bool = True
+    numerics: str = "reordered"
+    off: frozenset[str] = frozenset()
+    accumulate: int = 1
+    time_limit: float = 20.0
+
+
+@dataclass(frozen=True)
+class Planned:
+    """result: what is shown. chosen: signature of a captured program -> the remakes to insert into it."""
+
+    result: PlanResult
+    problem: Problem
+    signatures: tuple[str, ...]
+
+    @cached_property
+    def released(self) -> PlanResult:
+        """The result when the caller drops the forward's outputs beside the loss before the backward begins."""
+        before, after = (without_outputs(graph) for graph in (self.result.before, self.result.after))
+        plan = replace(self.result.plan, peak=peak(after, self.result.block))
+        return replace(self.result, before=before, after=after, plan=plan)
+
+    def prefix(self, signature: str) -> str:
+        """What stands before the step names of the program with this signature."""
+        return _prefix(self.signatures.index(signature))
+
+    def remakes(self, signature: str) -> tuple[Remake, ...] | None:
+        """The remakes of the program with this signature; None if it is not part of the plan."""
+        if signature not in self.signatures:
+            return None
+        prefix = _prefix(self.signatures.index(signature))
+        return tuple(r for r in self.result.plan.chosen if _owner(r) == prefix)
+
+
+def _prefix(index: int) -> str:
+    return f"g{index}/" if index else ""
+
+
+def _owner(remake: Remake) -> str:
+    head, slash, _ = remake.value.partition("/")
+    return head + slash if slash and head[0] == "g" and head[1:].isdigit() else ""
+
+
+def prepare(lowering: str, off: frozenset[str] = frozenset()) -> Callable[[Program], Program]:
+    """The cleanups that hold for a lowering, in order, as one function. Inductor draws from seeds by itself."""
+    chosen = [c for c in CLEANUPS if c.name not in off and not (lowering == "inductor" and c.name == "replay_random")]
+
+    def run(program: Program) -> Program:
+        for cleanup in chosen:
+            result = cleanup.run(program)
+            log.debug("%s: %d sites", cleanup.name, result.sites)
+            program = result.program
+        return program
+
+    return run
+
+
+def make_plan(
+    survey: Survey,
+    request: Request,
+    costs: Costs,
+    capture_seconds: float,
+    progress: Progress,
+    plan_file: PlanFile | None = None,
+) -> Planned:
+    """Plan the surveyed step within the request's budget. An infeasible step gives a Planned with that status.
+
+    plan_file: reuse its decisions instead of solving; PlanFileError if it was made for another step.
+    """
+    started = time.perf_counter()
+    phase = optimizer_phase(survey, request)
+    graph = step_graph(survey, request, phase, costs)
+    seconds = _seconds(graph, request, costs)
+    remakes = _proposals(graph, seconds, request)
+    problem = Problem(graph, remakes, request.budget, seconds, request.device.allocator_block)
+    plan = _reused(problem, plan_file, survey) if plan_file else _solved(problem, request, progress)
+    after = edit(graph, plan.chosen)
+    result = PlanResult(
+        model=request.model,
+        device=request.device.name,
+        budget=request.budget,
+        block=request.device.allocator_block,
+        before=graph,
+        after=after if plan.status is not Status.INFEASIBLE else graph,
+        plan=plan,
+        seconds=seconds,
+        breaks=len(survey.captures) - 1,
+        timings={"capture": capture_seconds, "plan": time.perf_counter() - started, "lower": 0.0},
+        binding=binding(after, request.device.allocator_block) if plan.status is Status.INFEASIBLE else None,
+        ways_out=ways_out(problem, plan) if plan.status is Status.INFEASIBLE else (),
+        classes={trade.name: trade.numerics.value for trade in TRADES},
+        notes=_notes(survey, phase),
+        identity=identity(survey),
+    )
+    return Planned(result, problem, tuple(capture.signature for capture in survey.captures))
+
+
+def _solved(problem: Problem, request: Request, progress: Progress) -> Plan:
+    progress("plan", None)
+    return solve(problem, time_limit=request.time_limit)
+
+
+def _reused(problem: Problem, plan_file: PlanFile, survey: Survey) -> Plan:
+    check_identity(plan_file, identity(survey))
+    return simulated(problem, plan_file.chosen(problem.graph, problem.remakes), "plan file")
+
+
+def identity(survey: Survey) -> dict[str, str]:
+    """What a plan file is checked against."""
+    graphs = "-".join(capture.signature for capture in survey.captures)
+    return {"graph": graphs, "torch": torch.__version__, "schema": str(SCHEMA)}
+
+
+def step_graph(survey: Survey, request: Request, phase: OptimizerPhase, costs: Costs) -> StepGraph:
+    """The photograph of the whole step: the captured programs, the optimizer, and what no program reads."""
+    parts = [verify(photograph(capture.program)) for capture in survey.captures]
+    gradients = _gradients(survey.captures)
+    graph = whole_step(parts, gradients, phase, request.accumulate > 1)
+    return with_workspaces(with_inputs(graph, _unread(survey)), costs.workspaces)
+
+
+def optimizer_phase(survey: Survey, request: Request) -> OptimizerPhase:
+    """The optimizer's steps over the parameters that get a gradient."""
+    if not request.has_optimizer:
+        return OptimizerPhase((), {}, {}, (), ())
+    trained = _gradients(survey.captures)
+    params = [(name, p) for name, p in survey.model.named_parameters() if name in trained]
+    foreach = True if request.device.kind == "cuda" else None
+    return photograph_optimizer(params, request.optimizer, foreach=foreach)
+
+
+def _gradients(captures: Sequence[Capture]) -> dict[str, str]:
+    """Parameter name -> name of its gradient's tensor. A parameter of several graphs: the graph that runs first."""
+    found: dict[str, str] = {}
+    for program in (capture.program for capture in reversed(captures)):
+        holders = [n for n in program.graph.find_nodes(op="placeholder") if program.kinds.get(n.name) != "tangent"]
+        for holder, gradient in zip(holders, program.outputs[1], strict=False):
+            if gradient is not None and program.kinds.get(holder.name) == "parameter":
+                found[program.name(holder)] = program.name(gradient)
+    return found
+
+
+def _unread(survey: Survey) -> Iterable[tuple[TensorInfo, Storage]]:
+    """Parameters and buffers by name; those a program reads are declared already and skipped by `with_inputs`."""
+    seen: set[int] = set()
+    for kind, named in (("parameter", survey.model.named_parameters()), ("buffer", survey.model.named_buffers())):
+        for name, tensor in named:
+            key = tensor.untyped_storage()._cdata
+            if key not in seen and tensor.device.type != "meta":
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                yield TensorInfo(name, tuple(tensor.shape), dtype, name), Storage(name, storage_bytes(tensor), kind)
+            seen.add(key)
+
+
+def _seconds(graph: StepGraph, request: Request, costs: Costs) -> dict[str, float]:
+    model: CostModel = Roofline(request.device)
+    if costs.seconds:
+        model = Measured(costs.seconds, model)
+    return {step.name: model.seconds(graph, step) for step in graph.steps}
+
+
+def _proposals(graph: StepGraph, seconds: Mapping[str, float], request: Request) -> tuple[Remake, ...]:
+    offered = [trade() for trade in TRADES if trade.name not in request.off]
+    return tuple(remake for trade in offered for remake in trade.propose(graph, seconds))
+
+
+def binding(graph: StepGraph, block: int) -> Binding:
+    """The step that sets the peak of this graph, with its bytes by kind."""
+    snapshot = at_peak(graph, block)
+    step = graph.steps[snapshot.position]
+    return Binding(step.name, step.op, step.source, snapshot.bytes, tuple(by_kind(graph, snapshot).items()))
+
+
+def ways_out(problem: Problem, plan: Plan) -> tuple[WayOut, ...]:
+    """What would make the step run, each with the peak it leads to: the floor itself, an optimizer without state."""
+    floor = WayOut(f'budget="{plan.floor}" ({format_size(plan.floor)})', plan.floor, plan.seconds)
+    return (floor,)
+
+
+def _notes(survey: Survey, phase: OptimizerPhase) -> tuple[str, ...]:
+    notes = [*survey.notes, *([phase.assumed] if phase.assumed else [])]
+    if len(survey.captures) > 1:
+        notes.append(f"the model breaks into {len(survey.captures)} graphs; one budget is shared among them")
+    return tuple(notes)
+
+
+def apply_plan(program: Program, remakes: Sequence[Remake]) -> Program:
+    """The program with its remakes inserted, verified: it must photograph as `edit` predicted, step for step."""
+    if not remakes:
+        return program
+    graph = photograph(program)
+    predicted = edit(graph, remakes)
+    changed = insert(program, graph, remakes)
+    found = verify(photograph(changed))
+    if [s.name for s in found.steps] != [s.name for s in predicted.steps] or timeline(found) != timeline(predicted):
+        raise VerifyError("the edited program is not the one the plan predicted; this is a bug in a trade or in insert")
+    return changed
+
+
+def silent(stage: str, fraction: float | None) -> None:
+    """The progress callback of callers who want none."""
+
+
+def trace(name: str, payload: Callable[[], Any]) -> None:
+    """Emit a TORCH_TRACE artifact, so that tlparse shows it."""
+    torch._logging.trace_structured(
+        "artifact", metadata_fn=lambda: {"name": name, "encoding": "json"}, payload_fn=payload
+    )

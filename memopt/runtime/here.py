@@ -1,0 +1,44 @@
+"""Which device a model lives on, as a `Device` with its real memory."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from memopt.devices import CATALOGUE, Device, device
+
+
+def device_of(model: nn.Module) -> Device:
+    """The device that holds the model's parameters and buffers. ValueError if they lie on several, or on meta."""
+    found = dict.fromkeys(str(tensor.device) for tensor in (*model.parameters(), *model.buffers()))
+    if len(found) > 1:
+        raise ValueError(
+            f"the model's tensors lie on {', '.join(found)}; memopt plans for one device: model.to(one of them) first"
+        )
+    where = torch.device(next(iter(found), "cpu"))
+    if where.type == "meta":
+        raise ValueError("the model's parameters are on 'meta'; load it, or name a device to plan for")
+    return here(where)
+
+
+def here(where: torch.device) -> Device:
+    """A present device: its catalogue entry with the memory torch reports; ValueError if memopt has none for it."""
+    if where.type == "cpu":
+        return device("cpu")
+    if where.type != "cuda":
+        raise ValueError(f"device {where} is not supported; memopt runs on cpu and cuda")
+    properties = torch.cuda.get_device_properties(where)
+    return replace(_entry(properties.name), memory=properties.total_memory)
+
+
+def _entry(name: str) -> Device:
+    """The catalogue entry a card's own name ("NVIDIA H200", "NVIDIA A100-SXM4-80GB") contains all words of."""
+    words = set(re.split(r"[\s-]+", name.lower().replace("geforce", "").replace("rtx ", "rtx")))
+    matches = [d for d in CATALOGUE.values() if d.kind == "cuda" and set(d.name.split("-")) <= words]
+    if not matches:
+        known = ", ".join(d.name for d in CATALOGUE.values() if d.kind == "cuda")
+        raise ValueError(f"the card {name!r} is not in memopt's table ({known}); name the nearest with device=")
+    return max(matches, key=lambda d: len(d.name))

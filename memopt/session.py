@@ -1,0 +1,183 @@
+"""A compiled model at work: plan each new shape of input before it runs, run it by the plan, watch that it holds."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils._pytree import tree_flatten
+
+from memopt.capture import Capture, Survey, entry, survey, tensor_names
+from memopt.errors import BudgetError, MemoptError
+from memopt.hosts import as_in_eager
+from memopt.lowering import lower, signature
+from memopt.pipeline import Costs, Planned, Progress, Request, apply_plan, make_plan, prepare, silent
+from memopt.planfile import PlanFile
+from memopt.plans import MeasuredStep
+from memopt.profiling import measure_costs
+from memopt.program import Program
+from memopt.report import PlanResult
+from memopt.runtime.guard import Guard
+from memopt.table import to_text
+from memopt.units import format_size
+
+log = logging.getLogger("memopt")
+
+RECOMPILES = 64  # shapes a model may be planned for; torch's default of 8 would run the ninth without a plan
+
+
+def infeasible(result: PlanResult) -> BudgetError:
+    """The error for a plan that does not fit: what was asked, the floor, what sets it, the ways out."""
+    lines = [
+        f"{format_size(result.budget)} asked; the least this step can run in is {format_size(result.plan.floor)}."
+    ]
+    if result.binding is not None:
+        made_of = ", ".join(f"{kind} {format_size(size)}" for kind, size in result.binding.kinds)
+        lines.append(f"  set by    {result.binding.op}, step {result.binding.step}, {result.binding.source}")
+        lines.append(f"  made of   {made_of}")
+    lines += [f"  way out   {way.change}, peak {format_size(way.peak_bytes)}" for way in result.ways_out]
+    return BudgetError(
+        "\n".join(lines),
+        floor_bytes=result.plan.floor,
+        budget_bytes=result.budget,
+        binding=result.binding,
+        ways_out=result.ways_out,
+    )
+
+
+@dataclass
+class Session:
+    """State behind one compiled model. request: what was asked; its budget is already in bytes."""
+
+    model: nn.Module
+    request: Request
+    gradients: str = "loss"
+    plan_file: PlanFile | None = None
+    progress: Progress = silent
+    plans: dict[Any, Planned] = field(default_factory=dict)
+    surveys: dict[Any, Survey] = field(default_factory=dict)
+    latest: Planned | None = None
+    guard: Guard | None = None
+    outputs_held: bool = True
+
+    def plan_for(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Planned:
+        """The plan for inputs of these shapes: made at first sight, under fake tensors. Raises BudgetError."""
+        key = input_key(self.model, args, kwargs)
+        if key not in self.plans:
+            started = time.perf_counter()
+            self.progress("capture", None)
+            clean = prepare(self.request.lowering, self.request.off)
+            found = survey(self.model, args, kwargs, clean, self.request.lowering, self.gradients)
+            captured = time.perf_counter() - started
+            self.plans[key] = self.adopt(found, captured)
+            self.surveys[key] = found
+        return self.plans[key]
+
+    def adopt(self, found: Survey, capture_seconds: float) -> Planned:
+        """Price and plan a survey; remember it as the latest."""
+        costs = self.costs(found)
+        planned = make_plan(found, self.request, costs, capture_seconds, self.progress, self.plan_file)
+        if planned.result.infeasible:
+            raise infeasible(planned.result)
+        self.latest = planned
+        self.guard = Guard(planned.result.plan.peak, log)
+        if int(os.environ.get("MEMOPT_DEBUG") or 0) >= 1:
+            log.warning("%s", to_text(planned.result))
+        return planned
+
+    def costs(self, found: Survey) -> Costs:
+        """Seconds and workspaces of the operations on this device; none when it is not here or fake."""
+        return measure_costs([capture.program for capture in found.captures], self.request.device)
+
+    def backend(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """The Dynamo backend: differentiate, insert the plan's remakes, lower."""
+        started = time.perf_counter()
+        loss_only = self.gradients == "loss" and all(found.loss_only for found in self.surveys.values())
+        run = lower(
+            module, inputs, tensor_names(self.model), self.transform, self.request.lowering, False, loss_only, self.seen
+        )
+        if self.latest is not None:
+            timings = {**self.latest.result.timings, "lower": time.perf_counter() - started}
+            self.latest = replace(self.latest, result=replace(self.latest.result, timings=timings))
+        return run
+
+    def seen(self, held: bool) -> None:
+        """The backward began: whether the caller holds outputs beside the loss. The plan assumed that it does."""
+        self.outputs_held = held
+
+    @property
+    def result(self) -> PlanResult | None:
+        """The latest plan, with the peak it leads to when the caller lets go of the outputs beside the loss."""
+        if self.latest is None or self.outputs_held:
+            return None if self.latest is None else self.latest.result
+        return self.latest.released
+
+    def transform(self, program: Program) -> Program:
+        """The program the plan asks for. A graph no survey saw is planned by itself, within the whole budget."""
+        mark = signature(program)
+        prepared = prepare(self.request.lowering, self.request.off)(program)
+        for planned in reversed(self.plans.values()):
+            remakes = planned.remakes(mark)
+            if remakes is not None:
+                return apply_plan(replace(prepared, prefix=planned.prefix(mark)), remakes)
+        alone = Survey((Capture(prepared, mark),), self.model, None, self.gradients == "loss")
+        planned = self.plans[mark] = self.adopt(alone, 0.0)
+        return apply_plan(prepared, planned.remakes(mark) or ())
+
+
+def input_key(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Equal for calls that trace to the same graphs: structure, shapes, dtypes, training mode, what is frozen."""
+    leaves, spec = tree_flatten((tuple(args), dict(kwargs)))
+    shapes = tuple((tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else repr(x) for x in leaves)
+    frozen = tuple(parameter.requires_grad for parameter in model.parameters())
+    return str(spec), shapes, model.training, frozen, torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+
+
+class Handle:
+    """What `model.memopt` offers."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    @property
+    def plan(self) -> PlanResult | None:
+        """The plan of the latest shape seen; None before the first training step."""
+        result = self._session.result
+        return None if result is None else replace(result, measured=self.measured)
+
+    @property
+    def measured(self) -> MeasuredStep | None:
+        """The latest step the guard measured."""
+        return self._session.guard.measured if self._session.guard else None
+
+    def report(self) -> str:
+        """The plan, and what was measured, as text."""
+        if self.plan is None:
+            raise MemoptError("no plan yet: it is made at the first training step, when the shapes are known")
+        return to_text(self.plan)
+
+
+def attach(session: Session) -> nn.Module:
+    """Compile the session's model in place: same module, same state_dict keys; inference runs as it did."""
+    model = session.model
+    plain = model._call_impl
+    compiled = torch.compile(entry(model), backend=session.backend, dynamic=False)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or os.environ.get("MEMOPT_DISABLE") == "1":
+            return plain(*args, **kwargs)
+        session.plan_for(args, kwargs)
+        if session.guard is not None:
+            session.guard.begin_step()
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILES), as_in_eager(kwargs):
+            return compiled(*args, **kwargs)
+
+    model._compiled_call_impl = call
+    model.memopt = Handle(session)  # type: ignore[assignment]
+    return model
