@@ -19,7 +19,7 @@ LEVELS = {
     0: "graph units errors presets",
     1: "plans edit cost timeline devices",
     2: "program facts passbase kernels solvers",
-    3: "passes capture optim runtime lowering compose outputs models workload factory nets text",
+    3: "passes capture hosts optim runtime lowering compose outputs models workload factory nets text",
     4: "pipeline profiling session report table planfile html chart page formula",
     5: "api workbench",
     6: "cli options __main__ backend integrations",
