@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -110,24 +110,42 @@ def ticks(top: int) -> list[int]:
     return list(range(0, top + 1, int(step)))
 
 
-def panel(graph: StepGraph, drawn: Sequence[Column], scale: Scale, budget: int, label: str) -> str:
-    """One SVG: axes, phases, bands, budget, peak. label: what a screen reader says."""
-    parts = [*_phases(graph, drawn, scale), *_axis(scale), *_areas(drawn, scale), *_marks(drawn, scale, budget)]
+def panel(
+    graph: StepGraph, drawn: Sequence[Column], scale: Scale, budget: int, label: str, measured: Mapping[str, int]
+) -> str:
+    """One SVG: axes, phases, bands, budget, peak. label: what a screen reader says. measured: phase -> peak bytes."""
+    spans = phase_spans(graph, drawn)
+    under = [*_phases(spans, scale), *_axis(scale), *_areas(drawn, scale)]
+    parts = [*under, *_measured(spans, scale, measured), *_marks(drawn, scale, budget)]
     head = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}" class="timeline">'
     return "\n".join([head, *parts, '<line class="cursor" y1="0" y2="0" x1="0" x2="0"/>', "</svg>"])
 
 
-def _phases(graph: StepGraph, drawn: Sequence[Column], scale: Scale) -> Iterator[str]:
+def phase_spans(graph: StepGraph, drawn: Sequence[Column]) -> dict[str, tuple[float, float]]:
+    """Phase -> its first and last second in the picture; phases without steps are left out."""
+    spans: dict[str, tuple[float, float]] = {}
+    for column in drawn:
+        phase = graph.steps[column.step].phase
+        spans[phase] = (spans.get(phase, (column.start, 0.0))[0], column.end)
+    return spans
+
+
+def _phases(spans: Mapping[str, tuple[float, float]], scale: Scale) -> Iterator[str]:
     top, height = TOP, HEIGHT - TOP - BOTTOM
-    for phase in PHASES:
-        mine = [column for column in drawn if graph.steps[column.step].phase == phase]
-        if not mine:
-            continue
-        left, right = scale.x(mine[0].start), scale.x(mine[-1].end)
+    for phase, (start, end) in spans.items():
+        left, right = scale.x(start), scale.x(end)
         width = round(max(right - left, 0.5), 1)
         yield f'<rect class="phase {phase}" x="{left}" y="{top}" width="{width}" height="{height}"/>'
         if width > 6 * len(phase):  # about the width of the word
             yield f'<text class="phase-name" x="{round((left + right) / 2, 1)}" y="{HEIGHT - 6}">{phase}</text>'
+
+
+def _measured(spans: Mapping[str, tuple[float, float]], scale: Scale, measured: Mapping[str, int]) -> Iterator[str]:
+    """A line across each phase at the peak measured in it."""
+    for phase, size in measured.items():
+        if phase in spans and size <= scale.bytes:
+            left, right, y = *(scale.x(second) for second in spans[phase]), scale.y(size)
+            yield f'<line class="measured" x1="{left}" x2="{right}" y1="{y}" y2="{y}"/>'
 
 
 def _axis(scale: Scale) -> Iterator[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from html import escape
 
 from memopt.chart import BANDS, Column, Scale, axis_size, columns, panel
@@ -14,6 +14,7 @@ from memopt.table import VERDICTS, bound_line, percent, place_of_peak, short
 from memopt.timeline import at_peak, by_kind, phase_peaks
 from memopt.units import format_seconds, format_size
 
+PLANNED = "With the plan"
 ROWS = 500  # of the decisions; a page of thousands of rows helps nobody, the JSON has them all
 LINES = 40  # source lines listed at the peak
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -82,21 +83,26 @@ def _section(title: str, body: str) -> str:
 
 def _charts(result: PlanResult) -> str:
     """Two panels on one scale of bytes and seconds, so that they can be compared by eye."""
-    shown = [("Without memopt", result.before)] + ([] if result.infeasible else [("With the plan", result.after)])
+    shown = [("Without memopt", result.before)] * (result.after is not result.before or result.infeasible)
+    shown += [(PLANNED, result.after)] * (not result.infeasible)
     drawn = [columns(graph, result.seconds_of, result.block) for _, graph in shown]
     top = max(column.total for panel_columns in drawn for column in panel_columns)
+    found = result.measured.phases if result.measured else {}
+    top = max(top, *found.values(), 0)
     top = max(top, result.budget) if result.budget < 2 * top else top  # a far budget would flatten the picture
     scale = Scale(max(panel_columns[-1].end for panel_columns in drawn), int(top * 1.08))
     parts = [
-        f"<h3>{name}</h3>" + _chart(graph, mine, scale, result.budget, name)
+        f"<h3>{name}</h3>" + _chart(graph, mine, scale, result.budget, name, found if name == PLANNED else {})
         for (name, graph), mine in zip(shown, drawn, strict=True)
     ]
     note = "Across: predicted seconds of the step. Up: bytes held while each operation runs."
-    return "".join(parts) + _legend() + f'<p class="soft">{note}</p>'
+    return "".join(parts) + _legend(bool(found)) + f'<p class="soft">{note}</p>'
 
 
-def _chart(graph: StepGraph, drawn: tuple[Column, ...], scale: Scale, budget: int, name: str) -> str:
-    picture = panel(graph, drawn, scale, budget, f"{name}: bytes held over the step")
+def _chart(
+    graph: StepGraph, drawn: tuple[Column, ...], scale: Scale, budget: int, name: str, measured: Mapping[str, int]
+) -> str:
+    picture = panel(graph, drawn, scale, budget, f"{name}: bytes held over the step", measured)
     data = json.dumps([_point(graph, column, scale) for column in drawn], separators=(",", ":"))
     data = data.replace("<", "\\u003c")  # a name holding "</script>" must not end the script
     return f'<div class="chart">{picture}<div class="tip"></div><script type="application/json">{data}</script></div>'
@@ -109,8 +115,9 @@ def _point(graph: StepGraph, column: Column, scale: Scale) -> list[object]:
     return [scale.x(column.start), scale.x(column.end), title, step.source, format_size(column.total), lines[::-1]]
 
 
-def _legend() -> str:
-    items = "".join(f'<span><i class="b{n}"></i>{band}</span>' for n, band in enumerate(BANDS))
+def _legend(measured: bool) -> str:
+    names = [(f"b{n}", band) for n, band in enumerate(BANDS)] + [("found", "measured peak")] * measured
+    items = "".join(f'<span><i class="{kind}"></i>{name}</span>' for kind, name in names)
     return f'<div class="legend">{items}</div>'
 
 

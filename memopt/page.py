@@ -38,6 +38,8 @@ svg .budget-name { fill: var(--bad); font-weight: 600; } .peak { fill: var(--ink
 svg .peak-name { fill: var(--ink); font-weight: 600; } .peak.over { fill: var(--bad); }
 svg .peak-name.over { fill: var(--bad); }
 svg .budget-name, svg .peak-name { paint-order: stroke; stroke: var(--card); stroke-width: 3px; }
+.measured { stroke: var(--ink); stroke-width: 2; stroke-dasharray: 2 3; }
+.legend i.found { height: 0; border-top: 2px dotted var(--ink); vertical-align: middle; }
 .cursor { stroke: var(--ink); stroke-width: 1; opacity: 0; pointer-events: none; }
 .tip { position: absolute; pointer-events: none; display: none; background: var(--card); color: var(--ink);
   border: 1px solid var(--line); border-radius: 8px; padding: 8px 10px; font-size: 12px; max-width: 340px;

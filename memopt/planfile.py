@@ -212,7 +212,12 @@ def check_identity(plan: PlanFile, identity: Mapping[str, str]) -> None:
     for key, sentence in REASONS.items():
         saved, here = plan.identity.get(key, "unknown"), identity.get(key, "unknown")
         if saved != here:
-            raise PlanFileError(f"{sentence.format(saved=saved[:16], here=here[:16])}; plan again and save")
+            raise PlanFileError(f"{sentence.format(saved=brief(saved), here=brief(here))}; plan again and save")
+
+
+def brief(name: str) -> str:
+    """A version or hash short enough for a sentence: long ones (a hash a graph) are hashed, so that they stay apart."""
+    return name if len(name) <= 16 else hashlib.sha256(name.encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)

@@ -213,13 +213,15 @@ def bound_line(result: PlanResult) -> str:
 
 def render_plan_file(plan: PlanFile) -> RenderableType:
     """A saved plan: what it promises, and its decisions, most bytes first."""
+    from memopt.planfile import brief  # here, because the report itself needs no plan files
+
     head = Table.grid(padding=(0, 2))
     row(head, Text("plan", style="bold"), Text(f"{plan.model} on {plan.device}", style="bold"))
     row(head, "budget", format_size(plan.budget))
     row(head, "peak", f"{format_size(plan.peak)}; {short(plan.baseline_peak)} without memopt")
     row(head, "step time", f"{format_seconds(plan.seconds)}; {format_seconds(plan.baseline_seconds)} without memopt")
     versions = f"memopt {plan.memopt}, torch {plan.identity.get('torch', '?')}"
-    row(head, "made by", f"{versions}, graph {plan.identity.get('graph', '?')[:16]}")
+    row(head, "made by", f"{versions}, graph {brief(plan.identity.get('graph', '?'))}")
     table = grid("value", "lever", "bytes>", "made again before", "source")
     for remake in sorted(plan.remakes, key=lambda r: (-r.bytes, r.value, r.span)):
         row(table, remake.value, remake.trade, short(remake.bytes), remake.span[0], remake.source)

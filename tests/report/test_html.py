@@ -82,12 +82,23 @@ def test_the_budget_line_stands_where_its_bytes_are(make: Make) -> None:
     result = make(50 * MIB)
     drawn = columns(result.after, result.seconds_of)
     scale = ChartScale(drawn[-1].end, 100 * MIB)
-    svg = panel(result.after, drawn, scale, result.budget, "test")
+    svg = panel(result.after, drawn, scale, result.budget, "test", {})
     found = re.search(r'class="budget" x1="[\d.]+" x2="[\d.]+" y1="([\d.]+)"', svg)
     assert found
     assert float(found[1]) == pytest.approx((scale.y(0) + scale.y(100 * MIB)) / 2, abs=0.1)
     assert 'class="peak over"' in svg  # 57 MiB against 50
-    assert 'class="budget"' not in panel(result.after, drawn, scale, 101 * MIB, "test")
+    assert 'class="budget"' not in panel(result.after, drawn, scale, 101 * MIB, "test", {})
+
+
+def test_a_measured_phase_is_a_line_at_its_bytes(make: Make, make_measured: Make) -> None:
+    page = to_html(make_measured(60 * MIB, 64 * MIB))
+    assert page.count('class="measured"') == 3  # one a phase, with the plan alone
+    assert 'class="measured"' not in to_html(make(64 * MIB))
+    result = make(64 * MIB)
+    drawn = columns(result.after, result.seconds_of)
+    svg = panel(result.after, drawn, ChartScale(1.0, 100 * MIB), 64 * MIB, "t", {"backward": 50 * MIB, "sideways": 1})
+    (found,) = re.findall(r'class="measured".*?y1="([\d.]+)"', svg)
+    assert float(found) == pytest.approx((ChartScale(1.0, 2).y(0) + ChartScale(1.0, 2).y(2)) / 2, abs=0.1)
 
 
 def pages(make: Make, make_refused: Make, make_measured: Make) -> list[str]:
@@ -121,6 +132,13 @@ def test_the_infeasible_page_shows_the_ways_out(make_refused: Make) -> None:
     assert "loss_backward" in page
     assert "--batch 2" in page
     assert "allow=(&quot;adamw8bit&quot;,)" in page
+
+
+def test_a_step_that_fits_as_it_is_is_drawn_once_with_its_measurement(make_measured: Make) -> None:
+    result = make_measured(60 * MIB, 64 * MIB)
+    page = to_html(replace(result, after=result.before))
+    assert page.count("<svg") == 1
+    assert page.count('class="measured"') == 3
 
 
 def test_names_from_the_user_cannot_break_out(make: Make) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -92,6 +93,14 @@ def test_identity_of_another_run_is_refused(saved: Path, key: str, says: str) ->
     check_identity(plan, plan.identity)
     with pytest.raises(PlanFileError, match=says):
         check_identity(plan, {**plan.identity, key: "9.9"})
+
+
+def test_long_hashes_that_begin_alike_stay_apart_in_the_sentence(saved: Path) -> None:
+    plan = replace(load_plan(saved), identity={"graph": "a" * 64, "torch": "1", "schema": "1"})
+    with pytest.raises(PlanFileError) as caught:
+        check_identity(plan, {**plan.identity, "graph": "a" * 63 + "b"})
+    ours, theirs = re.findall(r"[0-9a-f]{12}", str(caught.value))
+    assert ours != theirs
 
 
 def test_a_graph_without_the_named_steps_is_refused(make: Make, saved: Path) -> None:
