@@ -1,5 +1,5 @@
 # make help prints the targets. `make PYTHON=python3.12 VENV=/some/where test` uses another interpreter or place.
-PYTHON ?= python3
+PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready

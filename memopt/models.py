@@ -148,7 +148,7 @@ def _hub_model(task: str, hub: Callable[[], Any]) -> nn.Module:
     # Fake weights have no values to draw, and ViT's truncated normal looks at what it drew.
     drawn = not isinstance(torch.empty(0), FakeTensor)
     with nullcontext() if drawn else import_module("transformers.initialization").no_init_weights():
-        model = auto.from_config(config)
+        model = auto.from_config(config, dtype=torch.get_default_dtype())  # not the dtype the file was saved in
     model.tie_weights()  # left out with the drawing
     trained: nn.Module = model.train()
     return trained

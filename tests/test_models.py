@@ -172,6 +172,23 @@ def test_a_config_becomes_the_model_its_architecture_names(case: str, tmp_path: 
     assert step(workload, model, 2, 16 if workload.seq else 0).isfinite()
 
 
+def test_a_config_as_published_is_read_and_its_dtype_is_left_to_the_caller(tmp_path: Path) -> None:
+    """Llama 3.2's spelling: rotary scaling apart from its base, the dtype of the saved file, the library's version."""
+    scaling = {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0, "rope_type": "llama3",
+               "original_max_position_embeddings": 8192}  # fmt: skip
+    config = small("llama", architectures=["LlamaForCausalLM"], num_key_value_heads=1, max_position_embeddings=131072,
+                   rope_scaling=scaling, rope_theta=500000.0, torch_dtype="bfloat16", tie_word_embeddings=True,
+                   transformers_version="4.45.0.dev0", use_cache=True)  # fmt: skip
+    workload = load(written(tmp_path, config))
+    model: Any = workload.build()
+    assert (workload.batch, workload.seq) == (1, 1024)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert model.config.rope_parameters["rope_type"] == "llama3"
+    assert model.config.rope_parameters["rope_theta"] == 500000.0
+    assert model.config.use_cache is False
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
 @pytest.mark.parametrize(
     ("data", "why"),
     [
