@@ -64,8 +64,9 @@ def added_seconds(problem: Problem, edited: StepGraph) -> float:
 
 
 def original(step: str) -> str:
-    """The name of the step a copy was made of ('mm_3__2' -> 'mm_3')."""
-    return step.rsplit("__", 1)[0] if "__" in step else step
+    """The name of the step a copy was made of ('mm_3__2' -> 'mm_3'); any other name as it is, '__and__' too."""
+    name, _, count = step.rpartition("__")
+    return name if name and count.isdecimal() else step
 
 
 def simulated(problem: Problem, chosen: tuple[Remake, ...], solver: str, lower_bound: float = 0.0) -> Plan:
