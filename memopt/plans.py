@@ -59,8 +59,11 @@ class Plan:
 
 def added_seconds(problem: Problem, edited: StepGraph) -> float:
     """Seconds of the steps the edit added less those it made unnecessary, never below zero."""
-    before = sum(problem.seconds.get(step.name, 0.0) for step in problem.graph.steps)
-    return max(0.0, sum(problem.seconds.get(original(s.name), 0.0) for s in edited.steps) - before)
+    seconds = problem.seconds
+    before = sum(seconds.get(step.name, 0.0) for step in problem.graph.steps)
+    # The name as it is comes first: '__and___1' may be a step of its own.
+    after = sum(seconds.get(s.name, seconds.get(original(s.name), 0.0)) for s in edited.steps)
+    return max(0.0, after - before)
 
 
 def original(step: str) -> str:

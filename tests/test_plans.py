@@ -1,10 +1,12 @@
-"""Names of copies lead back to the steps they were made of."""
+"""Names of copies lead back to the steps they were made of, and their seconds are counted."""
 
 from __future__ import annotations
 
 import pytest
 
-from memopt.plans import original
+from memopt.edit import Remake, edit
+from memopt.graph import Step, StepGraph, Storage, TensorInfo
+from memopt.plans import Problem, added_seconds, original
 
 
 @pytest.mark.parametrize(
@@ -13,10 +15,24 @@ from memopt.plans import original
         ("mm_3", "mm_3"),
         ("mm_3__2", "mm_3"),
         ("__and__", "__and__"),
-        ("__and___1", "__and___1"),
         ("__and____12", "__and__"),
         ("_to_copy_4__1", "_to_copy_4"),
     ],
 )
 def test_original_takes_off_the_copy_number_alone(step: str, want: str) -> None:
     assert original(step) == want
+
+
+def test_a_step_that_looks_like_a_copy_keeps_its_own_seconds() -> None:
+    names = ("x", "a", "b", "c")
+    steps = (
+        Step("__and___1", "aten.__and__", "forward", ("x",), ("a",)),
+        Step("use", "aten.exp", "forward", ("a",), ("b",)),
+        Step("late", "aten.add", "backward", ("a", "b"), ("c",)),
+    )
+    tensors = {name: TensorInfo(name, (1,), "float32", name) for name in names}
+    graph = StepGraph(("x",), steps, ("c",), tensors, {name: Storage(name, 4) for name in names})
+    again = Remake("recompute", "a", ("late", "late"), unpack=(steps[0],))
+    problem = Problem(graph, (again,), 100, {"__and___1": 3.0, "use": 1.0, "late": 1.0})
+    assert added_seconds(problem, graph) == 0.0
+    assert added_seconds(problem, edit(graph, (again,))) == 3.0
