@@ -216,6 +216,15 @@ class Model:
         row, constant, _ = self.rows[half]
         self.highs.changeRowBounds(row, -highspy.kHighsInf, -(constant + extra) / self.scale)
 
+    def unseen(self, values: np.ndarray, held: np.ndarray) -> list[tuple[int, float]]:
+        """Per row the bytes a simulated plan holds above what the row says of the solution it was rounded from."""
+        b = self.index["B", 0, 0]
+        out = []
+        for half, (_, constant, terms) in self.rows.items():
+            said = constant + self.scale * sum(values[c] * w for c, w in terms.items() if c != b)
+            out.append((half, float(held[half]) - said))
+        return out
+
     def solve(self, budget: float | None) -> np.ndarray | None:
         """Column values at least seconds within `budget` bytes (None: at least bytes); None when infeasible."""
         b = self.index["B", 0, 0]

@@ -1,0 +1,182 @@
+"""From the relaxation to plans that hold: solve, round, simulate, correct, repair, fill.
+
+One target at a time. The model's rows leave out what only simulation sees (transients inside a burst of copies); what
+a simulated plan holds above its row is taken from the row's right side, and the model is solved again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import highspy
+import numpy as np
+
+from memopt.solvers.model import Model
+from memopt.solvers.space import Parts, Space, State
+
+ROUNDS = 6  # of solve, round, simulate, correct
+TRIES = 10  # moves simulated before one is taken
+SMALL = 1500  # columns up to which targets are solved in integers
+NODES = 200  # of branch and bound: a count, not a time, so that plans do not depend on the machine's load
+
+
+class Engine:
+    """Finds states at or below a target. Every call depends on the calls before it, so ask in one fixed order."""
+
+    def __init__(self, space: Space) -> None:
+        self.space, self.model = space, Model(space)
+        self.extra: dict[int, float] = {}
+        self.order = sorted(space.makers)
+
+    # -- one target -------------------------------------------------------------------------------------------------
+
+    def reach(self, target: int | None) -> State | None:
+        """The cheapest state found within `target` bytes, else the lowest found; target None: the lowest. """
+        best: State | None = None
+        for _ in range(ROUNDS):
+            values = self._solve(target)
+            if values is None:
+                break
+            held, state = self._simulated(self.model.rounded(values))
+            best = better(best, state, target)
+            moved = self._correct(held, values)
+            fresh = self._add_rows(held, target)
+            if not fresh and (not moved or (target is not None and state.peak <= target)):
+                break
+        if best is None or target is None:
+            return best
+        return self.fill(self.repair(best, target), target)
+
+    def _solve(self, target: int | None) -> np.ndarray | None:
+        whole = target is not None and len(self.model.cost) <= SMALL
+        self._integers(whole)
+        values = self.model.solve(target)
+        self._integers(False)
+        return values
+
+    def _integers(self, whole: bool) -> None:
+        kind = highspy.HighsVarType.kInteger if whole else highspy.HighsVarType.kContinuous
+        highs = self.model.highs
+        if whole:
+            highs.setOptionValue("mip_max_nodes", NODES)
+            highs.setOptionValue("mip_rel_gap", 0.001)
+        if len(self.model.cost) <= SMALL:
+            for key, column in self.model.index.items():
+                if key[0] == "x":
+                    highs.changeColIntegrality(column, kind)
+
+    def _simulated(self, parts: Parts) -> tuple[np.ndarray, State]:
+        held, seconds = self.space.bytes_at(parts)
+        at = int(np.argmax(held))
+        return held, State(parts, int(held[at]), at, seconds)
+
+    def _add_rows(self, held: np.ndarray, target: int | None) -> int:
+        """A row at the highest moment of every region, and of the rest, that breaks the target (None: the peak)."""
+        limit = target if target is not None else int(held.max()) - 1
+        spans = [(2 * r.first, 2 * r.last + 2) for r in self.space.regions]
+        tops = [a + int(np.argmax(held[a:b])) for a, b in spans]
+        tops.append(int(np.argmax(held)))
+        fresh = [h for h in dict.fromkeys(tops) if held[h] > limit and h not in self.model.rows]
+        for half in fresh:
+            self.model.add_row(half)
+        return len(fresh)
+
+    def _correct(self, held: np.ndarray, values: np.ndarray) -> bool:
+        moved = False
+        for half, extra in self.model.unseen(values, held):
+            if extra > self.extra.get(half, 0.0) + 1.0:
+                self.extra[half] = extra
+                self.model.correct(half, extra)
+                moved = True
+        return moved
+
+    # -- moves ------------------------------------------------------------------------------------------------------
+
+    def drop(self, parts: Parts, v: int) -> Parts:
+        regions = self.space.regions
+        return tuple(part | {v} if v in regions[k].offers else part for k, part in enumerate(parts))
+
+    def keep(self, parts: Parts, v: int) -> Parts:
+        return tuple(part - {v} if v in part else part for part in parts)
+
+    def repair(self, state: State, target: int) -> State:
+        """Drop what lowers the peak at least seconds a byte, until it holds or nothing lowers it."""
+        while state.peak > target:
+            trials = (self.space.state(self.drop(state.parts, v)) for v in self.droppable_at(state))
+            lower = [s for s in trials if s.peak < state.peak]
+            if not lower:
+                break
+            state = min(lower, key=lambda s: _price(s, state, target))
+        return state
+
+    def droppable_at(self, state: State) -> list[int]:
+        """Values whose originals are alive at the peak because they were kept: the cheapest a byte first."""
+        space = self.space
+        works = [space.work(k, part) for k, part in enumerate(state.parts)]
+        ends = space.ends(state.parts, works)
+        alive = [v for v in self.order if space.anchor[v] < state.at <= ends[v] and v not in space.held]
+        alive.sort(key=lambda v: (space.makers[v].seconds / max(space.size[v], 1), v))
+        return alive[:TRIES]
+
+    def fill(self, state: State, target: int) -> State:
+        """Keep again what saves most seconds a byte, while the target holds."""
+        tried = 0
+        for v in self.remade(state.parts):
+            if self.space.size[v] <= target - state.peak or tried < TRIES:
+                tried += 1
+                trial = self.space.state(self.keep(state.parts, v))
+                if trial.peak <= max(target, state.peak) and trial.seconds < state.seconds:
+                    state = trial
+                if tried > 4 * TRIES:
+                    break
+        return state
+
+    def remade(self, parts: Parts) -> list[int]:
+        """Values really copied somewhere, the dearest a byte first."""
+        space = self.space
+        used = dict.fromkeys(v for k, part in enumerate(parts) for v in space.work(k, part).used)
+        return sorted(used, key=lambda v: (-space.makers[v].seconds / max(space.size[v], 1), v))
+
+    # -- proofs -----------------------------------------------------------------------------------------------------
+
+    def bound(self, budget: int) -> float | None:
+        """Seconds no choice of the offers undercuts within `budget` bytes; None: none holds it (certified rows)."""
+        for half in self.extra:
+            self.model.correct(half, 0.0)
+        self.extra.clear()
+        best = 0.0
+        for _ in range(ROUNDS):
+            values = self.model.solve(budget)
+            if values is None:
+                return None
+            best = max(best, self.model.objective())
+            if not self._add_rows(self._simulated(self.model.rounded(values))[0], budget):
+                break
+        return best
+
+
+def better(best: State | None, state: State, target: int | None) -> State:
+    """Within the target the cheaper, else the lower."""
+
+    def rank(s: State) -> tuple[int, float, float]:
+        over = max(0, s.peak - target) if target is not None else s.peak
+        return (over, s.seconds, s.peak)
+
+    return state if best is None or rank(state) < rank(best) else best
+
+
+def _price(state: State, before: State, target: int) -> tuple[float, int]:
+    gained = before.peak - max(state.peak, target)
+    return (max(state.seconds - before.seconds, 0.0) + 1e-12) / gained, state.peak
+
+
+def path(engine: Engine, low: State, high: State) -> Iterable[State]:
+    """States on the way from `low` (fewer bytes) to `high` (fewer seconds), one value changed at a time."""
+    space = engine.space
+    state = low
+    values = [v for v in engine.order if any((v in a) != (v in b) for a, b in zip(low.parts, high.parts, strict=True))]
+    values.sort(key=lambda v: (-space.makers[v].seconds / max(space.size[v], 1), v))
+    for v in values:
+        parts = tuple((a - {v}) | (b & {v}) for a, b in zip(state.parts, high.parts, strict=True))
+        state = space.state(parts)
+        yield state
