@@ -24,11 +24,11 @@ BOOKKEEPING = ("prim", "profiler")  # namespaces of ops that ask for metadata or
 LATE_STEP = 1000.0  # what a fake number reads as: late enough that warm-up branches (RAdam's, say) are past
 
 
-class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Recorder(TorchDispatchMode):
     """Records the ops run under it as optimizer steps. `know` what is alive before; call `finish` when all has run."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.tensors: dict[str, TensorInfo] = {}
         self.storages: dict[str, Storage] = {}
         self.given: list[str] = []  # tensors alive before the first op
@@ -83,13 +83,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if home == name:
             self.storages[name] = Storage(name, tensor.untyped_storage().nbytes(), kind)
             if kind == "temporary":
-                self._alive[storage] = StorageWeakRef(tensor.untyped_storage())  # type: ignore[no-untyped-call]
+                self._alive[storage] = StorageWeakRef(tensor.untyped_storage())
         self.tensors[name] = TensorInfo(name, tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), home)
         self._latest[storage] = name
 
     def _bury(self) -> None:
         """What died since the last op was held until that op had run: let that op be its last reader."""
-        dead = [storage for storage, alive in self._alive.items() if alive.expired()]  # type: ignore[no-untyped-call]
+        dead = [storage for storage, alive in self._alive.items() if alive.expired()]
         for storage in dead:
             del self._alive[storage]
             name, last = self._latest.pop(storage), self.steps[-1]

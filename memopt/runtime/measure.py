@@ -73,7 +73,7 @@ def training_step(
             with phase("forward"):
                 value = loss()
             with phase("backward"):
-                value.backward()  # type: ignore[no-untyped-call]
+                value.backward()
         if optimizer is not None:
             with phase("optimizer"):
                 optimizer.step()

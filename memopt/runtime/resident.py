@@ -35,12 +35,12 @@ def resident_tensors(*holders: object) -> tuple[Tensor, ...]:
 
 def watch(tensors: Iterable[Tensor]) -> list[tuple[str, StorageWeakRef]]:
     """What each tensor is and a weak reference to its storage, for `refuse_freed` later."""
-    return [(f"{tuple(t.shape)} {t.dtype}", StorageWeakRef(t.untyped_storage())) for t in tensors]  # type: ignore[no-untyped-call]
+    return [(f"{tuple(t.shape)} {t.dtype}", StorageWeakRef(t.untyped_storage())) for t in tensors]
 
 
 def refuse_freed(watched: list[tuple[str, StorageWeakRef]]) -> None:
     """Raise MemoptError if any of these storages is gone: the trace could not see it end."""
-    gone = [what for what, storage in watched if storage.expired()]  # type: ignore[no-untyped-call]
+    gone = [what for what, storage in watched if storage.expired()]
     if gone:
         raise MemoptError(
             f"{len(gone)} resident tensors were freed during the step (first: {gone[0]}), which cannot be seen on CPU; "

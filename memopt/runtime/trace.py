@@ -11,6 +11,7 @@ oneDNN's scratch and reordered weights do come from it and are seen, inside the 
 
 from __future__ import annotations
 
+import gc
 import os
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
@@ -62,19 +63,53 @@ class Trace:
         return bisect_left(self.times, time)
 
 
-def record(run: Callable[[], object]) -> Trace:
-    """Run it once and return the trace of its CPU allocations.
+def profiler_is_active() -> bool:
+    """Whether a torch profiler runs in this thread. Starting a second one would end the first without a word."""
+    return bool(torch.autograd._profiler_enabled())  # type: ignore[attr-defined]
 
-    Raises MemoptError when a profiler is already active: starting a second one would end the first without a word.
+
+class Recording:
+    """A recording that begins now and ends with `stop`, where it cannot be a `with` block. One at a time."""
+
+    def __init__(self) -> None:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else libkineto writes a line to stderr at each start and stop
+        self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
+        self.profile.__enter__()
+
+    def stop(self, contested: bool = False) -> Trace | None:
+        """The trace; None if another profiler was started meanwhile, which ended this one.
+
+        contested: the other may still run, so look for it: stopping now would stop that one. Costs some 50 ms.
+        """
+        assert self.profile.profiler is not None
+        if not profiler_is_active() or (contested and self._taken_over()):
+            self.profile.profiler.entered = False  # or later recordings would take it for one that still runs
+            return None
+        self.profile.__exit__(None, None, None)
+        assert self.profile.profiler.kineto_results is not None
+        return _read(self.profile.profiler.kineto_results.experimental_event_tree())
+
+    def _taken_over(self) -> bool:
+        """Whether some other profiler object is between its start and its stop: torch keeps no list of them."""
+        others = (found for found in gc.get_objects() if type(found) is torch.autograd.profiler.profile)
+        return any(p.entered and p.kineto_results is None for p in others if p is not self.profile.profiler)
+
+
+def record(run: Callable[[], object]) -> Trace:
+    """Run it once and return the trace of its CPU allocations. What it raises ends the recording and goes on.
+
+    Raises MemoptError when a profiler is already active, or was started by `run` and left the recording cut short.
     """
-    if torch.autograd._profiler_enabled():  # type: ignore[attr-defined]
+    if profiler_is_active():
         raise MemoptError("a torch profiler is already running; measure outside it, since only one can be active")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else libkineto writes a line to stderr at each start and stop
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as prof:
+    recording = Recording()
+    try:
         run()
-    assert prof.profiler is not None
-    assert prof.profiler.kineto_results is not None
-    return _read(prof.profiler.kineto_results.experimental_event_tree())
+    finally:
+        trace = recording.stop()
+    if trace is None:
+        raise MemoptError("a torch profiler was started inside what is being measured, which ended the measurement")
+    return trace
 
 
 def _read(roots: list[_ProfilerEvent]) -> Trace:

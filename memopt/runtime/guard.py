@@ -1,0 +1,107 @@
+"""Watches whether training steps stay within the planned peak, and says so once when one does not."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from memopt.plans import MeasuredStep
+from memopt.runtime.resident import distinct_bytes
+from memopt.runtime.trace import Recording, profiler_is_active
+
+SHARE, SLACK = 0.01, 2**20  # what a prediction may be off by before the guard speaks: 1 % + 1 MiB
+
+
+def tolerated(predicted: int) -> int:
+    """The peak, in bytes, up to which a step counts as within its plan."""
+    return predicted + int(predicted * SHARE) + SLACK
+
+
+def watched_on_cpu(step: int) -> bool:
+    """Steps observed on CPU, counted from 1: the second (the first makes optimizer state) and powers of two after."""
+    return step >= 2 and step & (step - 1) == 0
+
+
+class Guard:
+    """Compares steps with the plan. Call `begin_step` where each training forward begins: it ends the step before.
+
+    predicted_peak: bytes. resident: called when an observation begins, gives the tensors alive then (CPU only, where
+    the profiler does not tell). CUDA: every step, by the allocator's own counters, which are reset at each step. CPU:
+    the steps of `watched_on_cpu`, by the profiler, which slows them; not while the user's own profiler is active.
+    """
+
+    def __init__(
+        self,
+        predicted_peak: int,
+        logger: logging.Logger | None = None,
+        *,
+        resident: Callable[[], Iterable[Tensor]] | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.predicted_peak = predicted_peak
+        self.logger = logger or logging.getLogger("memopt")
+        self.resident = resident or (lambda: ())
+        self.device = torch.device(device)
+        self.measured: MeasuredStep | None = None  # the last step observed
+        self.steps = 0  # begun so far
+        self.warned = False
+        self._began = 0.0
+        self._before = 0
+        self._recording: Recording | None = None
+        self._watching = False
+
+    def __enter__(self) -> Guard:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.end_step()
+
+    def begin_step(self) -> None:
+        """A training step begins; the one before, if any, has ended."""
+        self.end_step()
+        self.steps += 1
+        self._began = time.perf_counter()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._watching = True
+        elif watched_on_cpu(self.steps) and not profiler_is_active():
+            self._before = distinct_bytes(tensor for tensor in self.resident() if tensor.device.type == "cpu")
+            self._recording = Recording()
+            self._watching = True
+
+    def end_step(self) -> None:
+        """The step has ended: compare. Does nothing if none is being observed."""
+        if not self._watching:
+            return
+        self._watching = False
+        seconds = time.perf_counter() - self._began
+        peak, reserved = self._peaks()
+        if peak is not None:
+            self.measured = MeasuredStep(peak, seconds, {}, reserved)
+            self._compare(peak)
+
+    def _peaks(self) -> tuple[int | None, int]:
+        """Peak bytes allocated (None: the recording was taken over by another profiler) and reserved."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
+        assert self._recording is not None
+        trace = self._recording.stop(contested=True)
+        self._recording = None
+        return (None if trace is None else self._before + trace.peak()), 0
+
+    def _compare(self, peak: int) -> None:
+        if self.warned or peak <= tolerated(self.predicted_peak):
+            return
+        self.warned = True
+        over = peak - self.predicted_peak
+        self.logger.warning(
+            "memopt: step %d peaked at %.1f MiB, %.1f MiB (%.1f %%) over the %.1f MiB planned; said once, later steps "
+            "are compared in silence",
+            *(self.steps, peak / 2**20, over / 2**20, 100 * over / max(1, self.predicted_peak)),
+            self.predicted_peak / 2**20,
+        )

@@ -1,0 +1,188 @@
+"""What one operation costs on the real device: seconds, and the bytes it takes and gives back while it runs.
+
+Each operation is run by itself on data made for it, never the model: the most memory held is one operation's
+arguments, outputs and workspace. On CPU the workspace is read from the profiler's memory events, so oneDNN's
+scratch and reordered weights count; what OpenMP workers and MKL allocate for themselves does not pass torch's
+allocator and counts neither here nor in the measured peak.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._pytree import tree_iter
+
+from memopt.errors import MemoptError
+from memopt.facts import cost_key, facts
+from memopt.runtime import opcache
+from memopt.runtime.opinputs import needed_bytes, real_arguments
+from memopt.runtime.trace import record
+
+logger = logging.getLogger("memopt")
+
+SAFE = ("aten", "prims", "memopt")  # namespaces whose operations do nothing but compute: no collectives, no disk
+FAILURES = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, MemoptError)
+REPEATS = 3
+LONG = 0.5  # seconds: an operation that takes longer is timed once
+
+
+@dataclass(frozen=True, slots=True)
+class OpCost:
+    """seconds: median of a few runs. workspace: bytes held inside the call beyond its outputs, given back at its end.
+
+    out_bytes: bytes of the storages the call brought to life and returned.
+    """
+
+    seconds: float
+    workspace: int
+    out_bytes: int
+
+
+class OpCosts:
+    """Measures fx nodes of an ATen graph and remembers, in memory and (after `save`) on disk, by `cost_key`.
+
+    byte_limit: operations with more bytes of arguments and outputs are not run. seconds_limit: measuring stops when
+    so much time was spent in it, all together. cache: file to keep costs in; None for none, by default that of
+    `opcache.cache_file`. As a context manager it saves at the end.
+    """
+
+    def __init__(
+        self,
+        device: str | torch.device = "cpu",
+        *,
+        byte_limit: int = 2**30,
+        seconds_limit: float = 60.0,
+        cache: Path | str | None = "default",
+    ) -> None:
+        self.device = torch.device(device)
+        self.byte_limit = byte_limit
+        self.seconds_limit = seconds_limit
+        self.spent = 0.0
+        self.cache = opcache.cache_file(self.device) if cache == "default" else cache and Path(cache)
+        self.known = {k: OpCost(*v) for k, v in opcache.load(self.cache).items()} if self.cache else {}
+        self.fresh: dict[str, OpCost] = {}
+        self.refused: dict[str, str] = {}  # key -> why it has no cost
+
+    def __enter__(self) -> OpCosts:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.save()
+
+    def save(self) -> None:
+        """Add what was measured since the last save to the cache file."""
+        if self.cache and self.fresh:
+            entries = {key: (cost.seconds, cost.workspace, cost.out_bytes) for key, cost in self.fresh.items()}
+            opcache.save(self.cache, entries)
+            self.fresh.clear()
+
+    def measure(self, node: fx.Node) -> OpCost | None:
+        """The cost of one run of the node's operation, or None if it cannot or must not be run (`refused` says why)."""
+        key = cost_key(node)
+        if key in self.known or key in self.refused:
+            return self.known.get(key)
+        if self.spent >= self.seconds_limit:
+            return None
+        start = time.perf_counter()
+        try:
+            cost = self._measured(node)
+        except FAILURES as error:
+            self.refused[key] = f"{type(error).__name__}: {error}"
+            logger.debug("memopt: no cost of %s: %s", key, self.refused[key])
+            return None
+        finally:
+            self.spent += time.perf_counter() - start
+        self.known[key] = self.fresh[key] = cost
+        return cost
+
+    def measure_all(self, nodes: Iterable[fx.Node]) -> dict[str, OpCost]:
+        """Costs by key of every node that can be measured, those with the most bytes first while time lasts."""
+        keyed = {cost_key(node): node for node in nodes if isinstance(node.target, torch._ops.OpOverload)}
+        for node in sorted(keyed.values(), key=total_bytes, reverse=True):
+            self.measure(node)
+        if self.spent >= self.seconds_limit:
+            logger.info("memopt: stopped measuring operations after %.1f s", self.spent)
+        return {key: self.known[key] for key in keyed if key in self.known}
+
+    def _measured(self, node: fx.Node) -> OpCost:
+        func = node.target
+        if not isinstance(func, torch._ops.OpOverload) or func.namespace not in SAFE:
+            raise MemoptError("not an operation that only computes")
+        if total_bytes(node) > self.byte_limit:
+            raise MemoptError(
+                f"arguments and outputs take {total_bytes(node)} bytes, over the limit of {self.byte_limit}"
+            )
+        with unset_fake_temporarily(), torch.no_grad(), torch.random.fork_rng(self._devices()):
+            args, kwargs = real_arguments(node, self.device)
+            cost = _cost(lambda: func(*args, **kwargs), _storages((args, kwargs)), self.device)
+        _compare(node, cost)
+        return cost
+
+    def _devices(self) -> list[torch.device]:
+        return [self.device] if self.device.type == "cuda" else []
+
+
+def total_bytes(node: fx.Node) -> int:
+    """Bytes of the operation's arguments and of what it makes, by its fake values."""
+    return needed_bytes(node) + _made_bytes(node)
+
+
+def _made_bytes(node: fx.Node) -> int:
+    return sum(made.nbytes for made in facts(node).made if made is not None and made.home is None)
+
+
+def _compare(node: fx.Node, cost: OpCost) -> None:
+    """Say so when the real operation makes other bytes than its fake one."""
+    if cost.out_bytes != _made_bytes(node):
+        logger.debug("memopt: %s really makes %d bytes, not %d", cost_key(node), cost.out_bytes, _made_bytes(node))
+
+
+def _cost(run: Callable[[], Any], given: set[int], device: torch.device) -> OpCost:
+    first = _seconds(run, device)  # the first run loads libraries and fills caches: neither timed nor recorded
+    times = [_seconds(run, device) for _ in range(1 if first > LONG else REPEATS)]
+    peak, out = _peak_cuda(run, device) if device.type == "cuda" else _peak_cpu(run)
+    fresh = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _tensors(out)}
+    out_bytes = sum(nbytes for storage, nbytes in fresh.items() if storage not in given)
+    return OpCost(median(times), max(0, peak - out_bytes), out_bytes)
+
+
+def _seconds(run: Callable[[], Any], device: torch.device) -> float:
+    start = time.perf_counter()
+    out = run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    end = time.perf_counter()
+    del out  # giving the outputs back is not the operation's time
+    return end - start
+
+
+def _peak_cpu(run: Callable[[], Any]) -> tuple[int, Any]:
+    out: list[Any] = []
+    trace = record(lambda: out.append(run()))
+    return trace.peak(), out
+
+
+def _peak_cuda(run: Callable[[], Any], device: torch.device) -> tuple[int, Any]:
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    out = run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before, out
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_iter(values) if isinstance(leaf, Tensor)]
+
+
+def _storages(values: Any) -> set[int]:
+    return {tensor.untyped_storage()._cdata for tensor in _tensors(values)}
