@@ -90,6 +90,15 @@ class Engine:
                 moved = True
         return moved
 
+    def lowest(self) -> State:
+        """The state of least peak found: everything remade, nothing remade, the model's least bytes; then repaired."""
+        space = self.space
+        found = [space.state(space.none()), space.state(space.all())]
+        reached = self.reach(None)
+        if reached is not None:
+            found.append(reached)
+        return self.repair(min(found, key=lambda s: (s.peak, s.seconds)), 0)
+
     # -- moves ------------------------------------------------------------------------------------------------------
 
     def drop(self, parts: Parts, v: int) -> Parts:

@@ -196,12 +196,12 @@ class Model:
     def _pulled(self, half: int, k: int) -> dict[int, int]:
         """Columns that say a value has been remade by `half` in region k, because a remade one reads it."""
         space, offers = self.space, self.space.regions[k].offers
-        seen = {v: self.index["d", v, k] for v, (f, _) in _in_region(space, k).items() if 2 * f <= half}
+        seen = {v: self.index["d", v, k] for v, (f, _) in space.covered_in(k).items() if 2 * f <= half}
         stack = sorted(seen)
         while stack:
             w = stack.pop()
             for u in space.makers[w].reads:
-                if u not in offers or (u in seen and 2 * _in_region(space, k).get(u, (half + 1, 0))[0] <= half):
+                if u not in offers or (u in seen and 2 * space.covered_in(k).get(u, (half + 1, 0))[0] <= half):
                     continue
                 if u not in seen:
                     seen[u] = self._column()
@@ -258,13 +258,6 @@ class Model:
             frozenset(v for v in region.offers if self.lives(values, v, k) < threshold)
             for k, region in enumerate(self.space.regions)
         )
-
-
-def _in_region(space: Space, k: int) -> dict[int, tuple[int, int]]:
-    cache: dict[int, dict[int, tuple[int, int]]] = space.__dict__.setdefault("_in_region", {})
-    if k not in cache:
-        cache[k] = {v: space.covered[v][k] for v in space.regions[k].offers if k in space.covered[v]}
-    return cache[k]
 
 
 def droppable(space: Space) -> list[int]:

@@ -98,6 +98,10 @@ class Space:
                 region.reads.append((at, served))
             for v in served:
                 self.covered[v][k] = (self.covered[v].get(k, (at, at))[0], at)
+        self._covered_in = [
+            {v: self.covered[v][k] for v in region.offers if k in self.covered[v]}
+            for k, region in enumerate(self.regions)
+        ]
         self._index_lives()
 
     def _index_lives(self) -> None:
@@ -116,6 +120,10 @@ class Space:
             outside = [u for u in self.uses[v] if not any(a <= u <= b for a, b in inside)]
             self.anchor[v] = 2 * max(outside, default=self.uses[v][0]) + 1
         self.sizes = np.array(self.size, dtype=np.int64)
+
+    def covered_in(self, k: int) -> dict[int, tuple[int, int]]:
+        """Values of region k read there by original steps -> first and last of those positions."""
+        return self._covered_in[k]
 
     def work(self, k: int, remade: frozenset[int]) -> Work:
         """Simulate region k when these values are remade in it."""

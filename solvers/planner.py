@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from time import perf_counter
 
-from memopt.edit import Remake
 from memopt.plans import Plan, Problem, Status, simulated
 from memopt.solvers.engine import Engine, path
 from memopt.solvers.space import Space, State
@@ -31,7 +30,7 @@ def frontier(engine: Engine, budget: int) -> tuple[State, State]:
     therefore see two brackets in order, or the same one: as the budget falls the peak never rises, nor do seconds fall.
     """
     space = engine.space
-    high, low = space.state(space.none()), floor(engine)
+    high, low = space.state(space.none()), engine.lowest()
     if low.peak > budget:
         return low, low
     least, top, bottom = low, high.peak, low.peak
@@ -51,17 +50,6 @@ def frontier(engine: Engine, budget: int) -> tuple[State, State]:
         else:
             top = target
     return between(engine, low, high, budget), least
-
-
-def floor(engine: Engine) -> State:
-    """The lowest state found."""
-    space = engine.space
-    found = [space.state(space.none()), space.state(space.all())]
-    lowest = engine.reach(None)
-    if lowest is not None:
-        found.append(lowest)
-    state = min(found, key=lambda s: (s.peak, s.seconds))
-    return engine.repair(state, 0)
 
 
 def between(engine: Engine, low: State, high: State, budget: int) -> State:
@@ -88,7 +76,3 @@ def solve(problem: Problem, *, method: str = "auto", gap: float = 0.01, time_lim
     if progress is not None:
         progress("planned", perf_counter() - started)
     return replace(plan, floor=min(least.peak, plan.peak), lower_bound=min(bound or 0.0, plan.seconds))
-
-
-def chosen_of(space: Space, state: State) -> tuple[Remake, ...]:
-    return space.remakes(state.parts)

@@ -1,0 +1,85 @@
+"""The model in integers, made exact by cuts: what simulation refutes is cut off until the bound meets the best plan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from time import perf_counter
+
+import highspy
+import numpy as np
+
+from memopt.plans import Plan, Problem, Status, simulated
+from memopt.solvers.engine import Engine
+from memopt.solvers.model import Model
+from memopt.solvers.space import Parts, Space
+
+SLACK = 1e-6  # of the seconds: two floats this near are equal
+
+
+def milp(problem: Problem, *, gap: float = 0.0, time_limit: float = 20.0) -> Plan:
+    """Least added seconds over all subsets of the offers: OPTIMAL when proven within `gap`, else FEASIBLE.
+
+    Each answer of the relaxation is simulated by `edit`. Where the simulation needs more bytes or seconds than the
+    model said, a missing memory row is added, else a cut that excludes this choice and all that simulate alike.
+    Bounds only rise, so the loop ends; time_limit (seconds) ends it sooner with the best plan known.
+    Offers must lie in disjoint regions (`Space.separable`), else ValueError.
+    """
+    space = Space(problem)
+    if not space.separable:
+        raise ValueError("milp needs offers of disjoint spans, one a value; greedy takes any")
+    start = Engine(space)
+    lowest = start.lowest()
+    best = replace(simulated(problem, space.remakes(lowest.parts), "milp"), lower_bound=0.0)
+    plan, bound, proven = refine(problem, space, best, gap, perf_counter() + time_limit)
+    floor = min(lowest.peak, plan.peak)
+    if plan.peak > problem.budget:
+        return replace(plan, floor=floor, status=Status.INFEASIBLE)
+    status = Status.FITS if not plan.chosen else Status.OPTIMAL if proven else Status.FEASIBLE
+    return replace(plan, floor=floor, lower_bound=min(bound, plan.seconds), status=status)
+
+
+def refine(problem: Problem, space: Space, best: Plan, gap: float, until: float) -> tuple[Plan, float, bool]:
+    """(best plan, lower bound on seconds, proven within the gap)."""
+    model = Model(space, integer=True)
+    model.highs.setOptionValue("mip_rel_gap", min(gap, 1e-6))
+    bound = 0.0
+    while perf_counter() < until:
+        model.highs.setOptionValue("time_limit", model.highs.getRunTime() + max(0.01, until - perf_counter()))
+        values = model.solve(problem.budget)
+        if values is None:
+            return best, bound, model.highs.getModelStatus() == highspy.HighsModelStatus.kInfeasible
+        bound = max(bound, model.objective())
+        parts = model.rounded(values)
+        plan = simulated(problem, space.remakes(parts), "milp")
+        best = cheaper(best, plan, problem.budget)
+        if best.peak <= problem.budget and best.seconds * (1 - gap) <= bound * (1 + SLACK) + SLACK * model.seconds:
+            return best, bound, True
+        if plan.peak <= problem.budget or not add_row(model, space, parts, problem.budget):
+            cut(model, space, parts)
+    return best, bound, False
+
+
+def cheaper(best: Plan, plan: Plan, budget: int) -> Plan:
+    return min(best, plan, key=lambda p: (max(p.peak - budget, 0), p.seconds, p.peak))
+
+
+def add_row(model: Model, space: Space, parts: Parts, budget: int) -> bool:
+    """A memory row at the highest moment over the budget that has none yet."""
+    held = space.bytes_at(parts)[0]
+    over = [int(h) for h in np.argsort(-held, kind="stable") if held[h] > budget and int(h) not in model.rows]
+    if over:
+        model.add_row(over[0])
+    return bool(over)
+
+
+def cut(model: Model, space: Space, parts: Parts) -> None:
+    """Exclude this choice and all that agree with it on every offer its simulation looked at."""
+    columns, signs = [], []
+    for k, part in enumerate(parts):
+        used = space.work(k, part).used
+        looked = {*space.covered_in(k), *(u for v in used for u in space.makers[v].reads)}
+        for v in sorted({v for v in looked if v in space.regions[k].offers} | set(used)):
+            columns.append(model.index["x", v, k])
+            signs.append(1.0 if v in part else -1.0)
+    kept = sum(1 for sign in signs if sign < 0)
+    model.highs.addRow(1.0 - kept, highspy.kHighsInf, len(columns), columns, signs)
