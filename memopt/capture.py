@@ -23,6 +23,10 @@ from memopt.hosts import as_in_eager
 from memopt.lowering import lower, signature
 from memopt.program import Program
 
+# recompile_limit: shapes a model may be planned for; torch's default of 8 would run the ninth without a plan.
+# allow_rnn: nn.LSTM and its like are traced, not broken out of the graph.
+DYNAMO = {"recompile_limit": 64, "allow_rnn": True}
+
 Prepare = Callable[[Program], Program]
 
 
@@ -99,7 +103,8 @@ def _dry_run(
     call = torch.compile(entry(twin), backend=recorder, dynamic=False)
     try:
         with mode, torch.enable_grad(), torch.random.fork_rng(devices=[]), as_in_eager(kwargs):
-            return call(*args, **kwargs), ()
+            with torch._dynamo.config.patch(DYNAMO):
+                return call(*args, **kwargs), ()
     except DataDependentOutputException as stopped:
         if not recorder.captures:
             raise CaptureError(_sentence(stopped)) from stopped

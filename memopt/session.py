@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_flatten
 
-from memopt.capture import Capture, Survey, entry, survey, tensor_names
+from memopt.capture import DYNAMO, Capture, Survey, entry, survey, tensor_names
 from memopt.errors import BudgetError, MemoptError
 from memopt.hosts import as_in_eager
 from memopt.lowering import lower, signature
@@ -29,7 +29,6 @@ from memopt.units import format_size
 
 log = logging.getLogger("memopt")
 
-RECOMPILES = 64  # shapes a model may be planned for; torch's default of 8 would run the ninth without a plan
 
 
 def infeasible(result: PlanResult) -> BudgetError:
@@ -65,6 +64,7 @@ class Session:
     latest: Planned | None = None
     guard: Guard | None = None
     outputs_held: bool = True
+    refused: PlanResult | None = None
 
     def plan_for(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Planned:
         """The plan for inputs of these shapes: made at first sight, under fake tensors. Raises BudgetError."""
@@ -84,6 +84,7 @@ class Session:
         costs = self.costs(found)
         planned = make_plan(found, self.request, costs, capture_seconds, self.progress, self.plan_file)
         if planned.result.infeasible:
+            self.refused = planned.result
             raise infeasible(planned.result)
         self.latest = planned
         self.guard = Guard(planned.result.plan.peak, log)
@@ -175,7 +176,7 @@ def attach(session: Session) -> nn.Module:
         session.plan_for(args, kwargs)
         if session.guard is not None:
             session.guard.begin_step()
-        with torch._dynamo.config.patch(recompile_limit=RECOMPILES), as_in_eager(kwargs):
+        with torch._dynamo.config.patch(DYNAMO), as_in_eager(kwargs):
             return compiled(*args, **kwargs)
 
     model._compiled_call_impl = call

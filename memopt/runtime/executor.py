@@ -26,6 +26,7 @@ class Executor:
 
     def __init__(self, module: fx.GraphModule, probe: Probe | None = None) -> None:
         self.constants: dict[str, Any] = {"probe": probe}
+        self.taken = {node.name for node in module.graph.nodes}
         self.source = "\n".join(self._lines(module, probe is not None)) + "\n"
         scope = dict(self.constants)
         exec(compile(self.source, "<memopt eager>", "exec"), scope)
@@ -79,7 +80,7 @@ class Executor:
         name = base = "".join(c if c.isalnum() else "_" for c in text).strip("_") or "value"
         name = base = base if base[0].isalpha() else f"c_{base}"
         count = 0
-        while name in self.constants and self.constants[name] is not value:
+        while name in self.taken or (name in self.constants and self.constants[name] is not value):
             count += 1
             name = f"{base}_{count}"
         self.constants[name] = value

@@ -1,0 +1,264 @@
+"""The doors of the command line: plan, run and fit a `Workload`, and what `doctor` says of this machine."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from memopt.api import make_request
+from memopt.devices import CATALOGUE, Device, device
+from memopt.errors import BudgetError
+from memopt.pipeline import Progress, silent
+from memopt.planfile import PlanFile
+from memopt.report import PlanResult
+from memopt.runtime.here import here
+from memopt.runtime.measure import measure_step
+from memopt.session import Session, attach
+from memopt.workload import Workload
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "amp-bf16": torch.float32}
+OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "sgd": torch.optim.SGD,
+    "sgd-momentum": lambda params: torch.optim.SGD(params, lr=1e-3, momentum=0.9),
+    "adafactor": torch.optim.Adafactor,
+    "rmsprop": torch.optim.RMSprop,
+}
+
+
+class LossModel(nn.Module):
+    """The step's forward as one module: inputs to loss, under autocast if asked. Logits do not outlive it."""
+
+    def __init__(self, model: nn.Module, loss: Callable[[Any], Tensor], autocast: str | None) -> None:
+        super().__init__()
+        self.model, self.loss, self.autocast = model, loss, autocast
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """Scalar loss of the keyword inputs."""
+        context: Any = torch.autocast(self.autocast, torch.bfloat16) if self.autocast else nullcontext()
+        with context:
+            return self.loss(self.model(**inputs))
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A workload with its options resolved; builds the model and its inputs, fake or real."""
+
+    workload: Workload
+    batch: int
+    seq: int
+    dtype: str
+    optimizer: str
+    target: Device
+
+    def build(self, where: str = "cpu") -> tuple[LossModel, dict[str, Tensor]]:
+        """The model in training mode and its inputs, on the current mode's device."""
+        with _default_dtype(DTYPES[self.dtype]), torch.device(where):
+            model = self.workload.build().train()
+            inputs = self.workload.inputs(self.batch, self.seq)
+        autocast = torch.device(where).type if self.dtype == "amp-bf16" else None
+        return LossModel(model, self.workload.loss, autocast), inputs
+
+    def build_fake(self) -> tuple[LossModel, dict[str, Tensor]]:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            return self.build()
+
+    def optimizer_over(self, model: nn.Module) -> torch.optim.Optimizer | None:
+        """The optimizer, or None for "none". Parameters that are frozen are left out."""
+        if self.optimizer == "none":
+            return None
+        return OPTIMIZERS[self.optimizer]([p for p in model.parameters() if p.requires_grad])
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def bench(
+    workload: Workload, batch: int | None, seq: int | None, dtype: str, optimizer: str, target: str | None
+) -> Bench:
+    """Check the names and fill in the workload's defaults. ValueError listing what is known."""
+    for option, value, known in (("dtype", dtype, DTYPES), ("optimizer", optimizer, {**OPTIMIZERS, "none": None})):
+        if value not in known:
+            raise ValueError(f"{option} {value!r} is not known; known are {', '.join(known)}")
+    found = device(target) if target else here(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    return Bench(workload, batch or workload.batch, seq or workload.seq, dtype, optimizer, found)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The options of one call that do not describe the workload."""
+
+    budget: str | int
+    allow: tuple[str, ...]
+    numerics: str
+    passes: str
+    lowering: str
+    accumulate: int
+    plan_file: PlanFile | None
+    progress: Progress
+
+    def session(self, bench: Bench, model: LossModel) -> Session:
+        optimizer = bench.optimizer_over(model)
+        request = make_request(
+            bench.target, self.budget, optimizer, self.allow, self.numerics, self.lowering, self.passes,
+            self.accumulate, bench.workload.name,
+        )  # fmt: skip
+        return Session(
+            model, replace(request, has_optimizer=optimizer is not None), "loss", self.plan_file, self.progress
+        )
+
+
+def plan_workload(
+    workload: Workload,
+    *,
+    budget: str | int,
+    batch: int | None = None,
+    seq: int | None = None,
+    dtype: str = "fp32",
+    device: str | None = None,
+    optimizer: str = "adamw",
+    allow: tuple[str, ...] = (),
+    numerics: str = "reordered",
+    passes: str = "",
+    host_budget: str | None = None,
+    disk_budget: str | None = None,
+    lowering: str = "auto",
+    accumulate: int = 1,
+    plan_file: PlanFile | None = None,
+    formula: bool = False,
+    progress: Progress | None = None,
+) -> PlanResult:
+    """The plan of one training step of the workload, under fake tensors. An infeasible one is returned, not raised."""
+    _no_offload(host_budget, disk_budget)
+    made = bench(workload, batch, seq, dtype, optimizer, device)
+    asked = Asked(budget, allow, numerics, passes, lowering, accumulate, plan_file, progress or silent)
+    return _planned(made, asked)
+
+
+def _planned(made: Bench, asked: Asked) -> PlanResult:
+    model, inputs = made.build_fake()
+    session = asked.session(made, model)
+    try:
+        return session.plan_for((), inputs).result
+    except BudgetError:
+        if session.refused is None:
+            raise
+        return session.refused
+
+
+def run_workload(workload: Workload, *, steps: int = 3, **options: Any) -> PlanResult:
+    """Plan the step, build it for real, run `steps` steps, measure one, and return the plan with what was measured."""
+    made, asked = _split(workload, options)
+    result = _planned(made, asked)
+    if result.infeasible:
+        return result
+    if made.target.kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {made.target.name!r} is not here to run on; `memopt plan` plans for it")
+    torch.manual_seed(0)
+    model, inputs = made.build(made.target.kind)
+    session = asked.session(made, model)
+    attach(session)
+    optimizer = session.request.optimizer
+    if optimizer is None:
+        raise ValueError("run takes optimizer steps: choose an optimizer")
+
+    def loss() -> Tensor:
+        return model(**inputs)
+
+    measured = measure_step(loss, optimizer, resident=[model, inputs], accumulate=asked.accumulate, repeats=steps)
+    assert session.result is not None
+    return replace(session.result, measured=measured)
+
+
+def fit_workload(workload: Workload, *, vary: str = "batch", **options: Any) -> tuple[int, PlanResult]:
+    """The largest batch (or sequence) whose step fits the budget, with its plan. Raises BudgetError if 1 does not.
+
+    Doubles until a plan fails, then bisects; every answer is confirmed by a plan.
+    """
+    made, asked = _split(workload, options)
+    if vary not in ("batch", "seq"):
+        raise ValueError(f"vary={vary!r} is not known; known are batch, seq")
+
+    def fits(size: int) -> PlanResult | None:
+        result = _planned(replace(made, **{vary: size}), asked)
+        return None if result.infeasible else result
+
+    low, best = 1, fits(1)
+    if best is None:
+        from memopt.session import infeasible
+
+        raise infeasible(_planned(replace(made, **{vary: 1}), asked))
+    high = low
+    while (found := fits(high * 2)) is not None:
+        high, low, best = high * 2, high * 2, found
+    high *= 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        found = fits(middle)
+        low, best, high = (middle, found, high) if found is not None else (low, best, middle)
+    return low, best
+
+
+def _split(workload: Workload, options: dict[str, Any]) -> tuple[Bench, Asked]:
+    _no_offload(options.pop("host_budget", None), options.pop("disk_budget", None))
+    options.pop("formula", None)
+    made = bench(
+        workload, options.pop("batch", None), options.pop("seq", None), options.pop("dtype", "fp32"),
+        options.pop("optimizer", "adamw"), options.pop("device", None),
+    )  # fmt: skip
+    defaults: dict[str, Any] = {
+        "allow": (), "numerics": "reordered", "passes": "", "lowering": "auto", "accumulate": 1, "plan_file": None,
+    }  # fmt: skip
+    progress = options.pop("progress", None) or silent
+    return made, Asked(**{**defaults, **options}, progress=progress)
+
+
+def _no_offload(host_budget: str | None, disk_budget: str | None) -> None:
+    if host_budget or disk_budget:
+        raise ValueError("host_budget and disk_budget are for offload levers, which this version does not have")
+
+
+def doctor(calibrate: bool = False) -> dict[str, Any]:
+    """What memopt sees here: versions, device, compiler, whether the backend is registered."""
+    import shutil
+    from importlib.metadata import entry_points, version
+
+    where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = here(where)
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "transformers": _version("transformers"),
+        "highspy": version("highspy"),
+        "device": found.name,
+        "memory_bytes": found.memory,
+        "threads": torch.get_num_threads(),
+        "compiler": next((c for c in ("g++", "clang++", "cl") if shutil.which(c)), None),
+        "backend_registered": any(e.name == "memopt" for e in entry_points(group="torch_dynamo_backends")),
+        "devices": list(CATALOGUE),
+    }
+
+
+def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
