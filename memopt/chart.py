@@ -12,7 +12,7 @@ from memopt.timeline import lifetimes, rounded
 from memopt.units import format_size
 
 # From the bottom up: what never changes first, so that the moving part is on top.
-BANDS = ("parameters", "optimizer state", "inputs", "gradients", "activations", "workspace")
+BANDS = ("parameters", "optimizer state", "inputs", "gradients", "activations", "temporaries")
 BAND_OF = {
     "parameter": 0, "buffer": 0, "state": 1, "input": 2, "rng": 2, "gradient": 3, "activation": 4, "temporary": 5,
 }  # fmt: skip

@@ -207,7 +207,7 @@ def _facts(result: PlanResult) -> str:
     rows = [] if result.infeasible else [("proof", bound_line(result))]
     if result.formula:
         rows.append(("peak(B, S)", f"{result.formula} bytes, under these decisions"))
-    rows.append(("graph", f"{len(result.before.steps)} steps, {result.breaks} graph breaks"))
+    rows.append(("graph", f"{len(result.before.steps)} steps, graph breaks: {result.breaks}"))
     rows += [(f"seconds to {name}", format_seconds(seconds)) for name, seconds in result.timings.items()]
     rows += [("note", note) for note in result.notes]
     rows += [(name, value) for name, value in result.identity.items()]

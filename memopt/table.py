@@ -190,7 +190,7 @@ def _lines(result: PlanResult) -> Table:
         row(table, "proof", bound_line(result))
     if result.formula:
         row(table, "peak(B, S)", f"{result.formula}  bytes, under these decisions")
-    counts = f"{len(result.before.steps)} steps, {result.breaks} graph breaks"
+    counts = f"{len(result.before.steps)} steps, graph breaks: {result.breaks}"
     row(table, "graph", counts)
     if result.timings:
         row(table, "took", ", ".join(f"{name} {format_seconds(s)}" for name, s in result.timings.items() if s))
