@@ -28,7 +28,7 @@ class Recorder(TorchDispatchMode):
     """Records the ops run under it as optimizer steps. `know` what is alive before; call `finish` when all has run."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.tensors: dict[str, TensorInfo] = {}
         self.storages: dict[str, Storage] = {}
         self.given: list[str] = []  # tensors alive before the first op

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +67,19 @@ def test_layer_norm_backward_adds_up_in_one_row_a_thread() -> None:
     assert found.workspace == copied + torch.get_num_threads() * 2 * 64 * 4
 
 
-def im2col(x: Tensor, w: Tensor) -> Tensor:
-    return torch.ops.aten._slow_conv2d_forward(x, w, [3, 3], None, [1, 1], [1, 1])
+@pytest.fixture
+def no_mkldnn() -> Iterator[None]:
+    """torch.backends.mkldnn.flags would do, but warns about TF32."""
+    torch._C._set_mkldnn_enabled(False)
+    yield
+    torch._C._set_mkldnn_enabled(True)
 
 
+@pytest.mark.usefixtures("no_mkldnn")
 def test_the_columns_of_a_convolution_are_its_workspace() -> None:
-    found = cost("_slow_conv2d_forward", im2col, torch.randn(2, 4, 16, 16), torch.randn(8, 4, 3, 3))
+    """Without oneDNN a 3 x 3 convolution unfolds each position into 9 values a channel."""
+    args = (torch.randn(2, 4, 16, 16), torch.randn(8, 4, 3, 3))
+    found = cost("convolution.", lambda x, w: F.conv2d(x, w, padding=1), *args)
     assert (found.workspace, found.out_bytes) == (4 * 2 * (4 * 9) * 16 * 16, 4 * 2 * 8 * 16 * 16)
 
 
