@@ -138,6 +138,8 @@ def _phases(spans: Mapping[str, tuple[float, float]], scale: Scale) -> Iterator[
         yield f'<rect class="phase {phase}" x="{left}" y="{top}" width="{width}" height="{height}"/>'
         if width > 6 * len(phase):  # about the width of the word
             yield f'<text class="phase-name" x="{round((left + right) / 2, 1)}" y="{HEIGHT - 6}">{phase}</text>'
+        elif phase == PHASES[-1]:  # a quick optimizer is a sliver: its name ends where it does
+            yield f'<text class="phase-name last" x="{right}" y="{HEIGHT - 6}">{phase}</text>'
 
 
 def _measured(spans: Mapping[str, tuple[float, float]], scale: Scale, measured: Mapping[str, int]) -> Iterator[str]:

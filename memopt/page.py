@@ -30,7 +30,7 @@ td.share { width: 22%; } td.name { word-break: break-all; }
 .phase.forward { fill: var(--forward); } .phase.backward { fill: var(--backward); }
 .phase.optimizer { fill: var(--optimizer); } .grid { stroke: var(--line); stroke-width: 1; }
 svg text { font: 11px system-ui, sans-serif; fill: var(--soft); } .tick { text-anchor: end; }
-.phase-name { text-anchor: middle; } .band { stroke: none; opacity: .92; }
+.phase-name { text-anchor: middle; } .phase-name.last { text-anchor: end; } .band { stroke: none; opacity: .92; }
 .b0 { fill: var(--b0); } .b1 { fill: var(--b1); } .b2 { fill: var(--b2); } .b3 { fill: var(--b3); }
 .b4 { fill: var(--b4); } .b5 { fill: var(--b5); }
 .budget { stroke: var(--bad); stroke-width: 1.5; stroke-dasharray: 6 4; }

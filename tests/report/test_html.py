@@ -60,6 +60,12 @@ def test_columns_keep_the_peak_and_do_not_cross_phases(make: Make) -> None:
     assert drawn[-1].end == pytest.approx(result.step_seconds, rel=0.02)
 
 
+def test_a_sliver_of_an_optimizer_is_named_all_the_same(make: Make) -> None:
+    result = make(64 * MIB)
+    slow = {name: (0.0001 if name.startswith("adamw") else 1.0) for name in result.seconds}
+    assert to_html(replace(result, seconds=slow)).count(">optimizer</text>") == 2
+
+
 def test_steps_without_a_price_are_still_drawn(make: Make) -> None:
     graph = make(64 * MIB).before
 
