@@ -6,18 +6,19 @@ a simulated plan holds above its row is taken from the row's right side, and the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
-import highspy
 import numpy as np
 
 from memopt.solvers.model import Model
 from memopt.solvers.space import Parts, Space, State
 
+TRIALS = 30  # exchanges simulated for one target
 ROUNDS = 6  # of solve, round, simulate, correct
+SMALL = 2500  # steps up to which a target is also solved in integers, and exchanges are tried
+NODES = 50  # of branch and bound: a count, not a time, so that plans do not depend on the machine's load
 TRIES = 10  # moves simulated before one is taken
-SMALL = 1500  # columns up to which targets are solved in integers
-NODES = 200  # of branch and bound: a count, not a time, so that plans do not depend on the machine's load
 
 
 class Engine:
@@ -27,14 +28,17 @@ class Engine:
         self.space, self.model = space, Model(space)
         self.extra: dict[int, float] = {}
         self.order = sorted(space.makers)
+        self.trials = TRIALS if space.steps <= SMALL else 0
 
     # -- one target -------------------------------------------------------------------------------------------------
 
-    def reach(self, target: int | None) -> State | None:
-        """The cheapest state found within `target` bytes, else the lowest found; target None: the lowest. """
+    def reach(self, target: int | None, near: State | None = None) -> State | None:
+        """The cheapest state found within `target` bytes, else the lowest found; target None: the lowest.
+
+        near: a state above the target, from which dropping alone is tried besides the model's answer."""
         best: State | None = None
         for _ in range(ROUNDS):
-            values = self._solve(target)
+            values = self.model.solve(target)
             if values is None:
                 break
             held, state = self._simulated(self.model.rounded(values))
@@ -45,25 +49,16 @@ class Engine:
                 break
         if best is None or target is None:
             return best
-        return self.fill(self.repair(best, target), target)
+        starts = [best]
+        if self.space.steps <= SMALL:  # where one value weighs much, rounding costs most and trying costs least
+            starts += [s for s in (near, self._whole(target)) if s is not None]
+        held = [self.fill(self.repair(state, target), target) for state in starts]
+        return self.exchange(min(held, key=lambda s: (max(s.peak - target, 0), s.seconds, s.peak)), target)
 
-    def _solve(self, target: int | None) -> np.ndarray | None:
-        whole = target is not None and len(self.model.cost) <= SMALL
-        self._integers(whole)
-        values = self.model.solve(target)
-        self._integers(False)
-        return values
-
-    def _integers(self, whole: bool) -> None:
-        kind = highspy.HighsVarType.kInteger if whole else highspy.HighsVarType.kContinuous
-        highs = self.model.highs
-        if whole:
-            highs.setOptionValue("mip_max_nodes", NODES)
-            highs.setOptionValue("mip_rel_gap", 0.001)
-        if len(self.model.cost) <= SMALL:
-            for key, column in self.model.index.items():
-                if key[0] == "x":
-                    highs.changeColIntegrality(column, kind)
+    def _whole(self, target: int) -> State | None:
+        """The corrected model solved once in integers."""
+        values = self.model.solve_whole(target, NODES)
+        return None if values is None else self._simulated(self.model.rounded(values))[1]
 
     def _simulated(self, parts: Parts) -> tuple[np.ndarray, State]:
         held, seconds = self.space.bytes_at(parts)
@@ -108,9 +103,9 @@ class Engine:
     def keep(self, parts: Parts, v: int) -> Parts:
         return tuple(part - {v} if v in part else part for part in parts)
 
-    def repair(self, state: State, target: int) -> State:
-        """Drop what lowers the peak at least seconds a byte, until it holds or nothing lowers it."""
-        while state.peak > target:
+    def repair(self, state: State, target: int, most: float = math.inf) -> State:
+        """Drop what lowers the peak at least seconds a byte, until it holds, nothing lowers it, or `most` seconds."""
+        while state.peak > target and state.seconds < most:
             trials = (self.space.state(self.drop(state.parts, v)) for v in self.droppable_at(state))
             lower = [s for s in trials if s.peak < state.peak]
             if not lower:
@@ -139,6 +134,27 @@ class Engine:
                 if tried > 4 * TRIES:
                     break
         return state
+
+    def exchange(self, state: State, target: int) -> State:
+        """Keep one dear value again and drop cheaper ones for it, while that saves seconds."""
+        left = self.trials
+        while left > 0:
+            better_one = None
+            for v in self.dearest(state.parts):
+                trial = self.repair(self.space.state(self.keep(state.parts, v)), target, state.seconds)
+                left -= 1
+                if trial.peak <= target and trial.seconds < state.seconds * (1 - 1e-9):
+                    better_one = trial
+                if better_one is not None or left <= 0:
+                    break
+            if better_one is None:
+                break
+            state = self.fill(better_one, target)
+        return state
+
+    def dearest(self, parts: Parts) -> list[int]:
+        """Values really copied, those with most seconds first."""
+        return sorted(self.remade(parts), key=lambda v: (-self.space.makers[v].seconds, v))
 
     def remade(self, parts: Parts) -> list[int]:
         """Values really copied somewhere, the dearest a byte first."""

@@ -240,6 +240,19 @@ class Model:
             return None
         return np.array(self.highs.getSolution().col_value)
 
+    def solve_whole(self, budget: float, nodes: int) -> np.ndarray | None:
+        """As solve, with x in integers, stopped after so many nodes of branch and bound; None without a solution."""
+        columns = [column for key, column in self.index.items() if key[0] == "x"]
+        for column in columns:
+            self.highs.changeColIntegrality(column, highspy.HighsVarType.kInteger)
+        self.highs.setOptionValue("mip_max_nodes", nodes)
+        self.solve(budget)
+        info, values = self.highs.getInfo(), np.array(self.highs.getSolution().col_value)
+        found = info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible
+        for column in columns:
+            self.highs.changeColIntegrality(column, highspy.HighsVarType.kContinuous)
+        return values if found else None
+
     _minimising = False
 
     def objective(self) -> float:

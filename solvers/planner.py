@@ -38,7 +38,7 @@ def frontier(engine: Engine, budget: int) -> tuple[State, State]:
         target = (top + bottom) // 2
         if top - bottom <= NARROW * (space.state(space.none()).peak - least.peak):
             break
-        state = engine.reach(target)
+        state = engine.reach(target, high)
         inside = state is not None and low.peak < state.peak < high.peak and low.seconds > state.seconds > high.seconds
         if state is not None and inside and state.peak <= target:
             if state.peak <= budget:
