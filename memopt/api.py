@@ -88,7 +88,7 @@ def plan(
     request = make_request(
         target, budget, optimizer, allow, numerics, lowering, passes, accumulate, type(model).__name__
     )
-    session = Session(model, request, _known("gradients", gradients, GRADIENTS), _plan_file(plan_file), silent)
+    session = Session(model, request, _known("gradients", gradients, GRADIENTS), _plan_file(plan_file), silent, measure=False)
     return session.plan_for(*as_call(example_inputs)).result
 
 

@@ -19,13 +19,22 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeCopy
 from torch.utils._pytree import tree_map_only
 
 from memopt.errors import CaptureError
-from memopt.hosts import as_in_eager
+from memopt.hosts import as_in_eager, quiet_loggers
 from memopt.lowering import lower, signature
 from memopt.program import Program
 
 # recompile_limit: shapes a model may be planned for; torch's default of 8 would run the ninth without a plan.
 # allow_rnn: nn.LSTM and its like are traced, not broken out of the graph.
 DYNAMO = {"recompile_limit": 64, "allow_rnn": True}
+
+
+def dynamo_settings() -> dict[str, Any]:
+    """Dynamo's configuration while a model is surveyed and while it runs; the same, or the graphs would differ."""
+    ignored = getattr(torch._dynamo.config, IGNORED, None)
+    return DYNAMO if ignored is None else {**DYNAMO, IGNORED: {*ignored, *quiet_loggers()}}
+
+
+IGNORED = "ignore_logging_functions"
 
 Prepare = Callable[[Program], Program]
 
@@ -103,7 +112,7 @@ def _dry_run(
     call = torch.compile(entry(twin), backend=recorder, dynamic=False)
     try:
         with mode, torch.enable_grad(), torch.random.fork_rng(devices=[]), as_in_eager(kwargs):
-            with torch._dynamo.config.patch(DYNAMO):
+            with torch._dynamo.config.patch(dynamo_settings()):
                 return call(*args, **kwargs), ()
     except DataDependentOutputException as stopped:
         if not recorder.captures:

@@ -148,11 +148,15 @@ def _describe(arg: Any) -> str:
 
 
 def _flops(node: fx.Node) -> int:
+    """By torch's own formulas; 0 where it has none, or one that does not take this operation's arguments."""
     packet = getattr(node.target, "overloadpacket", None)
     if packet not in flop_registry:
         return 0
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda arg: arg.meta.get("val"))
-    return int(hint(flop_registry[packet](*args, **kwargs, out_val=node.meta["val"])))
+    try:
+        return int(hint(flop_registry[packet](*args, **kwargs, out_val=node.meta["val"])))
+    except TypeError:  # aten._slow_conv2d_forward is registered with convolution's formula, which wants `transposed`
+        return 0
 
 
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')

@@ -25,6 +25,12 @@ def _not_exporting() -> bool:
     return False
 
 
+def quiet_loggers() -> set[Any]:
+    """Functions Dynamo may skip: transformers' warning_once, which would break the graph to log one line."""
+    module: Any = sys.modules.get("transformers.utils.logging")
+    return {module.warning_once} if hasattr(module, "warning_once") else set()
+
+
 @contextmanager
 def as_in_eager(kwargs: Mapping[str, Any]) -> Iterator[None]:
     """While a model is called: transformers decides about masks as it would untraced. Put back on the way out."""

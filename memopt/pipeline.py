@@ -29,7 +29,7 @@ from memopt.plans import Plan, Problem, Status, simulated
 from memopt.program import Program, insert, photograph
 from memopt.report import SCHEMA, PlanResult
 from memopt.solvers import solve
-from memopt.timeline import at_peak, by_kind, peak, timeline
+from memopt.timeline import at_peak, by_kind, peak
 from memopt.units import format_size
 
 log = logging.getLogger("memopt")
@@ -243,17 +243,28 @@ def _notes(survey: Survey, phase: OptimizerPhase) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def apply_plan(program: Program, remakes: Sequence[Remake]) -> Program:
-    """The program with its remakes inserted, verified: it must photograph as `edit` predicted, step for step."""
+def apply_plan(program: Program, whole: StepGraph, remakes: Sequence[Remake]) -> Program:
+    """The program with its remakes inserted, verified: its photograph must be what `edit` predicted, step for step.
+
+    whole: the graph of the step the remakes were planned on; it contains the program's steps under their names.
+    """
     if not remakes:
         return program
-    graph = photograph(program)
-    predicted = edit(graph, remakes)
-    changed = insert(program, graph, remakes)
+    changed = insert(program, whole, remakes)
+    predicted = edit(whole, remakes)
     found = verify(photograph(changed))
-    if [s.name for s in found.steps] != [s.name for s in predicted.steps] or timeline(found) != timeline(predicted):
+    if _shape(found, found) != _shape(predicted, found):
         raise VerifyError("the edited program is not the one the plan predicted; this is a bug in a trade or in insert")
     return changed
+
+
+def _shape(graph: StepGraph, like: StepGraph) -> list[tuple[str, tuple[str, ...], int]]:
+    """(name, reads, bytes created) of the steps that `like` has too, and of the optimizer's none."""
+    return [
+        (step.name, step.reads, sum(graph.storages[name].nbytes for name in graph.created(step)))
+        for step in graph.steps
+        if step.phase != "optimizer" and (graph is like or step.name in like.position)
+    ]
 
 
 def silent(stage: str, fraction: float | None) -> None:

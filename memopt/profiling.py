@@ -1,11 +1,13 @@
-"""Operations of the captured programs measured on the device that will run them: seconds and workspace by cost key."""
+"""Operations of the captured programs priced on the device that will run them: seconds and workspace by cost key."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
+import torch
+from torch import fx
+
 from memopt.devices import Device
-from memopt.facts import facts, is_getitem
 from memopt.pipeline import Costs
 from memopt.program import Program
 from memopt.runtime.opcost import OpCosts
@@ -13,20 +15,18 @@ from memopt.runtime.opcost import OpCosts
 SECONDS = 30.0  # time limit of measuring; operations left over are priced by the roofline
 
 
-def measure_costs(programs: Iterable[Program], device: Device, present: str | None = "cpu") -> Costs:
-    """Measure each distinct operation once. present: torch device that is here; None measures nothing."""
-    if present is None or present.partition(":")[0] != device.kind:
+def measured_costs(programs: Iterable[Program], device: Device, measure: bool) -> Costs:
+    """What is known of the programs' operations on this device, if it is here.
+
+    measure: run those not yet known, each once, on tensors of their own; otherwise only what earlier runs stored.
+    """
+    if device.kind == "cuda" and not torch.cuda.is_available():
         return Costs()
-    meter = OpCosts(present, seconds_limit=SECONDS)
-    seconds: dict[str, float] = {}
-    workspaces: dict[str, int] = {}
-    for program in programs:
-        for node in program.graph.nodes:
-            if node.op != "call_function" or is_getitem(node) or (key := facts(node).key) in seconds:
-                continue
-            cost = meter.measure(node)
-            if cost is not None:
-                seconds[key] = cost.seconds
-                if cost.workspace > 0:
-                    workspaces[key] = cost.workspace
-    return Costs(seconds, workspaces)
+    with OpCosts(device.kind, seconds_limit=SECONDS if measure else 0.0) as meter:
+        found = meter.measure_all(calls(programs))
+    workspaces = {key: cost.workspace for key, cost in found.items() if cost.workspace > 0}
+    return Costs({key: cost.seconds for key, cost in found.items()}, workspaces)
+
+
+def calls(programs: Iterable[Program]) -> list[fx.Node]:
+    return [node for program in programs for node in program.graph.nodes if node.op == "call_function"]

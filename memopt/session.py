@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,17 +13,18 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_flatten
 
-from memopt.capture import DYNAMO, Capture, Survey, entry, survey, tensor_names
+from memopt.capture import Capture, Survey, dynamo_settings, entry, survey, tensor_names
 from memopt.errors import BudgetError, MemoptError
 from memopt.hosts import as_in_eager
 from memopt.lowering import lower, signature
 from memopt.pipeline import Costs, Planned, Progress, Request, apply_plan, make_plan, prepare, silent
 from memopt.planfile import PlanFile
 from memopt.plans import MeasuredStep
-from memopt.profiling import measure_costs
+from memopt.profiling import measured_costs
 from memopt.program import Program
 from memopt.report import PlanResult
 from memopt.runtime.guard import Guard
+from memopt.runtime.resident import resident_tensors
 from memopt.table import to_text
 from memopt.units import format_size
 
@@ -52,19 +53,24 @@ def infeasible(result: PlanResult) -> BudgetError:
 
 @dataclass
 class Session:
-    """State behind one compiled model. request: what was asked; its budget is already in bytes."""
+    """State behind one compiled model. request: what was asked; its budget is already in bytes.
+
+    measure: price operations by running each once on this device; False where nothing may be allocated.
+    """
 
     model: nn.Module
     request: Request
     gradients: str = "loss"
     plan_file: PlanFile | None = None
     progress: Progress = silent
+    measure: bool = True
     plans: dict[Any, Planned] = field(default_factory=dict)
     surveys: dict[Any, Survey] = field(default_factory=dict)
     latest: Planned | None = None
     guard: Guard | None = None
     outputs_held: bool = True
     refused: PlanResult | None = None
+    inputs: Any = ()
 
     def plan_for(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Planned:
         """The plan for inputs of these shapes: made at first sight, under fake tensors. Raises BudgetError."""
@@ -87,14 +93,21 @@ class Session:
             self.refused = planned.result
             raise infeasible(planned.result)
         self.latest = planned
-        self.guard = Guard(planned.result.plan.peak, log)
+        self.guard = Guard(
+            planned.result.plan.peak, log, resident=self.resident, device=self.request.device.kind
+        )
         if int(os.environ.get("MEMOPT_DEBUG") or 0) >= 1:
             log.warning("%s", to_text(planned.result))
         return planned
 
     def costs(self, found: Survey) -> Costs:
-        """Seconds and workspaces of the operations on this device; none when it is not here or fake."""
-        return measure_costs([capture.program for capture in found.captures], self.request.device)
+        """Seconds and workspaces of the operations on this device; none when it is not here."""
+        return measured_costs([capture.program for capture in found.captures], self.request.device, self.measure)
+
+    def resident(self) -> Iterable[torch.Tensor]:
+        """What is alive before a step: the model, gradients being accumulated, optimizer state, the inputs."""
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return resident_tensors(self.model, self.request.optimizer, gradients, self.inputs)
 
     def backend(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """The Dynamo backend: differentiate, insert the plan's remakes, lower."""
@@ -126,10 +139,10 @@ class Session:
         for planned in reversed(self.plans.values()):
             remakes = planned.remakes(mark)
             if remakes is not None:
-                return apply_plan(replace(prepared, prefix=planned.prefix(mark)), remakes)
+                return apply_plan(replace(prepared, prefix=planned.prefix(mark)), planned.problem.graph, remakes)
         alone = Survey((Capture(prepared, mark),), self.model, None, self.gradients == "loss")
         planned = self.plans[mark] = self.adopt(alone, 0.0)
-        return apply_plan(prepared, planned.remakes(mark) or ())
+        return apply_plan(prepared, planned.problem.graph, planned.remakes(mark) or ())
 
 
 def input_key(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -175,8 +188,10 @@ def attach(session: Session) -> nn.Module:
             return plain(*args, **kwargs)
         session.plan_for(args, kwargs)
         if session.guard is not None:
+            session.inputs = (args, kwargs)
             session.guard.begin_step()
-        with torch._dynamo.config.patch(DYNAMO), as_in_eager(kwargs):
+            session.inputs = ()
+        with torch._dynamo.config.patch(dynamo_settings()), as_in_eager(kwargs):
             return compiled(*args, **kwargs)
 
     model._compiled_call_impl = call

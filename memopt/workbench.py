@@ -112,14 +112,15 @@ class Asked:
     plan_file: PlanFile | None
     progress: Progress
 
-    def session(self, bench: Bench, model: LossModel) -> Session:
+    def session(self, bench: Bench, model: LossModel, measure: bool = False) -> Session:
+        """The session of this call. measure: price operations by running them, for a step that will run here."""
         optimizer = bench.optimizer_over(model)
         request = make_request(
             bench.target, self.budget, optimizer, self.allow, self.numerics, self.lowering, self.passes,
             self.accumulate, bench.workload.name,
         )  # fmt: skip
         return Session(
-            model, replace(request, has_optimizer=optimizer is not None), "loss", self.plan_file, self.progress
+            model, replace(request, has_optimizer=optimizer is not None), "loss", self.plan_file, self.progress, measure
         )
 
 
@@ -150,9 +151,9 @@ def plan_workload(
     return _planned(made, asked)
 
 
-def _planned(made: Bench, asked: Asked) -> PlanResult:
+def _planned(made: Bench, asked: Asked, measure: bool = False) -> PlanResult:
     model, inputs = made.build_fake()
-    session = asked.session(made, model)
+    session = asked.session(made, model, measure)
     try:
         return session.plan_for((), inputs).result
     except BudgetError:
@@ -164,14 +165,14 @@ def _planned(made: Bench, asked: Asked) -> PlanResult:
 def run_workload(workload: Workload, *, steps: int = 3, **options: Any) -> PlanResult:
     """Plan the step, build it for real, run `steps` steps, measure one, and return the plan with what was measured."""
     made, asked = _split(workload, options)
-    result = _planned(made, asked)
+    result = _planned(made, asked, measure=True)
     if result.infeasible:
         return result
     if made.target.kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {made.target.name!r} is not here to run on; `memopt plan` plans for it")
     torch.manual_seed(0)
     model, inputs = made.build(made.target.kind)
-    session = asked.session(made, model)
+    session = asked.session(made, model, measure=True)
     attach(session)
     optimizer = session.request.optimizer
     if optimizer is None:
