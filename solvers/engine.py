@@ -14,6 +14,7 @@ import numpy as np
 from memopt.solvers.model import Model
 from memopt.solvers.space import Parts, Space, State
 
+WHOLE = 6  # solutions in integers for one target
 TRIALS = 30  # exchanges simulated for one target
 ROUNDS = 6  # of solve, round, simulate, correct
 SMALL = 2500  # steps up to which a target is also solved in integers, and exchanges are tried
@@ -37,6 +38,7 @@ class Engine:
 
         near: a state above the target, from which dropping alone is tried besides the model's answer."""
         best: State | None = None
+        self._certify()
         for _ in range(ROUNDS):
             values = self.model.solve(target)
             if values is None:
@@ -56,9 +58,23 @@ class Engine:
         return self.exchange(min(held, key=lambda s: (max(s.peak - target, 0), s.seconds, s.peak)), target)
 
     def _whole(self, target: int) -> State | None:
-        """The corrected model solved once in integers."""
-        values = self.model.solve_whole(target, NODES)
-        return None if values is None else self._simulated(self.model.rounded(values))[1]
+        """The model in integers, answers that do not hold or are not as cheap as it said cut off, a few times."""
+        model, best = Model(self.space), None
+        for half in self.model.rows:
+            model.add_row(half)
+        for _ in range(WHOLE):
+            values = model.solve_whole(target, NODES)
+            if values is None:
+                break
+            held, state = self._simulated(model.rounded(values))
+            best = better(best, state, target)
+            if best.peak <= target and best.seconds <= model.objective() * 1.001:
+                break
+            if held[state.at] <= target or state.at in model.rows:
+                model.exclude(state.parts)
+            else:
+                model.add_row(state.at)
+        return best
 
     def _simulated(self, parts: Parts) -> tuple[np.ndarray, State]:
         held, seconds = self.space.bytes_at(parts)
@@ -162,13 +178,17 @@ class Engine:
         used = dict.fromkeys(v for k, part in enumerate(parts) for v in space.work(k, part).used)
         return sorted(used, key=lambda v: (-space.makers[v].seconds / max(space.size[v], 1), v))
 
+    def _certify(self) -> None:
+        """Take every correction back: what is left of the rows holds for any choice of the offers."""
+        for half in self.extra:
+            self.model.correct(half, 0.0)
+        self.extra.clear()
+
     # -- proofs -----------------------------------------------------------------------------------------------------
 
     def bound(self, budget: int) -> float | None:
         """Seconds no choice of the offers undercuts within `budget` bytes; None: none holds it (certified rows)."""
-        for half in self.extra:
-            self.model.correct(half, 0.0)
-        self.extra.clear()
+        self._certify()
         best = 0.0
         for _ in range(ROUNDS):
             values = self.model.solve(budget)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from time import perf_counter
 
@@ -38,12 +39,19 @@ def milp(problem: Problem, *, gap: float = 0.0, time_limit: float = 20.0) -> Pla
     return replace(plan, floor=floor, lower_bound=min(bound, plan.seconds), status=status)
 
 
-def refine(problem: Problem, space: Space, best: Plan, gap: float, until: float) -> tuple[Plan, float, bool]:
-    """(best plan, lower bound on seconds, proven within the gap)."""
+def refine(problem: Problem, space: Space, best: Plan, gap: float, until: float,
+           rounds: int = 1_000_000, rows: Iterable[int] = ()) -> tuple[Plan, float, bool]:  # fmt: skip
+    """(best plan, lower bound on seconds, proven within the gap), from at most so many solutions of the model.
+
+    rows: half-times known to matter, so that their rows stand from the start."""
     model = Model(space, integer=True)
     model.highs.setOptionValue("mip_rel_gap", min(gap, 1e-6))
+    for half in rows:
+        model.add_row(half)
     bound = 0.0
-    while perf_counter() < until:
+    for _ in range(rounds):
+        if perf_counter() >= until:
+            break
         model.highs.setOptionValue("time_limit", model.highs.getRunTime() + max(0.01, until - perf_counter()))
         values = model.solve(problem.budget)
         if values is None:
@@ -55,7 +63,7 @@ def refine(problem: Problem, space: Space, best: Plan, gap: float, until: float)
         if best.peak <= problem.budget and best.seconds * (1 - gap) <= bound * (1 + SLACK) + SLACK * model.seconds:
             return best, bound, True
         if plan.peak <= problem.budget or not add_row(model, space, parts, problem.budget):
-            cut(model, space, parts)
+            model.exclude(parts)
     return best, bound, False
 
 
@@ -70,16 +78,3 @@ def add_row(model: Model, space: Space, parts: Parts, budget: int) -> bool:
     if over:
         model.add_row(over[0])
     return bool(over)
-
-
-def cut(model: Model, space: Space, parts: Parts) -> None:
-    """Exclude this choice and all that agree with it on every offer its simulation looked at."""
-    columns, signs = [], []
-    for k, part in enumerate(parts):
-        used = space.work(k, part).used
-        looked = {*space.covered_in(k), *(u for v in used for u in space.makers[v].reads)}
-        for v in sorted({v for v in looked if v in space.regions[k].offers} | set(used)):
-            columns.append(model.index["x", v, k])
-            signs.append(1.0 if v in part else -1.0)
-    kept = sum(1 for sign in signs if sign < 0)
-    model.highs.addRow(1.0 - kept, highspy.kHighsInf, len(columns), columns, signs)

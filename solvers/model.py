@@ -51,7 +51,7 @@ class Model:
         if found is None:
             name = f"{len(self.variables):07d}_{kind}_{a}_{b}"  # PuLP sorts by name: numbers keep our order
             cat = pulp.LpInteger if self.integer and kind in "xd" else pulp.LpContinuous
-            found = self.variables[key] = pulp.LpVariable(name, 0, 1, cat)
+            found = self.variables[key] = self.problem.add_variable(name, 0, 1, cat)
             self.cost[key] = cost / self.seconds
         return found
 
@@ -61,7 +61,7 @@ class Model:
 
     def _constraints(self) -> None:
         space = self.space
-        self.variables[("B", 0, 0)] = pulp.LpVariable("0000000_B", 0, None)
+        self.variables[("B", 0, 0)] = self.problem.add_variable("0000000_B", 0, None)
         self.cost[("B", 0, 0)] = 0.0
         bases: dict[int, set[int]] = {}
         for k, region in enumerate(space.regions):
@@ -209,6 +209,18 @@ class Model:
                 self.highs.addRow(0.0, highspy.kHighsInf, 3, [seen[u], self.index["x", u, k], seen[w]], [1.0, 1.0, -1.0])
         return seen
 
+    def exclude(self, parts: Parts) -> None:
+        """Cut off this choice and all that agree with it on every offer its simulation looked at."""
+        space, columns, signs = self.space, [], []
+        for k, part in enumerate(parts):
+            offers, used = space.regions[k].offers, space.work(k, part).used
+            looked = {*space.covered_in(k), *used, *(u for v in used for u in space.makers[v].reads)}
+            for v in sorted(looked & offers.keys()):
+                columns.append(self.index["x", v, k])
+                signs.append(1.0 if v in part else -1.0)
+        kept = sum(1 for sign in signs if sign < 0)
+        self.highs.addRow(1.0 - kept, highspy.kHighsInf, len(columns), columns, signs)
+
     # -- solving ----------------------------------------------------------------------------------------------------
 
     def correct(self, half: int, extra: float) -> None:
@@ -283,7 +295,7 @@ def droppable(space: Space) -> list[int]:
     for at in reversed(range(len(graph.steps))):
         step = graph.steps[at]
         late = any(a <= at <= b for a, b, _ in inside)
-        free = step.pure and step.writes and not late and not any(w in needed for w in step.writes)
+        free = step.pure and not step.advances and step.writes and not late and not any(w in needed for w in step.writes)
         if free and at in makers:
             spare.append(at)
         if not free:
