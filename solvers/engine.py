@@ -17,7 +17,8 @@ from memopt.solvers.space import Parts, Space, State
 WHOLE = 6  # solutions in integers for one target
 TRIALS = 30  # exchanges simulated for one target
 ROUNDS = 6  # of solve, round, simulate, correct
-SMALL = 2500  # steps up to which a target is also solved in integers, and exchanges are tried
+TINY = 700  # steps up to which a target is also solved in integers
+SMALL = 1200  # steps up to which exchanges are tried
 NODES = 50  # of branch and bound: a count, not a time, so that plans do not depend on the machine's load
 TRIES = 10  # moves simulated before one is taken
 
@@ -53,7 +54,8 @@ class Engine:
             return best
         starts = [best]
         if self.space.steps <= SMALL:  # where one value weighs much, rounding costs most and trying costs least
-            starts += [s for s in (near, self._whole(target)) if s is not None]
+            whole = self._whole(target) if self.space.steps <= TINY else None
+            starts += [s for s in (near, whole) if s is not None]
         held = [self.fill(self.repair(state, target), target) for state in starts]
         return self.exchange(min(held, key=lambda s: (max(s.peak - target, 0), s.seconds, s.peak)), target)
 
@@ -132,8 +134,7 @@ class Engine:
     def droppable_at(self, state: State) -> list[int]:
         """Values whose originals are alive at the peak because they were kept: the cheapest a byte first."""
         space = self.space
-        works = [space.work(k, part) for k, part in enumerate(state.parts)]
-        ends = space.ends(state.parts, works)
+        ends = space.ends(state.parts)
         alive = [v for v in self.order if space.anchor[v] < state.at <= ends[v] and v not in space.held]
         alive.sort(key=lambda v: (space.makers[v].seconds / max(space.size[v], 1), v))
         return alive[:TRIES]

@@ -8,7 +8,7 @@ from time import perf_counter
 
 from memopt.plans import Plan, Problem, Status, simulated
 from memopt.solvers.brute import brute
-from memopt.solvers.engine import SMALL, Engine, path
+from memopt.solvers.engine import TINY, Engine, path
 from memopt.solvers.greedy import greedy
 from memopt.solvers.milp import milp, refine
 from memopt.solvers.space import Space, State
@@ -98,7 +98,7 @@ def planned(problem: Problem, space: Space, gap: float, time_limit: float, progr
         return plan
     plan = replace(plan, lower_bound=min(engine.bound(problem.budget) or 0.0, plan.seconds))
     tell("bounded", perf_counter() - started)
-    if plan.gap > gap and space.steps <= SMALL:
+    if plan.gap > gap and space.steps <= TINY:
         until = started + time_limit
         _, bound, _ = refine(problem, space, plan, gap, until, ROUNDS, sorted(engine.model.rows))
         plan = replace(plan, lower_bound=min(max(bound, plan.lower_bound), plan.seconds))

@@ -10,7 +10,7 @@ is simulated by `edit` itself.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -59,6 +59,7 @@ class Space:
         self._index_offers(problem.remakes)
         self._index_reads()
         self._cache: dict[tuple[int, frozenset[int]], Work] = {}
+        self._tables: dict[tuple[int, frozenset[int]], tuple[np.ndarray, ...]] = {}
 
     def _index_offers(self, offers: tuple[Remake, ...]) -> None:
         graph = self.graph
@@ -119,6 +120,9 @@ class Space:
             inside = [(r.first, r.last) for r in self.regions if v in r.offers]
             outside = [u for u in self.uses[v] if not any(a <= u <= b for a, b in inside)]
             self.anchor[v] = 2 * max(outside, default=self.uses[v][0]) + 1
+        self.anchored = ends.copy()
+        for v, anchor in self.anchor.items():
+            self.anchored[v] = ends[v] if v in held else anchor
         self.sizes = np.array(self.size, dtype=np.int64)
 
     def covered_in(self, k: int) -> dict[int, tuple[int, int]]:
@@ -131,41 +135,40 @@ class Space:
         if found is None:
             found = Walk(self.makers, self.size, remade).run(self.regions[k].reads)
             self._cache[k, remade] = found
+            kept = {v: 2 * last + 1 for v, (_, last) in self._covered_in[k].items() if v not in remade}
+            born = [(first, size) for first, _, size in found.held]
+            dead = [(last + 1, -size) for _, last, size in found.held]
+            tables = ([*kept.items(), *found.extends.items()], born + dead, found.bursts)
+            self._tables[k, remade] = tuple(np.array(t, np.int64).reshape(-1, 2) for t in tables)
         return found
 
-    def ends(self, parts: Parts, works: Sequence[Work]) -> np.ndarray:
-        """Half-time after which each original is free."""
-        ends = self.fixed_ends.copy()
-        for value, covered in self.covered.items():
-            if value not in self.held:
-                left = self.anchor[value]
-                for k, (_, last) in covered.items():
-                    if value not in parts[k] and 2 * last + 1 > left:
-                        left = 2 * last + 1
-                ends[value] = left
-        for work in works:
-            for value, when in work.extends.items():
-                if ends[value] < when:
-                    ends[value] = when
+    def _table(self, parts: Parts, which: int) -> np.ndarray:
+        """All regions' rows of one table, as two rows: 0 value, end of its original; 1 and 2 half-time, bytes."""
+        if not parts:
+            return np.zeros((2, 0), np.int64)
+        return np.concatenate([self._tables[k, part][which] for k, part in enumerate(parts)]).T
+
+    def ends(self, parts: Parts) -> np.ndarray:
+        """Half-time after which each original is free: its anchor, or the last read that no copy serves."""
+        for k, part in enumerate(parts):
+            self.work(k, part)
+        ends = self.anchored.copy()
+        np.maximum.at(ends, *self._table(parts, 0))
         return ends
 
     def bytes_at(self, parts: Parts) -> tuple[np.ndarray, float]:
         """Bytes at each half-time, the bursts' and workspaces included, and added seconds."""
         works = [self.work(k, part) for k, part in enumerate(parts)]
-        ends = self.ends(parts, works)
+        ends = self.ends(parts)
         delta = np.zeros(2 * self.steps + 2, np.int64)
         alive = ends >= self.births
         np.add.at(delta, self.births[alive], self.sizes[alive])
         np.subtract.at(delta, ends[alive] + 1, self.sizes[alive])
-        for work in works:
-            for first, last, size in work.held:
-                delta[first] += size
-                delta[last + 1] -= size
+        np.add.at(delta, *self._table(parts, 1))
         held = np.cumsum(delta)[: 2 * self.steps]
         held[1::2] += self.workspace
-        for work in works:
-            for when, size in work.bursts:
-                held[when] += size
+        when, size = self._table(parts, 2)
+        held[when] += size
         return held, sum(work.seconds for work in works)
 
     def state(self, parts: Parts) -> State:
