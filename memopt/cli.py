@@ -157,9 +157,9 @@ def doctor(options: DoctorOptions) -> int:
     from memopt.table import grid, row
 
     with redirect_stdout(sys.stderr):
-        from memopt import api
+        from memopt import workbench
 
-        found: dict[str, Any] = api.doctor(calibrate=options.calibrate)
+        found: dict[str, Any] = workbench.doctor(calibrate=options.calibrate)
     table = grid("", "")
     for name, value in found.items():
         row(table, name, value if isinstance(value, str) else json.dumps(value, default=str))
@@ -175,10 +175,10 @@ def ask(door: str, options: PlanOptions, **more: Any) -> Any:
         raise ValueError("--budget is missing: the bytes the whole step may take, like 24GB, 24GiB, 80% or -2GiB")
     budget = options.budget if options.budget is not None else f"{saved.budget}B" if saved else ""
     with progress_bar() as progress, redirect_stdout(sys.stderr):
-        from memopt import api
         from memopt import models as zoo
+        from memopt import workbench
 
-        call = getattr(api, door)
+        call = getattr(workbench, door)
         given = options.workload_options(budget)
         return call(zoo.load(options.model), **given, plan_file=saved, progress=progress, **more)
 

@@ -28,7 +28,7 @@ Make = Callable[..., PlanResult]
 
 
 class Engine:
-    """Stands in for memopt.api and memopt.models: records how it was called, returns or raises what it is told."""
+    """Stands in for memopt.workbench and memopt.models: records how it was called, returns or raises what it is told."""
 
     def __init__(self, result: PlanResult) -> None:
         self.answer: Any = result
@@ -51,7 +51,7 @@ def engine(make: Make, monkeypatch: pytest.MonkeyPatch) -> Engine:
     doors = ("plan_workload", "run_workload", "fit_workload", "doctor")
     api = types.SimpleNamespace(**{name: found.door(name) for name in doors})
     zoo = types.SimpleNamespace(load=lambda spec: f"workload of {spec}")
-    for name, fake in (("api", api), ("models", zoo)):
+    for name, fake in (("workbench", api), ("models", zoo)):
         monkeypatch.setitem(sys.modules, f"memopt.{name}", fake)
         monkeypatch.setattr(memopt, name, fake, raising=False)
     return found
