@@ -1,0 +1,1 @@
+"""The parts of benchmarks/recompute_cpu.py."""

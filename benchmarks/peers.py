@@ -1,0 +1,114 @@
+"""Who takes part: plain PyTorch, checkpointing, torch.compile, its memory budgets, and memopt.
+
+Each is set up as its own documentation says; all run the same `LossOnly` model, so that only the way it is run differs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch._functorch.config as functorch_config
+from torch import Tensor
+
+from benchmarks.beds import Inputs, LossOnly
+from memopt.api import make_request
+from memopt.errors import BudgetError
+from memopt.runtime.here import device_of
+from memopt.session import Session, attach
+
+Loss = Callable[[], Tensor]
+SMALLEST = 1  # bytes asked by the row that wants memopt's own smallest peak
+STEPS = (1.0, 1.01, 1.02, 1.04, 1.08)  # of the floor a plan states, tried in turn for the smallest peak
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row. checkpoint: Hugging Face's. compiled: torch.compile. share: its activation_memory_budget.
+
+    budget: memopt's, bytes of the whole step (SMALLEST: as small as it gets); 0 for a peer. peer: the row it meets.
+    """
+
+    name: str
+    checkpoint: bool = False
+    compiled: bool = False
+    share: float | None = None
+    budget: int = 0
+    peer: str = ""
+    lowering: str = "inductor"
+
+
+SHARES = (0.8, 0.5, 0.2, 0.1)
+PEERS = (
+    Variant("eager"),
+    Variant("HF checkpointing", checkpoint=True),
+    Variant("torch.compile", compiled=True),
+    Variant("torch.compile + HF checkpointing", checkpoint=True, compiled=True),
+    *(Variant(f"torch.compile, budget {share}", compiled=True, share=share) for share in SHARES),
+)
+
+
+def ours(peer: str, budget: int, lowering: str = "inductor") -> Variant:
+    """memopt within the whole-step peak of a peer, bytes."""
+    return Variant(f"memopt at {peer}", budget=budget, peer=peer, lowering=lowering)
+
+
+def smallest(lowering: str = "inductor") -> Variant:
+    """memopt at its own smallest peak."""
+    return Variant("memopt, smallest", budget=SMALLEST, lowering=lowering)
+
+
+def set_up(variant: Variant, model: LossOnly, inputs: Inputs, optimizer: Any = None) -> tuple[Loss, dict[str, Any]]:
+    """The forward of the variant as a call without arguments, and what memopt predicts (empty for peers).
+
+    optimizer: for memopt's plan; None plans forward and backward alone. Changes global torch.compile options: one
+    variant a process, unless dynamo is reset between.
+    """
+    if variant.budget:
+        return _memopt(variant, model, inputs, optimizer)
+    if variant.checkpoint:
+        model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    if not variant.compiled:
+        return lambda: model(**inputs), {}
+    if variant.share is not None:
+        functorch_config.activation_memory_budget = variant.share
+    compiled = torch.compile(model)
+    return lambda: compiled(**inputs), {}
+
+
+def _memopt(variant: Variant, model: LossOnly, inputs: Inputs, optimizer: Any) -> tuple[Loss, dict[str, Any]]:
+    budget = variant.budget
+    if budget != SMALLEST:
+        return _attached(variant, model, inputs, optimizer)
+    try:
+        return _attached(variant, model, inputs, optimizer)
+    except BudgetError as error:
+        floor = error.floor_bytes
+    for step in STEPS[:-1]:
+        try:
+            return _attached(replace(variant, budget=int(floor * step)), model, inputs, optimizer)
+        except BudgetError:
+            continue  # the lowering needs a little more than the plan's floor: the next step gives it
+    return _attached(replace(variant, budget=int(floor * STEPS[-1])), model, inputs, optimizer)
+
+
+def _attached(variant: Variant, model: LossOnly, inputs: Inputs, optimizer: Any) -> tuple[Loss, dict[str, Any]]:
+    device = device_of(model)
+    request = make_request(device, variant.budget, optimizer, (), "reordered", variant.lowering, "", 1, "benchmark")
+    session = Session(model, replace(request, has_optimizer=optimizer is not None))
+    result = session.plan_for((), inputs).result
+    attach(session)
+    told = {
+        "budget": variant.budget,
+        "planned": result.plan.peak,
+        "floor": result.plan.floor,
+        "added_seconds": result.plan.seconds,
+        "lower_bound": result.plan.lower_bound,
+        "status": result.plan.status.value,
+        "solver": result.plan.solver,
+        "remakes": len(result.plan.chosen),
+        "plan_seconds": result.timings.get("plan", 0.0),
+    }
+    return lambda: model(**inputs), told
