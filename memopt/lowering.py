@@ -89,31 +89,9 @@ def _eager(module: fx.GraphModule, inputs: Sequence[Any], partition: Any, dry: b
 
 
 def _inductor(module: fx.GraphModule, inputs: Sequence[Any], partition: Any, dry: bool) -> Callable[..., Any]:
-    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    from memopt import inductor  # loads torch._inductor, which takes seconds
 
-    def dry_inner(graph: fx.GraphModule, _: Any, **__: Any) -> Executor:
-        return Executor(graph)
-
-    return compile_fx(
-        module,
-        inputs,
-        inner_compile=dry_inner if dry else compile_fx_inner,
-        config_patches={"custom_partitioner_fn": _partitioner(partition), "force_disable_caches": dry},
-    )
-
-
-def _partitioner(partition: Any) -> Any:
-    """Inductor's wrapper for a custom partition. uuid None keeps AOTAutograd from caching a plan under another's key."""
-    from torch._inductor.custom_graph_pass import CustomPartitionerFn
-
-    class ByPlan(CustomPartitionerFn):
-        def __call__(self, joint: fx.GraphModule, inputs: Any, **kwargs: Any) -> tuple[Any, Any]:
-            return partition(joint, inputs, **kwargs)
-
-        def uuid(self) -> Any | None:
-            return None
-
-    return ByPlan()
+    return (inductor.interpreted if dry else inductor.compiled)(module, inputs, partition)
 
 
 def signature(program: Program) -> str:

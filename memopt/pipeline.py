@@ -66,18 +66,23 @@ class Request:
 
 @dataclass(frozen=True)
 class Planned:
-    """result: what is shown. chosen: signature of a captured program -> the remakes to insert into it."""
+    """result: what is shown. signatures: of the captured programs, in order.
+
+    lowered_released: as `PlanResult.lowered`, when the caller lets go of the outputs beside the loss.
+    """
 
     result: PlanResult
     problem: Problem
     signatures: tuple[str, ...]
+    lowered_released: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def released(self) -> PlanResult:
         """The result when the caller drops the forward's outputs beside the loss before the backward begins."""
         before, after = (without_outputs(graph) for graph in (self.result.before, self.result.after))
-        plan = replace(self.result.plan, peak=peak(after, self.result.block))
-        return replace(self.result, before=before, after=after, plan=plan)
+        lowered = self.lowered_released
+        plan = replace(self.result.plan, peak=max(lowered.values(), default=peak(after, self.result.block)))
+        return replace(self.result, before=before, after=after, plan=plan, lowered=lowered)
 
     def prefix(self, signature: str) -> str:
         """What stands before the step names of the program with this signature."""

@@ -58,10 +58,11 @@ class Program:
 
     def copy(self) -> Program:
         """A program whose graph can be edited without touching this one's. Facts and fake values are shared."""
-        return replace(self, module=fx.GraphModule(self.module, _copied_graph(self.graph)))
+        return replace(self, module=fx.GraphModule(self.module, copied(self.graph)))
 
 
-def _copied_graph(graph: fx.Graph) -> fx.Graph:
+def copied(graph: fx.Graph) -> fx.Graph:
+    """A graph of the same nodes under the same names; meta entries are shared, the dicts that hold them are not."""
     new = fx.Graph()
     made: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
@@ -81,15 +82,21 @@ def normalised(program: Program) -> Program:
     return program
 
 
-def _sweep(graph: fx.Graph) -> None:
-    """Erase nodes nobody reads and that change nothing; random ones stay, they advance the generator."""
+def _sweep(graph: fx.Graph, stale: bool = False) -> None:
+    """Erase nodes nobody reads and that change nothing; random ones stay, they advance the generator.
+
+    stale: they go too, because the graph is a backward into which forward nodes were copied.
+    """
     for node in reversed(graph.nodes):
-        if node.op == "call_function" and not node.users and (is_getitem(node) or _removable(node)):
+        if node.op == "call_function" and not node.users and (is_getitem(node) or _removable(node, stale)):
             graph.erase_node(node)
 
 
-def _removable(node: fx.Node) -> bool:
-    return facts(node).pure and not facts(node).advances or node.target in AGAIN.values()
+def _removable(node: fx.Node, stale: bool) -> bool:
+    known = facts(node)
+    if stale and (known.random or known.advances):
+        return True
+    return known.pure and not known.advances or node.target in AGAIN.values()
 
 
 def _forward_first(program: Program) -> None:
@@ -314,4 +321,9 @@ def split(program: Program) -> tuple[fx.GraphModule, fx.GraphModule]:
     from torch._functorch.partitioners import _extract_fwd_bwd_modules
 
     tensors, sizes = saved_for_backward(program)
-    return _extract_fwd_bwd_modules(program.module, tensors, sizes, num_fwd_outputs=program.forward_outputs)
+    forward, backward = _extract_fwd_bwd_modules(
+        program.module, tensors, sizes, num_fwd_outputs=program.forward_outputs
+    )
+    _sweep(backward.graph, stale=True)  # forward nodes computable from what is saved come along, though unread
+    backward.recompile()
+    return forward, backward

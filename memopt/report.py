@@ -61,7 +61,7 @@ class PlanResult:
     (the same if infeasible). seconds: step name -> seconds of one run; a copy costs what its original does.
     breaks: graph breaks. timings: seconds of "capture", "plan", "lower". binding, ways_out: set when infeasible.
     classes: lever -> "exact", "reordered" or "lossy". formula: the peak in batch B and sequence S. notes: what was
-    assumed. identity: {"graph": hash, "torch": version, "schema": "1"}, what a plan file is checked against.
+    assumed. lowered: peak bytes of each phase of the compiled code, {} if the graph runs step by step. identity: {"graph": hash, "torch": version, "schema": "1"}, what a plan file is checked against.
     """
 
     model: str
@@ -80,6 +80,7 @@ class PlanResult:
     formula: str = ""
     notes: tuple[str, ...] = ()
     measured: MeasuredStep | None = None
+    lowered: Mapping[str, int] = field(default_factory=dict)
     identity: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -88,8 +89,13 @@ class PlanResult:
 
     @cached_property
     def peak(self) -> int:
-        """Predicted peak of the planned step, bytes."""
-        return peak(self.after, self.block)
+        """Predicted peak of the planned step, bytes: of its compiled code where that is known."""
+        return max(self.phases.values(), default=peak(self.after, self.block))
+
+    @property
+    def phases(self) -> Mapping[str, int]:
+        """Predicted peak of each phase of the planned step, bytes."""
+        return self.lowered or phase_peaks(self.after, self.block)
 
     @cached_property
     def baseline_peak(self) -> int:
@@ -184,7 +190,7 @@ class PlanResult:
             "predicted": {
                 "peak_bytes": self.peak,
                 "seconds": self.step_seconds,
-                "phases": phase_peaks(self.after, self.block),
+                "phases": dict(self.phases),
             },
             "baseline": {"peak_bytes": self.baseline_peak, "seconds": self.baseline_seconds},
             "floor_bytes": self.plan.floor,

@@ -89,6 +89,10 @@ class Session:
         """Price and plan a survey; remember it as the latest."""
         costs = self.costs(found)
         planned = make_plan(found, self.request, costs, capture_seconds, self.progress, self.plan_file)
+        if self.request.lowering == "inductor" and self.measure and len(found.captures) == 1:
+            from memopt.tuning import tuned  # loads Inductor
+
+            planned = tuned(planned, found.captures[0].program, self.request.time_limit)
         if planned.result.infeasible:
             self.refused = planned.result
             raise infeasible(planned.result)

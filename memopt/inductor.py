@@ -1,0 +1,102 @@
+"""The Inductor lowering: compile both halves in process, and know what they hold before they run.
+
+`compile_fx` (never `torch.compile`: inside a backend it silently runs eager) with our partition. What Inductor's code
+will allocate is not modelled but rehearsed: see memopt/runtime/rehearse.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import fx
+from torch._guards import TracingContext, tracing
+from torch._inductor import config
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.custom_graph_pass import CustomPartitionerFn
+from torch._inductor.utils import BoxedBool
+from torch._inductor.virtualized import V
+from torch._subclasses.fake_tensor import FakeTensor
+
+from memopt.program import copied
+from memopt.runtime.executor import Executor
+from memopt.runtime.rehearse import Rehearsed, rehearse
+
+Partition = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
+
+
+class ByPlan(CustomPartitionerFn):
+    """Inductor's wrapper for a partition that follows a plan.
+
+    Its uuid, part of torch's cache keys, is constant: Inductor's cache keys the graphs that come out of the partition.
+    AOTAutograd's cache would skip the partition, whose plan no key of torch's knows; it is switched off (`_compile`).
+    """
+
+    def __init__(self, partition: Partition | None = None) -> None:
+        self.partition = partition
+
+    def __call__(self, joint: fx.GraphModule, inputs: Any, **kwargs: Any) -> tuple[Any, Any]:
+        assert self.partition is not None
+        return self.partition(joint, inputs, **kwargs)
+
+    def uuid(self) -> Any | None:
+        return "memopt"
+
+    def __reduce__(self) -> Any:
+        return ByPlan, ()  # configuration snapshots in cache keys pickle it; the partition is none of their business
+
+
+def compiled(module: fx.GraphModule, inputs: Sequence[Any], partition: Partition) -> Callable[..., Any]:
+    """The graph compiled by Inductor."""
+    return _compile(module, inputs, partition, compile_fx_inner)
+
+
+def interpreted(module: fx.GraphModule, inputs: Sequence[Any], partition: Partition) -> Callable[..., Any]:
+    """The graph as Inductor would get it, run op by op: for fake tensors. Nothing is generated."""
+    return _compile(module, inputs, partition, lambda graph, _, **__: Executor(graph))
+
+
+def _compile(module: fx.GraphModule, inputs: Sequence[Any], partition: Partition, inner: Any) -> Callable[..., Any]:
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        return compile_fx(module, inputs, inner_compile=inner, config_patches=_patches(partition))
+
+
+def _patches(partition: Partition | None = None) -> dict[str, Any]:
+    return {"custom_partitioner_fn": ByPlan(partition)}
+
+
+@dataclass(frozen=True)
+class Half:
+    """Generated code of a forward or a backward. names: its inputs; values: their fake values."""
+
+    call: Callable[..., Any]
+    names: tuple[str, ...]
+    values: tuple[Any, ...]
+
+    def rehearsed(self, mine: Callable[[str], bool]) -> Rehearsed:
+        """What the code holds when it may free the inputs whose names are `mine`."""
+        return rehearse(self.call, self.values, [mine(name) for name in self.names])
+
+
+def generate(module: fx.GraphModule, backward: bool, visible: int, mine: Callable[[str], bool]) -> Half:
+    """Inductor's code for a graph of fake values, as the compiled step will run it.
+
+    visible: how many outputs, from the first, the user sees. mine: names of inputs that the step may free or reuse.
+    """
+    twin = fx.GraphModule(module, copied(module.graph))
+    holders = twin.graph.find_nodes(op="placeholder")
+    values = [node.meta["val"] for node in holders]
+    fixed = [at for at, node in enumerate(holders) if not mine(node.name)]
+    twin.graph.output_node().meta["user_visible_output_idxs"] = list(range(visible))
+    mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
+    context = TracingContext(mode)
+    donated = [at for at, node in enumerate(holders) if backward and mine(node.name)]
+    context.fw_metadata = SimpleNamespace(bw_donated_idxs=donated)  # all that Inductor reads of it here
+    with tracing(context), V.set_fake_mode(mode), config.patch(_patches()):
+        code = compile_fx_inner(
+            twin, values, is_backward=backward, static_input_idxs=fixed, cudagraphs=BoxedBool(False)
+        )
+    return Half(code.current_callable, tuple(node.name for node in holders), tuple(values))
