@@ -88,7 +88,8 @@ def plan(
     request = make_request(
         target, budget, optimizer, allow, numerics, lowering, passes, accumulate, type(model).__name__
     )
-    session = Session(model, request, _known("gradients", gradients, GRADIENTS), _plan_file(plan_file), silent, measure=False)
+    known = _known("gradients", gradients, GRADIENTS)
+    session = Session(model, request, known, _plan_file(plan_file), silent, measure=False)
     return session.plan_for(*as_call(example_inputs)).result
 
 
@@ -162,5 +163,3 @@ def _known(option: str, value: str, known: Sequence[str]) -> str:
 
 def _plan_file(given: str | Path | PlanFile | None) -> PlanFile | None:
     return load_plan(given) if isinstance(given, str | Path) else given
-
-

@@ -31,12 +31,9 @@ from memopt.units import format_size
 log = logging.getLogger("memopt")
 
 
-
 def infeasible(result: PlanResult) -> BudgetError:
     """The error for a plan that does not fit: what was asked, the floor, what sets it, the ways out."""
-    lines = [
-        f"{format_size(result.budget)} asked; the least this step can run in is {format_size(result.plan.floor)}."
-    ]
+    lines = [f"{format_size(result.budget)} asked; the least this step can run in is {format_size(result.plan.floor)}."]
     if result.binding is not None:
         made_of = ", ".join(f"{kind} {format_size(size)}" for kind, size in result.binding.kinds)
         lines.append(f"  set by    {result.binding.op}, step {result.binding.step}, {result.binding.source}")
@@ -97,9 +94,7 @@ class Session:
             self.refused = planned.result
             raise infeasible(planned.result)
         self.latest = planned
-        self.guard = Guard(
-            planned.result.plan.peak, log, resident=self.resident, device=self.request.device.kind
-        )
+        self.guard = Guard(planned.result.plan.peak, log, resident=self.resident, device=self.request.device.kind)
         if int(os.environ.get("MEMOPT_DEBUG") or 0) >= 1:
             log.warning("%s", to_text(planned.result))
         return planned
@@ -143,10 +138,10 @@ class Session:
         for planned in reversed(self.plans.values()):
             remakes = planned.remakes(mark)
             if remakes is not None:
-                return apply_plan(replace(prepared, prefix=planned.prefix(mark)), planned.problem.graph, remakes)
+                return apply_plan(replace(prepared, prefix=planned.prefix(mark)), planned.whole, remakes)
         alone = Survey((Capture(prepared, mark),), self.model, None, self.gradients == "loss")
         planned = self.plans[mark] = self.adopt(alone, 0.0)
-        return apply_plan(prepared, planned.problem.graph, planned.remakes(mark) or ())
+        return apply_plan(prepared, planned.whole, planned.remakes(mark) or ())
 
 
 def input_key(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -154,7 +149,8 @@ def input_key(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) 
     leaves, spec = tree_flatten((tuple(args), dict(kwargs)))
     shapes = tuple((tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else repr(x) for x in leaves)
     frozen = tuple(parameter.requires_grad for parameter in model.parameters())
-    return str(spec), shapes, model.training, frozen, torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
+    autocast = tuple(map(torch.is_autocast_enabled, ("cpu", "cuda")))
+    return str(spec), shapes, model.training, frozen, autocast
 
 
 class Handle:
