@@ -10,6 +10,9 @@ from memopt.graph import Step, StepGraph, Storage, TensorInfo, verify
 from memopt.optim.photograph import OptimizerPhase
 
 
+RETURN = "return"  # the step that hands the forward's outputs to the caller
+
+
 def whole_step(
     parts: Sequence[StepGraph], gradients: Mapping[str, str], optimizer: OptimizerPhase, accumulated: bool = False
 ) -> StepGraph:
@@ -69,7 +72,14 @@ def with_inputs(graph: StepGraph, extra: Iterable[tuple[TensorInfo, Storage]]) -
 
 
 def without_outputs(graph: StepGraph) -> StepGraph:
-    """The graph when the caller keeps only the loss of the forward's outputs (those of one element stay held)."""
+    """The graph when the caller keeps only the loss of the forward's outputs (those of one element stay held).
+
+    The others live until the forward returns, which is a step of its own.
+    """
     forward = {name for step in graph.steps[: graph.boundary] for name in step.writes}
-    outputs = (n for n in graph.outputs if n not in forward or prod(graph.tensors[n].shape) <= 1)
-    return replace(graph, outputs=tuple(outputs))
+    dropped = [n for n in graph.outputs if n in forward and prod(graph.tensors[n].shape) > 1]
+    if not dropped:
+        return graph
+    returned = Step(RETURN, RETURN, "forward", tuple(dropped), (), pure=False)
+    steps = (*graph.steps[: graph.boundary], returned, *graph.steps[graph.boundary :])
+    return replace(graph, steps=steps, outputs=tuple(n for n in graph.outputs if n not in dropped))

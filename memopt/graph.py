@@ -48,6 +48,8 @@ class Step:
     flops: floating-point operations; workspace: bytes the operation takes and gives back while it runs.
     pure: running it again on equal inputs gives bit-equal outputs and changes nothing else.
     advances: moves the random generator on, so it runs even if nobody reads it; a copy of it does not advance.
+    fusable: pointwise, a reduction or a fill: a fusing compiler merges it with its neighbours. fused: such a merger;
+    its outputs take the place of the inputs it reads last, and those nobody reads are not made (memopt/fusion.py).
     """
 
     name: str
@@ -61,6 +63,8 @@ class Step:
     workspace: int = 0
     pure: bool = True
     advances: bool = False
+    fusable: bool = False
+    fused: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,15 @@ class StepGraph:
             for storage in self.touched(step):
                 touched.setdefault(storage, {})[at] = None
         return {name: tuple(at) for name, at in touched.items()}
+
+    @cached_property
+    def readers(self) -> dict[str, tuple[int, ...]]:
+        """Tensor name -> positions of the steps that read it, ascending."""
+        found: dict[str, dict[int, None]] = {}
+        for at, step in enumerate(self.steps):
+            for name in step.reads:
+                found.setdefault(name, {})[at] = None
+        return {name: tuple(at) for name, at in found.items()}
 
     @cached_property
     def boundary(self) -> int:

@@ -1,4 +1,4 @@
-"""From a captured model to a plan: photograph, price, propose, solve, certify; and from a plan to the programs that run.
+"""From a captured model to a plan: photograph, price, propose, solve, certify; from a plan to the programs that run.
 
 Order and duties (timing, verification, dumps) live here; passes, trades and solvers are plain functions.
 """
@@ -21,6 +21,7 @@ from memopt.devices import Device
 from memopt.edit import Remake, edit
 from memopt.errors import Binding, VerifyError, WayOut
 from memopt.facts import storage_bytes
+from memopt.fusion import Fused, expanded, fused, fused_seconds, unfused
 from memopt.graph import StepGraph, Storage, TensorInfo, verify
 from memopt.optim.photograph import OptimizerPhase, photograph_optimizer
 from memopt.passes import CLEANUPS, TRADES
@@ -66,13 +67,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Planned:
-    """result: what is shown. signatures: of the captured programs, in order.
+    """result: what is shown. problem: what was solved, on the contracted graph. signatures: of the captured programs.
 
     lowered_released: as `PlanResult.lowered`, when the caller lets go of the outputs beside the loss.
     """
 
     result: PlanResult
     problem: Problem
+    contracted: Fused
     signatures: tuple[str, ...]
     lowered_released: Mapping[str, int] = field(default_factory=dict)
 
@@ -93,7 +95,16 @@ class Planned:
         if signature not in self.signatures:
             return None
         prefix = _prefix(self.signatures.index(signature))
-        return tuple(r for r in self.result.plan.chosen if _owner(r) == prefix)
+        return tuple(r for r in self.expanded(self.result.plan) if _owner(r) == prefix)
+
+    @property
+    def whole(self) -> StepGraph:
+        """The graph of the real steps, which `expanded` remakes refer to."""
+        return self.contracted.original
+
+    def expanded(self, plan: Plan) -> tuple[Remake, ...]:
+        """The plan's remakes as they are inserted: of the real steps, not the fused ones."""
+        return expanded(self.contracted, plan.chosen)
 
 
 def _prefix(index: int) -> str:
@@ -133,8 +144,10 @@ def make_plan(
     """
     started = time.perf_counter()
     phase = optimizer_phase(survey, request)
-    graph = step_graph(survey, request, phase, costs)
-    seconds = _seconds(graph, request, costs)
+    whole = step_graph(survey, request, phase, costs)
+    seconds = _seconds(whole, request, costs)
+    contracted = fused(whole) if request.lowering == "inductor" else unfused(whole)
+    graph, seconds = contracted.graph, fused_seconds(contracted, seconds)
     remakes = _proposals(graph, seconds, request)
     problem = Problem(graph, remakes, request.budget, seconds, request.device.allocator_block)
     plan = _reused(problem, plan_file, survey) if plan_file else _solved(problem, request, progress)
@@ -156,7 +169,7 @@ def make_plan(
         notes=_notes(survey, phase),
         identity=identity(survey),
     )
-    return Planned(result, problem, tuple(capture.signature for capture in survey.captures))
+    return Planned(result, problem, contracted, tuple(capture.signature for capture in survey.captures))
 
 
 def _solved(problem: Problem, request: Request, progress: Progress) -> Plan:

@@ -18,15 +18,17 @@ def rounded(nbytes: int, block: int) -> int:
 def lifetimes(graph: StepGraph) -> dict[str, tuple[int, int]]:
     """Storage -> (position that allocates it, position after which it is free). Inputs begin at -1.
 
-    What the caller holds (inputs and outputs) ends at len(steps).
+    What the caller holds (inputs and outputs) ends at len(steps). What a fused step makes begins after it, in the
+    place of what it read last; what it makes for nobody is left out.
     """
     end = len(graph.steps)
     spans = {name: (-1, end) for name in graph.input_storages}
     for name, uses in graph.uses.items():
-        if name not in spans:
-            spans[name] = (uses[0], uses[-1])
+        born = uses[0] + graph.steps[uses[0]].fused
+        if name not in spans and born <= uses[-1]:
+            spans[name] = (born, uses[-1])
     for name in graph.output_storages:
-        spans[name] = (spans[name][0], end)
+        spans[name] = (spans[name][0] if name in spans else graph.uses[name][0], end)
     return spans
 
 

@@ -50,7 +50,7 @@ def tuned(planned: Planned, program: Program, time_limit: float) -> Planned:
     asked, plan = budget, planned.result.plan
     tries: list[Try] = []
     while len(tries) < TRIES:
-        tries.append(Try(plan, *lowered_phases(problem.graph, program, plan)))
+        tries.append(Try(plan, *lowered_phases(planned, program, plan)))
         log.info("lowering %d: solver's peak %d, code's peak %d, budget %d", len(tries), plan.peak, tries[-1].peak, budget)
         slack = budget - tries[-1].peak
         if slack >= 0 and (slack <= CLOSE * budget or not plan.chosen):
@@ -81,13 +81,14 @@ def _with(planned: Planned, problem: Problem, best: Try, budget: int) -> Planned
     return replace(planned, result=result, lowered_released=best.released)
 
 
-def lowered_phases(graph: StepGraph, program: Program, plan: Plan) -> tuple[dict[str, int], dict[str, int]]:
+def lowered_phases(planned: Planned, program: Program, plan: Plan) -> tuple[dict[str, int], dict[str, int]]:
     """Peak bytes of each phase when the program with this plan runs as Inductor's code.
 
     Twice: when the caller holds the outputs beside the loss through the backward, and when it has let them go.
     """
-    forward, backward = split(apply_plan(program, graph, plan.chosen))
-    edited, static = edit(graph, plan.chosen), graph.bytes_of(graph.inputs)
+    graph = planned.whole
+    forward, backward = split(apply_plan(program, graph, planned.expanded(plan)))
+    edited, static = edit(planned.problem.graph, plan.chosen), graph.bytes_of(graph.inputs)
     kept, mine = _ownership(graph, program)
     ahead = generate(forward, False, program.forward_outputs, mine).rehearsed(mine)
     code = generate(backward, True, 0, mine)

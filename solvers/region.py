@@ -11,13 +11,14 @@ from typing import NamedTuple
 
 
 class Maker(NamedTuple):
-    """The step that makes a value: position, values it reads and creates, bytes of workspace, seconds."""
+    """The step that makes a value: position, values it reads and creates, bytes of workspace, seconds, fused or not."""
 
     at: int
     reads: tuple[int, ...]
     makes: tuple[int, ...]
     workspace: int
     seconds: float
+    fused: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Walk:
                 ending[i] = ending.get(i, 0) + self.size[v]
         for i, maker in enumerate(makers):
             fresh = [v for v in maker.makes if self.born.get(v) == when]
-            made = sum(self.size[v] for v in maker.makes)
+            made = 0 if maker.fused else sum(self.size[v] for v in maker.makes)
             best = max(best, above + made + maker.workspace)
             above += sum(self.size[v] for v in fresh if self.last[v] > when or v in reader) - ending.get(i, 0)
         return best

@@ -82,7 +82,7 @@ class Space:
         reads = tuple(dict.fromkeys(number[graph.storage_of(r)] for r in step.reads))
         makes = tuple(number[name] for name in graph.created(step))
         at = graph.position[step.name]
-        return Maker(at, reads, makes, int(self.workspace[at]), self.problem.seconds.get(step.name, 0.0))
+        return Maker(at, reads, makes, int(self.workspace[at]), self.problem.seconds.get(step.name, 0.0), step.fused)
 
     def _index_reads(self) -> None:
         """Per region the reads its offers may serve; per value and region the first and last such read."""
@@ -112,7 +112,7 @@ class Space:
         given = {self.number[n] for n in graph.input_storages}
         births, ends = np.zeros(len(self.size), np.int64), np.zeros(len(self.size), np.int64)
         for v, uses in enumerate(self.uses):
-            births[v] = 0 if v in given else 2 * uses[0] + 1 if uses else 0
+            births[v] = 0 if v in given else 2 * uses[0] + 1 + graph.steps[uses[0]].fused if uses else 0
             ends[v] = 2 * self.steps if v in held else 2 * uses[-1] + 1 if uses else -1
         self.births, self.fixed_ends, self.held = births, ends, held
         self.anchor: dict[int, int] = {}
