@@ -53,7 +53,8 @@ def llama(layers: int, hidden: int, inner: int, heads: int, vocabulary: int, **r
             vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
             num_attention_heads=heads, num_key_value_heads=heads // 2, use_cache=False, **rest,
         )  # fmt: skip
-        return LlamaForCausalLM(config)
+        model: nn.Module = LlamaForCausalLM(config)
+        return model
 
     return build
 
@@ -68,7 +69,8 @@ def gpt2(layers: int, hidden: int, heads: int, vocabulary: int, positions: int) 
             vocab_size=vocabulary, n_embd=hidden, n_layer=layers, n_head=heads, n_positions=positions,
             resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False, bos_token_id=0, eos_token_id=0,
         )  # fmt: skip
-        return GPT2LMHeadModel(config)
+        model: nn.Module = GPT2LMHeadModel(config)
+        return model
 
     return build
 

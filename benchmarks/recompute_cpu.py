@@ -1,0 +1,105 @@
+"""memopt against its peers on this CPU: `make bench`, or `python -m benchmarks.recompute_cpu --help`.
+
+Every variant runs forward and backward of the same model on the same batch, without an optimizer, which would add the
+same bytes and seconds to each. Whole-step peaks (parameters, gradients, activations, temporaries) are measured by
+`memopt.runtime.measure`; memopt's budget is the measured peak of the peer it meets. Times are of interleaved rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.beds import BEDS
+from benchmarks.cpu.picture import draw
+from benchmarks.cpu.race import Race
+from benchmarks.cpu.summary import HEAD, Row, cells, markdown, marks, shown
+from benchmarks.peers import PEERS
+from benchmarks.record import RESULTS, ROOT, read_lines, surroundings, write_lines
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+QUICK = ("eager", "torch.compile", "torch.compile + HF checkpointing")
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run and write what was asked for. 0 unless no row ran."""
+    asked = arguments(words)
+    if asked.table:
+        insert_table(ROOT / "README.md", asked.results)
+        return 0
+    peers = [peer for peer in PEERS if not asked.quick or peer.name in QUICK]
+    ran = False
+    for bed in asked.bed:
+        race = Race(bed, lambda line: print(line, file=sys.stderr, flush=True), asked.threads, peers)
+        rows = race.run(asked.rounds, asked.lowering)
+        path = asked.results / f"recompute_cpu_{bed}.jsonl"
+        write_lines(path, [{"surroundings": surroundings(asked.threads), "rounds": asked.rounds}, *rows])
+        draw(rows, BEDS[bed].text, path.with_suffix(".svg"))
+        show(rows, BEDS[bed].text)
+        ran |= any("error" not in row for row in rows)
+    return 0 if ran else 1
+
+
+def arguments(words: Sequence[str] | None) -> argparse.Namespace:
+    """The options, checked."""
+    parser = argparse.ArgumentParser(prog="recompute_cpu", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--bed", nargs="+", choices=BEDS, default=["llama", "gpt2"], help="models to run")
+    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds of timing")
+    parser.add_argument("--quick", action="store_true", help=f"meet only {', '.join(QUICK)}; 3 rounds")
+    parser.add_argument("--threads", type=int, default=2, help="threads of each variant")
+    parser.add_argument("--lowering", choices=("inductor", "eager"), default="inductor", help="memopt's lowering")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--table", action="store_true", help="only put the results' tables into the README")
+    asked = parser.parse_args(words)
+    if asked.rounds < 1 or asked.threads < 1:
+        parser.error("--rounds and --threads take 1 or more")
+    asked.rounds = 3 if asked.quick else asked.rounds
+    return asked
+
+
+def show(rows: Sequence[Row], title: str) -> None:
+    """The table and the pass marks, on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*HEAD, title=title)
+    for row in shown(rows):
+        table.add_row(*cells(row, rows))
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    for mark in marks(rows):
+        console.print(f"  {mark.verdict:5}  {mark.text}", markup=False, highlight=False)
+
+
+def tables(results: Path) -> str:
+    """The Markdown of every bed with results, with where they were made."""
+    parts = []
+    for name, bed in BEDS.items():
+        path = results / f"recompute_cpu_{name}.jsonl"
+        if path.exists():
+            head, *rows = read_lines(path)
+            made = head["surroundings"]
+            where = f"torch {made['torch']}, {made['threads']} threads, {made['processor']}, commit {made['commit']}"
+            parts.append(f"{bed.text} ({where}; {head['rounds']} rounds):\n\n{markdown(rows)}")
+    return "\n\n".join(parts)
+
+
+def insert_table(readme: Path, results: Path) -> None:
+    """Replace what stands between the bench markers. ValueError if they or the results are missing."""
+    text = readme.read_text(encoding="utf-8")
+    made = tables(results)
+    if not made:
+        raise ValueError(f"no recompute_cpu results in {results.name}: run make bench first")
+    before, found, rest = text.partition(BEGIN)
+    _, closed, after = rest.partition(END)
+    if not (found and closed):
+        raise ValueError(f"{readme.name} has no {BEGIN} ... {END}")
+    readme.write_text(f"{before}{BEGIN}\n{made}\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

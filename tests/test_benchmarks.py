@@ -1,0 +1,114 @@
+"""The benchmarks' arithmetic, and that their commands run from beginning to end on models of a few kilobytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.cpu.race import Race
+from benchmarks.cpu.summary import Row, markdown, marks, ratios
+from benchmarks.peers import PEERS, Variant
+from benchmarks.recompute_cpu import insert_table, main
+from benchmarks.record import read_lines, write_lines
+
+MIB = 2**20
+
+
+def row(variant: str, peak: int, times: list[float], peer: str = "") -> Row:
+    return {"bed": "llama", "variant": variant, "peer": peer, "peak": peak * MIB, "resident": MIB,
+            "transient": (peak - 1) * MIB, "gradient_difference": 0.0, "times": times}  # fmt: skip
+
+
+def test_ratios_are_of_the_same_round() -> None:
+    """A machine that is busy in one round slows both, and cancels."""
+    assert ratios(row("a", 2, [1.0, 10.0, 1.0]), row("b", 2, [2.0, 20.0, 2.0])) == (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("times", "verdict"), [([0.9, 0.9, 1.2], "holds"), ([0.9, 1.1, 1.2], "open"), ([1.1, 1.2, 1.3], "fails")]
+)
+def test_no_slower_is_settled_by_all_rounds(times: list[float], verdict: str) -> None:
+    found = marks([row("eager", 9, [1.0, 1.0, 1.0]), row("memopt at eager", 9, times, "eager")])
+    assert [m.verdict for m in found if "no slower" in m.text] == [verdict]
+
+
+def test_a_peak_above_the_peer_fails_its_mark() -> None:
+    found = marks([row("eager", 9, [1.0]), row("memopt at eager", 10, [1.0], "eager")])
+    assert [m.verdict for m in found if "within" in m.text] == ["fails"]
+
+
+def test_the_smallest_peak_must_be_below_every_peer() -> None:
+    peers = [row("eager", 9, [1.0]), row("HF checkpointing", 4, [1.0])]
+    assert marks([*peers, row("memopt, smallest", 3, [1.0])])[-1].verdict == "holds"
+    assert marks([*peers, row("memopt, smallest", 4, [1.0])])[-1].verdict == "fails"
+
+
+def test_a_failed_row_is_said_and_leaves_its_mark_open() -> None:
+    failed = {
+        "bed": "llama",
+        "variant": "memopt at eager",
+        "peer": "eager",
+        "error": "Traceback\nKaboom: x",
+        "times": [],
+    }
+    rows = [row("eager", 9, [1.0]), failed]
+    assert next((m.text, m.verdict) for m in marks(rows)) == ("eager: Kaboom: x", "open")
+    assert "failed: Kaboom: x" in markdown(rows)
+
+
+def test_the_table_goes_between_the_markers(tmp_path: Path) -> None:
+    made = {"torch": "1", "threads": 2, "processor": "p", "commit": "c"}
+    write_lines(tmp_path / "recompute_cpu_llama.jsonl", [{"surroundings": made, "rounds": 1}, row("eager", 9, [1.5])])
+    readme = tmp_path / "README.md"
+    readme.write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
+    insert_table(readme, tmp_path)
+    text = readme.read_text()
+    assert "| eager | 8 | 9 | 1.50 |" in text
+    assert "old" not in text
+    assert text.startswith("before\n") and text.endswith("after\n")  # noqa: PT018  # one statement about one text
+    insert_table(readme, tmp_path)
+    assert readme.read_text() == text
+
+
+def test_without_results_or_markers_the_table_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="run make bench first"):
+        insert_table(Path(__file__), tmp_path)
+    made: Row = {"surroundings": {"torch": "1", "threads": 2, "processor": "p", "commit": "c"}, "rounds": 1}
+    write_lines(tmp_path / "recompute_cpu_llama.jsonl", [made, row("eager", 9, [1.5])])
+    (tmp_path / "README.md").write_text("no markers")
+    with pytest.raises(ValueError, match="has no"):
+        insert_table(tmp_path / "README.md", tmp_path)
+
+
+def test_a_dead_worker_is_a_row_with_its_error() -> None:
+    (found, *_) = Race("llama-tiny", lambda line: None, peers=[Variant("eager", budget=-5)]).run(rounds=1)
+    assert "budget" in found["error"]
+    assert found["times"] == []
+
+
+def test_the_race_from_beginning_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the eager lowering, so that nothing is compiled: gradients are bit-identical, memopt within eager's bytes."""
+    race = Race("llama-tiny", lambda line: None, peers=PEERS[:1])
+    rows = race.run(rounds=2, lowering="eager")
+    assert [r["variant"] for r in rows] == ["eager", "memopt at eager", "memopt, smallest"]
+    by_name = {r["variant"]: r for r in rows}
+    for r in rows:
+        assert "error" not in r, r
+        assert len(r["times"]) == 2
+        assert r["gradient_difference"] == 0.0
+        if r["peer"]:
+            assert r["peak"] <= by_name[r["peer"]]["peak"]
+    assert by_name["memopt, smallest"]["peak"] < by_name["eager"]["peak"]
+
+
+def test_options_out_of_range_are_usage_errors() -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--rounds", "0"])
+    assert stopped.value.code == 2
+
+
+def test_lines_come_back_as_written(tmp_path: Path) -> None:
+    rows: list[Row] = [{"a": 1, "b": [1.5, "x"]}, {"c": None}]
+    write_lines(tmp_path / "deep" / "rows.jsonl", rows)
+    assert read_lines(tmp_path / "deep" / "rows.jsonl") == rows
