@@ -37,6 +37,7 @@ class Recompute(Trade):
 
 
 def cost(steps: Iterable[Step], seconds: Mapping[str, float]) -> float:
+    """Seconds of running these steps once."""
     return sum(seconds.get(step.name, 0.0) for step in steps)
 
 
@@ -61,6 +62,7 @@ def remakeable(graph: StepGraph) -> dict[str, tuple[Step, ...]]:
 
 
 def shared_values(graph: StepGraph, blocks: Blocks) -> set[str]:
+    """Storages read in SHARED blocks or more."""
     readers: dict[str, set[int]] = {}
     for k, start in enumerate(blocks.starts):
         end = blocks.starts[k + 1] if k + 1 < len(blocks.starts) else graph.boundary

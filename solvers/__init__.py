@@ -5,8 +5,9 @@ baselines and proof.
 """
 
 from memopt.solvers.brute import brute
+from memopt.solvers.chain import chain
 from memopt.solvers.greedy import greedy
 from memopt.solvers.milp import milp
 from memopt.solvers.planner import solve
 
-__all__ = ["brute", "greedy", "milp", "solve"]
+__all__ = ["brute", "chain", "greedy", "milp", "solve"]

@@ -86,9 +86,12 @@ def refined(cuts: Sequence[int], graph: StepGraph) -> list[int]:
 
 
 def finer(graph: StepGraph, first: int, end: int, saved: list[int], born: dict[int, list[str]]) -> list[int]:
+    """Places to cut between two forward positions; see refined."""
     cuts: list[int] = []
     start, total = first, 0
-    last = {n: max((u for u in graph.uses[n] if u < graph.boundary)) for at in range(first, end) for n in born.get(at, ())}
+    last = {
+        n: max(u for u in graph.uses[n] if u < graph.boundary) for at in range(first, end) for n in born.get(at, ())
+    }
     for at in range(first, end - 1):
         total += saved[at]
         fresh = [n for b in range(start, at + 1) for n in born.get(b, ()) if last[n] > at]

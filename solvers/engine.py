@@ -15,9 +15,9 @@ from memopt.solvers.model import Model
 from memopt.solvers.space import Parts, Space, State
 
 WHOLE = 6  # solutions in integers for one target
-TRIALS = 30  # exchanges simulated for one target
+TRIALS = 12_000  # exchanges for one target, times steps: more where each is cheap
 ROUNDS = 6  # of solve, round, simulate, correct
-TINY = 700  # steps up to which a target is also solved in integers
+TINY = 600  # steps up to which a target is also solved in integers
 SMALL = 1200  # steps up to which exchanges are tried
 NODES = 50  # of branch and bound: a count, not a time, so that plans do not depend on the machine's load
 TRIES = 10  # moves simulated before one is taken
@@ -30,7 +30,7 @@ class Engine:
         self.space, self.model = space, Model(space)
         self.extra: dict[int, float] = {}
         self.order = sorted(space.makers)
-        self.trials = TRIALS if space.steps <= SMALL else 0
+        self.trials = max(12, min(80, TRIALS // space.steps)) if 0 < space.steps <= SMALL else 0
 
     # -- one target -------------------------------------------------------------------------------------------------
 
@@ -52,12 +52,23 @@ class Engine:
                 break
         if best is None or target is None:
             return best
-        starts = [best]
+        starts = [best, *self._dives(target)]
         if self.space.steps <= SMALL:  # where one value weighs much, rounding costs most and trying costs least
             whole = self._whole(target) if self.space.steps <= TINY else None
             starts += [s for s in (near, whole) if s is not None]
-        held = [self.fill(self.repair(state, target), target) for state in starts]
-        return self.exchange(min(held, key=lambda s: (max(s.peak - target, 0), s.seconds, s.peak)), target)
+        filled = [self.fill(self.repair(state, target), target) for state in starts]
+        return self.exchange(min(filled, key=lambda s: (max(s.peak - target, 0), s.seconds, s.peak)), target)
+
+    def _dives(self, target: int) -> list[State]:
+        """The largest value the model splits, settled once each way: what rounding alone does worst."""
+        values = self.model.solve(target)
+        split = [] if values is None else self.model.largest_split(values)
+        found = []
+        for settled in (0.0, 1.0) if split else ():
+            answer = self.model.solve_with(target, split, settled)
+            if answer is not None:
+                found.append(self._simulated(self.model.rounded(answer))[1])
+        return found
 
     def _whole(self, target: int) -> State | None:
         """The model in integers, answers that do not hold or are not as cheap as it said cut off, a few times."""

@@ -42,6 +42,7 @@ def grouped(problem: Problem) -> dict[str, tuple[Remake, ...]]:
 
 
 def flattened(groups: dict[str, tuple[Remake, ...]], chosen: dict[str, tuple[Remake, ...]]) -> tuple[Remake, ...]:
+    """The chosen offers in the order of the problem."""
     return tuple(remake for value in groups if value in chosen for remake in chosen[value])
 
 

@@ -68,6 +68,7 @@ def refine(problem: Problem, space: Space, best: Plan, gap: float, until: float,
 
 
 def cheaper(best: Plan, plan: Plan, budget: int) -> Plan:
+    """The nearer to the budget, then the cheaper, then the lower."""
     return min(best, plan, key=lambda p: (max(p.peak - budget, 0), p.seconds, p.peak))
 
 

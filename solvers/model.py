@@ -15,6 +15,7 @@ the truth): transients inside a burst of copies. The engine adds them as correct
 from __future__ import annotations
 
 from bisect import bisect_right
+from itertools import pairwise
 
 import highspy
 import numpy as np
@@ -73,7 +74,7 @@ class Model:
         self.pairs = {v: sorted(ks) for v, ks in sorted(bases.items())}
         for v, ks in self.pairs.items():
             xs = [self.var("x", v, k) for k in ks]
-            for early, late in zip(xs, xs[1:], strict=False):
+            for early, late in pairwise(xs):
                 self.at_least([(early, 1.0), (late, -1.0)], 0.0)
         for k, region in enumerate(space.regions):
             for v in region.offers:
@@ -137,7 +138,9 @@ class Model:
         terms[self.index["B", 0, 0]] = -1.0
         row = int(self.highs.getNumRow())
         columns = list(terms)
-        self.highs.addRow(-highspy.kHighsInf, -constant / self.scale, len(columns), columns, [terms[c] for c in columns])
+        self.highs.addRow(
+            -highspy.kHighsInf, -constant / self.scale, len(columns), columns, [terms[c] for c in columns]
+        )
         self.rows[half] = (row, constant, terms)
 
     def _row(self, half: int) -> tuple[float, dict[int, float]]:
@@ -206,7 +209,9 @@ class Model:
                 if u not in seen:
                     seen[u] = self._column()
                     stack.append(u)
-                self.highs.addRow(0.0, highspy.kHighsInf, 3, [seen[u], self.index["x", u, k], seen[w]], [1.0, 1.0, -1.0])
+                self.highs.addRow(
+                    0.0, highspy.kHighsInf, 3, [seen[u], self.index["x", u, k], seen[w]], [1.0, 1.0, -1.0]
+                )
         return seen
 
     def exclude(self, parts: Parts) -> None:
@@ -252,6 +257,24 @@ class Model:
             return None
         return np.array(self.highs.getSolution().col_value)
 
+    def largest_split(self, values: np.ndarray) -> list[int]:
+        """Columns x of the value with most bytes of which the solution keeps a part; empty when all are whole."""
+        size = self.space.size
+        part = {v: min(x, 1.0 - x) * size[v] for v, ks in self.pairs.items() for x in [self.lives(values, v, ks[0])]}
+        worst = max(part, key=lambda v: (part[v], -v), default=None)
+        if worst is None or part[worst] <= 0.001 * size[worst]:
+            return []
+        return [self.index["x", worst, k] for k in self.pairs[worst]]
+
+    def solve_with(self, budget: float, columns: list[int], settled: float) -> np.ndarray | None:
+        """As solve, with these columns at 0.0 or 1.0."""
+        for column in columns:
+            self.highs.changeColBounds(column, settled, settled)
+        values = self.solve(budget)
+        for column in columns:
+            self.highs.changeColBounds(column, 0.0, 1.0)
+        return values
+
     def solve_whole(self, budget: float, nodes: int) -> np.ndarray | None:
         """As solve, with x in integers, stopped after so many nodes of branch and bound; None without a solution."""
         columns = [column for key, column in self.index.items() if key[0] == "x"]
@@ -269,10 +292,8 @@ class Model:
 
     def objective(self) -> float:
         """Seconds of the last solution, less what dead steps of the graph would give back; never negative."""
-        return max(0.0, float(self.highs.getObjectiveValue()) * self.seconds - dead_seconds(self.space))
-
-    def least_bytes(self) -> float:
-        return float(self.highs.getObjectiveValue()) * self.scale
+        found: float = self.highs.getObjectiveValue() * self.seconds - dead_seconds(self.space)
+        return max(0.0, found)
 
     def lives(self, values: np.ndarray, v: int, k: int) -> float:
         return float(values[self.index["x", v, k]])
@@ -295,7 +316,9 @@ def droppable(space: Space) -> list[int]:
     for at in reversed(range(len(graph.steps))):
         step = graph.steps[at]
         late = any(a <= at <= b for a, b, _ in inside)
-        free = step.pure and not step.advances and step.writes and not late and not any(w in needed for w in step.writes)
+        free = (
+            step.pure and not step.advances and step.writes and not late and not any(w in needed for w in step.writes)
+        )
         if free and at in makers:
             spare.append(at)
         if not free:

@@ -8,6 +8,7 @@ from time import perf_counter
 
 from memopt.plans import Plan, Problem, Status, simulated
 from memopt.solvers.brute import brute
+from memopt.solvers.chain import chain, levels, links_of, lowest, remakes_of
 from memopt.solvers.engine import TINY, Engine, path
 from memopt.solvers.greedy import greedy
 from memopt.solvers.milp import milp, refine
@@ -17,6 +18,7 @@ from memopt.timeline import peak
 Progress = Callable[[str, float], None]
 DEPTH = 9  # halvings of the range between the floor and the unconstrained peak
 ROUNDS = 8  # solutions in integers that may sharpen the bound of a small problem
+CHEAP = 0.8  # of remaking everything inside blocks: cheaper plans cannot be undercut by the chain's
 NARROW = 0.001  # of that range: no halving below
 
 
@@ -88,21 +90,55 @@ def solve(problem: Problem, *, method: str = "auto", gap: float = 0.01, time_lim
 
 
 def planned(problem: Problem, space: Space, gap: float, time_limit: float, progress: Progress | None) -> Plan:
+    """The frontier, then the chain below it, then the bound."""
     started = perf_counter()
-    tell = progress or (lambda what, seconds: None)
+
+    def tell(what: str) -> None:
+        if progress is not None:
+            progress(what, perf_counter() - started)
+
     engine = Engine(space)
-    state, least = frontier(engine, problem.budget, lambda what: tell(what, perf_counter() - started))
+    state, least = frontier(engine, problem.budget, tell)
     plan = simulated(problem, space.remakes(state.parts), "frontier")
-    plan = replace(plan, floor=min(least.peak, plan.peak))
+    plan = deeper(problem, space, replace(plan, floor=min(least.peak, plan.peak)))
+    tell("segments")
     if plan.status is Status.INFEASIBLE:
         return plan
-    plan = replace(plan, lower_bound=min(engine.bound(problem.budget) or 0.0, plan.seconds))
-    tell("bounded", perf_counter() - started)
-    if plan.gap > gap and space.steps <= TINY:
-        until = started + time_limit
-        _, bound, _ = refine(problem, space, plan, gap, until, ROUNDS, sorted(engine.model.rows))
+    plan = certified(problem, engine, plan, gap, started + time_limit)
+    tell("bounded")
+    return plan
+
+
+def deeper(problem: Problem, space: Space, plan: Plan) -> Plan:
+    """The plan, or one of the chain's levels where that is cheaper within the budget, or lower where nothing holds it.
+
+    The levels do not depend on the budget either, so the answer stays monotone. They all remake every value inside
+    a block: a plan far cheaper than that needs only the floor from them.
+    """
+    links = links_of(problem, space)
+    if links is None:
+        return plan
+    top = float(space.state(space.none()).peak)
+    flat = sum(space.work(k, inside).seconds for k, inside in zip(links.regions, links.inside, strict=True))
+    if plan.status is not Status.INFEASIBLE and plan.seconds < CHEAP * flat:
+        bottom = simulated(problem, remakes_of(problem, links, lowest(links, top)[0]), "chain")
+        return replace(plan, floor=min(plan.floor, bottom.peak))
+    found = (plan, *levels(problem, links, top))
+    best = min(found, key=lambda p: (max(p.peak - problem.budget, 0), p.seconds, p.peak))
+    return replace(best, floor=min(p.peak for p in found))
+
+
+def certified(problem: Problem, engine: Engine, plan: Plan, gap: float, until: float) -> Plan:
+    """The plan with its lower bound: the relaxation's, for small problems sharpened in integers."""
+    bound = engine.bound(problem.budget) or 0.0
+    plan = replace(plan, lower_bound=min(bound, plan.seconds))
+    if plan.gap > gap and bound and engine.space.steps <= TINY:
+        rows = sorted(engine.model.rows)
+        _, bound, _ = refine(problem, engine.space, plan, gap, until, ROUNDS, rows)
         plan = replace(plan, lower_bound=min(max(bound, plan.lower_bound), plan.seconds))
     return replace(plan, status=Status.OPTIMAL) if plan.gap <= gap else plan
 
 
-METHODS: dict[str, Callable[[Problem], Plan]] = {"auto": solve, "brute": brute, "greedy": greedy, "milp": milp}
+METHODS: dict[str, Callable[[Problem], Plan]] = {
+    "auto": solve, "brute": brute, "chain": chain, "greedy": greedy, "milp": milp,
+}  # fmt: skip

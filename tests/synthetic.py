@@ -113,7 +113,11 @@ class Tape:
     def graph(self, outputs: tuple[str, ...]) -> StepGraph:
         held = tuple(g for n, g in self.grads.items() if n in self.inputs)
         graph = StepGraph(
-            tuple(self.inputs), live_steps(self.steps, (*outputs, *held)), (*outputs, *held), dict(self.tensors), dict(self.storages)
+            tuple(self.inputs),
+            live_steps(self.steps, (*outputs, *held)),
+            (*outputs, *held),
+            dict(self.tensors),
+            dict(self.storages),
         )
         return verify(graph)
 
@@ -176,6 +180,19 @@ def llama_layer(t: Tape, n: str, x: str, cos: str, sin: str, row: int, width: in
     w = t.given(f"{n}.down.w", int(square * 3.5))
     d = t.op(f"{n}.down", (m, w), (row,), flops=int(2 * rows * width * width * 3.5))[0]
     return t.op(f"{n}.add2", (x, d), (row,), "none")[0]
+
+
+def mlp(layers: int, *, size: int = 1 << 20) -> tuple[StepGraph, dict[str, float]]:
+    """A plain residual chain whose weights are small: boundaries are all there is to save on."""
+    t = Tape()
+    x = t.given("x", size, "input")
+    for i in range(layers):
+        h = t.op(f"a{i}", (x, t.given(f"w{i}", 64)), (size,), flops=size * 100)[0]
+        h = t.op(f"g{i}", (h,), (size,))[0]
+        x = t.op(f"r{i}", (x, h), (size,), "none")[0]
+    (loss,) = t.op("loss", (x,), (4,))
+    t.backward(loss)
+    return t.graph((loss,)), t.seconds
 
 
 def unet(depth: int = 4, *, image: int = 1 << 22) -> tuple[StepGraph, dict[str, float]]:
