@@ -8,7 +8,7 @@ multi-output node directly followed by its getitems, all forward nodes before th
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from memopt.graph import Phase, Step, StepGraph, Storage, TensorInfo
 AGAIN: dict[Any, Any] = {}
 
 TANGENTS = "tangents"  # the step that brings the gradients of the outputs to life
+WRITE_BACK = "write_back"  # the step in which the caller copies new values into mutated inputs and lets go of them
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,15 @@ class Program:
         """Nodes of the forward's outputs and of the gradients (None: no gradient)."""
         values = [v if isinstance(v, fx.Node) else None for v in self.graph.output_node().args[0]]
         return values[: self.forward_outputs], values[self.forward_outputs :]
+
+    @property
+    def written_back(self) -> list[tuple[fx.Node, fx.Node]]:
+        """(new value, mutated input) of inputs that AOTAutograd's wrapper updates once the forward has run."""
+        output = self.graph.output_node()
+        told = {n.meta.get("desc"): n for n in self.graph.find_nodes(op="placeholder") if "desc" in n.meta}
+        pairs = zip(self.outputs[0], output.meta.get("desc") or (), strict=False)
+        found = ((value, told.get(getattr(desc, "mutated_input", None))) for value, desc in pairs)
+        return [(value, mutated) for value, mutated in found if value is not None and mutated is not None]
 
     def name(self, node: fx.Node) -> str:
         """The node's name in the photograph: parameters and buffers keep the user's, shared by all programs."""
@@ -82,21 +92,21 @@ def normalised(program: Program) -> Program:
     return program
 
 
-def _sweep(graph: fx.Graph, stale: bool = False) -> None:
+def _sweep(graph: fx.Graph, stale: Callable[[fx.Node], bool] = lambda node: False) -> None:
     """Erase nodes nobody reads and that change nothing; random ones stay, they advance the generator.
 
-    stale: they go too, because the graph is a backward into which forward nodes were copied.
+    stale: which random nodes go too, because the half of the step they stand in is not their own.
     """
     for node in reversed(graph.nodes):
         if node.op == "call_function" and not node.users and (is_getitem(node) or _removable(node, stale)):
             graph.erase_node(node)
 
 
-def _removable(node: fx.Node, stale: bool) -> bool:
+def _removable(node: fx.Node, stale: Callable[[fx.Node], bool]) -> bool:
     known = facts(node)
-    if stale and (known.random or known.advances):
-        return True
-    return known.pure and not known.advances or node.target in AGAIN.values()
+    if known.random or known.advances:
+        return stale(node) or node.target in AGAIN.values()
+    return known.pure
 
 
 def _forward_first(program: Program) -> None:
@@ -179,6 +189,7 @@ class _Photographer:
         self.inputs: list[str] = []
         self.tangents: list[str] = []
         self.given_storages: dict[int, str] = {}  # fake storage -> tensor: inputs may share one
+        self.changing = changing(program)
 
     def declare(self, name: str, at: int, node: fx.Node, kind: str) -> bool:
         """Declare output `at` of the node as tensor `name`; False if it is no tensor."""
@@ -215,7 +226,22 @@ class _Photographer:
         reads = tuple(self.program.name(arg) for arg in tensor_inputs(node))
         advances = known.advances and node.target not in AGAIN.values()
         step = Step(name, known.op, phase, reads, writes, known.source, known.key, known.flops)
-        self.steps.append(replace(step, pure=known.pure, advances=advances))
+        pure = known.pure and not self.changed_later(node)
+        self.steps.append(replace(step, pure=pure, advances=advances))
+
+    def changed_later(self, node: fx.Node) -> bool:
+        """Reads an input that is overwritten within the step: run again, it would read the new value."""
+        if not self.changing or own_statistics(node):
+            return False
+        homes = {self.tensors[self.program.name(arg)].storage for arg in tensor_inputs(node)}
+        return not homes.isdisjoint(self.tensors[self.program.name(n)].storage for n in self.changing)
+
+    def end_forward(self) -> None:
+        """Mutated inputs get their new values, which nobody but the backward holds from here on."""
+        if pairs := self.program.written_back:
+            reads = dict.fromkeys(self.program.name(node) for pair in pairs for node in pair)
+            name = self.program.prefix + WRITE_BACK
+            self.steps.append(Step(name, WRITE_BACK, "forward", tuple(reads), (), pure=False))
 
     def begin_backward(self) -> None:
         if self.tangents:
@@ -229,23 +255,45 @@ class _Photographer:
                 self.storages[home.name] = replace(home, kind="gradient")
 
 
+def own_statistics(node: fx.Node) -> bool:
+    """Batch norm in training normalises by the batch's own statistics: the running ones it reads only make new ones."""
+    if node.target is torch.ops.aten._native_batch_norm_legit_functional.default:
+        return bool(node.args[5])
+    return node.target is torch.ops.aten._batch_norm_with_update_functional.default
+
+
+def changing(program: Program) -> list[fx.Node]:
+    """Inputs that are overwritten within the step: by the caller afterwards, or by a step in place."""
+    found = dict.fromkeys(mutated for _, mutated in program.written_back)
+    for node in program.graph.nodes:
+        schema = getattr(node.target, "_schema", None) if node.op == "call_function" else None
+        if schema is not None and schema.is_mutable:
+            written = (a for a, s in zip(node.args, schema.arguments, strict=False) if s.alias_info is not None)
+            found.update((a, None) for a in written if isinstance(a, fx.Node) and a.op == "placeholder")
+    return list(found)
+
+
 def photograph(program: Program) -> StepGraph:
     """The program's forward and backward as a StepGraph; tensor names are node names. Torch-free from here on.
 
-    The caller is assumed to hold the forward's outputs to the end of the step. Gradients are outputs too.
+    The caller is assumed to hold the forward's outputs to the end of the step, but not the new values of mutated inputs:
+    those are copied (`WRITE_BACK`) and let go. Gradients are outputs too.
     """
     camera = _Photographer(program)
     first_backward = boundary(program)
     phase: Phase = "forward"
     for node in program.graph.nodes:
-        if node is first_backward:
+        if node is first_backward or node.op == "output" and phase == "forward":
             phase = "backward"
+            camera.end_forward()
             camera.begin_backward()
         if node.op in ("placeholder", "get_attr"):
             camera.given(node)
         elif node.op == "call_function" and not is_getitem(node):
             camera.call(node, phase)
-    forward, gradients = ([program.name(n) for n in part if n is not None] for part in program.outputs)
+    mutations = len(program.written_back)  # they come first
+    kept = (program.outputs[0][mutations:], program.outputs[1])
+    forward, gradients = ([program.name(n) for n in part if n is not None] for part in kept)
     outputs = [name for name in dict.fromkeys((*forward, *gradients)) if name in camera.tensors]
     camera.mark_gradients(name for name in gradients if name in camera.tensors)
     return StepGraph(tuple(camera.inputs), tuple(camera.steps), tuple(outputs), camera.tensors, camera.storages)
@@ -324,6 +372,7 @@ def split(program: Program) -> tuple[fx.GraphModule, fx.GraphModule]:
     forward, backward = _extract_fwd_bwd_modules(
         program.module, tensors, sizes, num_fwd_outputs=program.forward_outputs
     )
-    _sweep(backward.graph, stale=True)  # forward nodes computable from what is saved come along, though unread
-    backward.recompile()
+    for half in (forward, backward):  # what a half can compute comes along, though unread: copies, forward draws
+        _sweep(half.graph, stale=lambda node: half is backward or node.meta.get("partitioner_tag") == "is_backward")
+        half.recompile()
     return forward, backward
