@@ -28,8 +28,8 @@ LAYERS = (8, 16, 32, 64, 80)
 @dataclass(frozen=True)
 class Row:
     """One depth. Seconds: start (imports), build (model on fake tensors), capture, floor (to say that one byte is not
-    enough), plan, total (without the floor), cpu (of the process, all of it: what a busy machine does not stretch). Bytes:
-    the rest but steps, layers, gap."""
+    enough), plan, total (without the floor), cpu (of the process, all of it; a busy machine stretches it less).
+    Bytes: the rest but steps, layers, gap."""
 
     layers: int
     steps: int
@@ -74,8 +74,9 @@ def measure(preset: str, layers: int, batch: int, seq: int, device: str, lowerin
     done = time.perf_counter()
     return Row(
         layers, len(free.before.steps), imported - began, built - imported, captured - built, again - captured,
-        done - again, done - began - (again - captured), time.process_time(), request.budget, result.peak, free.baseline_peak,
-        result.plan.status.value, result.plan.gap, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        done - again, done - began - (again - captured), time.process_time(), request.budget, result.peak,
+        free.baseline_peak, result.plan.status.value, result.plan.gap,
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )  # fmt: skip
 
 
@@ -106,8 +107,8 @@ def table(rows: list[Row]) -> str:
         sizes = " | ".join(f"{size / 1e9:.2f}" for size in (row.budget, row.peak, row.unconstrained))
         lines.append(
             f"| {row.layers} | {row.steps} | {row.capture:.1f} | {row.capture / row.layers:.2f} | "
-            f"{row.floor:.1f} | {row.plan:.1f} | {row.total:.1f} | {row.cpu:.1f} | {sizes} | {row.status} | {row.gap:.2%} | "
-            f"{row.resident / 1e9:.2f} |"
+            f"{row.floor:.1f} | {row.plan:.1f} | {row.total:.1f} | {row.cpu:.1f} | {sizes} | {row.status} | "
+            f"{row.gap:.2%} | {row.resident / 1e9:.2f} |"
         )
     return "\n".join(lines)
 

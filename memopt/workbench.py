@@ -6,11 +6,12 @@ import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from memopt.api import make_request
 from memopt.devices import CATALOGUE, Device, device
@@ -20,7 +21,8 @@ from memopt.planfile import PlanFile
 from memopt.report import PlanResult
 from memopt.runtime.here import here
 from memopt.runtime.measure import measure_step
-from memopt.session import Session, attach
+from memopt.session import Session, attach, infeasible
+from memopt.sizing import Elsewhere, floor_plan, largest, surveyed
 from memopt.workload import Workload
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "amp-bf16": torch.float32}
@@ -70,6 +72,12 @@ class Bench:
     def build_fake(self) -> tuple[LossModel, dict[str, Tensor]]:
         with FakeTensorMode(allow_non_fake_inputs=True):
             return self.build()
+
+    def fake_inputs(self, model: nn.Module, batch: int, seq: int) -> dict[str, Tensor]:
+        """Inputs of other sizes for a model built by `build_fake`. ValueError for sizes the model does not take."""
+        mode = next(p.fake_mode for p in model.parameters() if isinstance(p, FakeTensor))
+        with mode, _default_dtype(DTYPES[self.dtype]), torch.device("cpu"):
+            return self.workload.inputs(batch, seq)
 
     def optimizer_over(self, model: nn.Module) -> torch.optim.Optimizer | None:
         """The optimizer, or None for "none". Parameters that are frozen are left out."""
@@ -148,7 +156,22 @@ def plan_workload(
     _no_offload(host_budget, disk_budget)
     made = bench(workload, batch, seq, dtype, optimizer, device)
     asked = Asked(budget, allow, numerics, passes, lowering, accumulate, plan_file, progress or silent)
-    return _planned(made, asked)
+    return _stated(made, asked) if formula else _planned(made, asked)
+
+
+def _stated(made: Bench, asked: Asked) -> PlanResult:
+    """The plan with its peak as a formula in batch and sequence; '' where no other size has the same steps."""
+    model, inputs = made.build_fake()
+    session = asked.session(made, model)
+    try:
+        planned = session.plan_for((), inputs)
+    except BudgetError:
+        if session.refused is None:
+            raise
+        return session.refused
+    elsewhere = Elsewhere(session, partial(made.fake_inputs, model), next(iter(session.surveys.values())))
+    found = elsewhere.formula(planned, (made.batch, made.seq))
+    return replace(planned.result, formula=str(found or ""))
 
 
 def _planned(made: Bench, asked: Asked, measure: bool = False) -> PlanResult:
@@ -189,30 +212,45 @@ def run_workload(workload: Workload, *, steps: int = 3, **options: Any) -> PlanR
 def fit_workload(workload: Workload, *, vary: str = "batch", **options: Any) -> tuple[int, PlanResult]:
     """The largest batch (or sequence) whose step fits the budget, with its plan. Raises BudgetError if 1 does not.
 
-    Doubles until a plan fails, then bisects; every answer is confirmed by a plan.
+    The formula of the floor's decisions says where to look; the answer is confirmed by a plan, and by a refusal (of the
+    planner, or of the model, which may take no more) at one more.
     """
     made, asked = _split(workload, options)
     if vary not in ("batch", "seq"):
         raise ValueError(f"vary={vary!r} is not known; known are batch, seq")
+    if not getattr(made, vary):
+        raise ValueError(f"{workload.name} has no {vary} to vary: its inputs are fixed")
+    seen: dict[int, PlanResult] = {}
 
-    def fits(size: int) -> PlanResult | None:
-        result = _planned(replace(made, **{vary: size}), asked)
-        return None if result.infeasible else result
+    def fits(size: int) -> bool:
+        resized = replace(made, batch=size) if vary == "batch" else replace(made, seq=size)
+        try:
+            seen[size] = _planned(resized, asked)
+        except ValueError:
+            if size <= getattr(made, vary):
+                raise
+            return False
+        return not seen[size].infeasible
 
-    low, best = 1, fits(1)
-    if best is None:
-        from memopt.session import infeasible
+    best = largest(fits, _guess(made, asked, vary))
+    if best == 0:
+        raise infeasible(seen[1])
+    return best, seen[best]
 
-        raise infeasible(_planned(replace(made, **{vary: 1}), asked))
-    high = low
-    while (found := fits(high * 2)) is not None:
-        high, low, best = high * 2, high * 2, found
-    high *= 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        found = fits(middle)
-        low, best, high = (middle, found, high) if found is not None else (low, best, middle)
-    return low, best
+
+def _guess(made: Bench, asked: Asked, vary: str) -> int:
+    """Where the least peak there is reaches the budget, by its formula; the workload's own size if there is none.
+
+    A batch of 1 is traced as a program of its own, so the formula is made at 2 at least.
+    """
+    made = replace(made, batch=max(2, made.batch)) if vary == "batch" else made
+    model, inputs = made.build_fake()
+    session = asked.session(made, model)
+    first = surveyed(session, inputs)
+    elsewhere = Elsewhere(session, partial(made.fake_inputs, model), first)
+    found = elsewhere.formula(floor_plan(session, first), (made.batch, made.seq), ((int(vary == "seq"),),))
+    size, other = (made.batch, made.seq) if vary == "batch" else (made.seq, made.batch)
+    return found.largest(session.request.budget, vary, other) if found else size
 
 
 def _split(workload: Workload, options: dict[str, Any]) -> tuple[Bench, Asked]:

@@ -1,0 +1,110 @@
+"""The planned step at other sizes: photographs for the formula, and the search for the largest size that fits."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from memopt.capture import Survey, survey
+from memopt.carry import carried
+from memopt.edit import Remake, edit
+from memopt.errors import CaptureError
+from memopt.formula import BOTH_OR_ONE, Axes, Formula, Point, find_formula
+from memopt.fusion import fused
+from memopt.graph import StepGraph
+from memopt.optim.photograph import OptimizerPhase
+from memopt.passes import TRADES
+from memopt.pipeline import Planned, make_plan, optimizer_phase, prepare, step_graph
+from memopt.session import Session
+
+log = logging.getLogger("memopt")
+
+
+def surveyed(session: Session, inputs: Mapping[str, Any]) -> Survey:
+    """The session's step for these keyword inputs, captured but not planned. Raises CaptureError."""
+    request = session.request
+    clean = prepare(request.lowering, request.off)
+    return survey(session.model, (), inputs, clean, request.lowering, session.gradients)
+
+
+def floor_plan(session: Session, found: Survey) -> Planned:
+    """The plan that needs the least bytes, whatever its seconds: what a budget of one byte is answered with."""
+    return make_plan(found, replace(session.request, budget=1), session.costs(found), 0.0, session.progress)
+
+
+@dataclass
+class Elsewhere:
+    """The session's step at other sizes. inputs: (batch, sequence) -> keyword inputs, fake, in the model's mode.
+
+    first: the survey the plan was made of; the optimizer's phase does not depend on sizes and is taken from it.
+    """
+
+    session: Session
+    inputs: Callable[[int, int], Mapping[str, Any]]
+    first: Survey
+
+    @cached_property
+    def phase(self) -> OptimizerPhase:
+        return optimizer_phase(self.first, self.session.request)
+
+    def photograph(self, batch: int, seq: int) -> StepGraph | None:
+        """The unplanned step at these sizes; None, logged, if the model cannot be captured there."""
+        session = self.session
+        session.progress("formula", None)
+        try:
+            found = surveyed(session, self.inputs(batch, seq))
+        except (CaptureError, ValueError) as stopped:
+            log.info("no photograph at batch %d, sequence %d: %s", batch, seq, stopped)
+            return None
+        whole = step_graph(found, session.request, self.phase, session.costs(found))
+        return fused(whole).graph if session.request.lowering == "inductor" else whole
+
+    def formula(self, planned: Planned, base: Point, vary: Axes = BOTH_OR_ONE) -> Formula | None:
+        """The peak of this plan's decisions, feasible or not, in batch and sequence. base: where it was planned.
+
+        A plan for a batch of 1, whose program is special, is carried over to a batch of 2 where it varies.
+        """
+        graph, chosen, block = planned.problem.graph, planned.result.plan.chosen, planned.result.block
+        if not base[0]:
+            return None  # the workload fixed its inputs
+        if base[0] == 1 and 0 in vary[0] and (found := self.carried(planned, (2, base[1]), vary)):
+            return found
+        return find_formula(graph, edit(graph, chosen), block, base, self.photograph, vary)
+
+    def carried(self, planned: Planned, base: Point, vary: Axes) -> Formula | None:
+        """The formula of the same decisions, planned elsewhere than at `base`."""
+        there = self.photograph(*base)
+        if there is None:
+            return None
+        chosen = carried(
+            planned.problem.graph, there, planned.result.plan.chosen, planned.problem.remakes, self.offers(there)
+        )
+        if chosen is None:
+            return None
+        return find_formula(there, edit(there, chosen), planned.result.block, base, self.photograph, vary)
+
+    def offers(self, graph: StepGraph) -> tuple[Remake, ...]:
+        """What the trades propose for another photograph; only the chosen count, so they go without prices."""
+        offered = (trade() for trade in TRADES if trade.name not in self.session.request.off)
+        return tuple(remake for trade in offered for remake in trade.propose(graph, {}))
+
+
+def largest(fits: Callable[[int], bool], guess: int) -> int:
+    """The largest size for which `fits` holds, 0 if there is none. Assumes that what fits also fits smaller.
+
+    Asks at the guess, then one away from it, then ever further, until one fits and one does not; then halves.
+    """
+    low, high = 0, 0  # 0: not known yet
+    size, step = max(1, guess), 1
+    while not high or (not low and high > 1):
+        low, high = (size, high) if fits(size) else (low, size)
+        if low and high:
+            break
+        size, step = max(1, size + step if low else size - step), step * 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
