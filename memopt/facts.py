@@ -42,6 +42,7 @@ class Facts:
     pure: bool
     random: bool
     advances: bool
+    fusable: bool
 
 
 def facts(node: fx.Node) -> Facts:
@@ -86,7 +87,7 @@ def _read(node: fx.Node) -> Facts:
     random = is_random(node)
     drawn = node.target in DRAWS
     pure = drawn or _pure(node, random)
-    return Facts(op_name(node), made, cost_key(node), _flops(node), source_line(node), pure, random, drawn)
+    return Facts(op_name(node), made, cost_key(node), _flops(node), source_line(node), pure, random, drawn, is_fusable(node))
 
 
 def _made(value: torch.Tensor, homes: dict[int, int]) -> Made:
@@ -98,6 +99,22 @@ def _made(value: torch.Tensor, homes: dict[int, int]) -> Made:
 def op_name(node: fx.Node) -> str:
     target = node.target
     return str(target) if isinstance(target, torch._ops.OperatorBase) else getattr(target, "__name__", str(target))
+
+
+# Operations without torch's pointwise tag that Inductor's loops take in all the same (torch/_inductor/lowering.py).
+FUSED = frozenset(
+    "sum mean amax amin max min prod var var_mean std any all argmax argmin logsumexp index gather embedding full "
+    "full_like ones ones_like zeros zeros_like arange iota scalar_tensor new_zeros new_ones new_full cat "
+    "constant_pad_nd clone _to_copy convert_element_type expand repeat where inductor_random inductor_lookup_seed".split()
+)
+
+
+def is_fusable(node: fx.Node) -> bool:
+    """A fusing compiler merges it with its neighbours: pointwise, a reduction, a fill or a gather."""
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target._schema.is_mutable:
+        return False
+    name = node.target._schema.name.rpartition("::")[2]
+    return torch.Tag.pointwise in node.target.tags or name in FUSED
 
 
 def is_random(node: fx.Node) -> bool:

@@ -227,7 +227,7 @@ class _Photographer:
         advances = known.advances and node.target not in AGAIN.values()
         step = Step(name, known.op, phase, reads, writes, known.source, known.key, known.flops)
         pure = known.pure and not self.changed_later(node)
-        self.steps.append(replace(step, pure=pure, advances=advances))
+        self.steps.append(replace(step, pure=pure, advances=advances, fusable=known.fusable))
 
     def changed_later(self, node: fx.Node) -> bool:
         """Reads an input that is overwritten within the step: run again, it would read the new value."""

@@ -51,7 +51,7 @@ def tuned(planned: Planned, program: Program, time_limit: float) -> Planned:
     tries: list[Try] = []
     while len(tries) < TRIES:
         tries.append(Try(plan, *lowered_phases(planned, program, plan)))
-        log.info("lowering %d: solver's peak %d, code's peak %d, budget %d", len(tries), plan.peak, tries[-1].peak, budget)
+        log.info("lowering %d: solver says %d bytes, code %s, budget %d", len(tries), plan.peak, tries[-1].phases, budget)
         slack = budget - tries[-1].peak
         if slack >= 0 and (slack <= CLOSE * budget or not plan.chosen):
             break
