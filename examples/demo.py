@@ -22,8 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 import memopt
+from memopt.files import write_atomic
 from memopt.html import to_html
-from memopt.planfile import write_atomic
 from memopt.plans import MeasuredStep
 from memopt.report import PlanResult
 from memopt.runtime.measure import measure_step

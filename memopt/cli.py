@@ -197,8 +197,9 @@ def _must_be_writable(path: Path | None) -> None:
 
 def finish(result: PlanResult, options: PlanOptions, more: dict[str, Any] | None = None) -> int:
     """Write the files asked for, print the result, return the exit code."""
+    from memopt.files import write_atomic
     from memopt.html import to_html
-    from memopt.planfile import save_plan, write_atomic
+    from memopt.planfile import save_plan
     from memopt.table import render
 
     if options.html:

@@ -5,12 +5,10 @@ Order and duties (timing, verification, dumps) live here; passes, trades and sol
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 
@@ -18,6 +16,7 @@ from memopt.capture import Capture, Survey
 from memopt.compose import whole_step, with_inputs, with_workspaces, without_outputs
 from memopt.cost import CostModel, Measured, Roofline
 from memopt.devices import Device
+from memopt.dumps import CAPTURED, count, dump_program, passed
 from memopt.edit import Remake, edit
 from memopt.errors import Binding, VerifyError, WayOut
 from memopt.facts import storage_bytes
@@ -32,8 +31,6 @@ from memopt.report import SCHEMA, PlanResult
 from memopt.solvers import solve
 from memopt.timeline import at_peak, by_kind, peak
 from memopt.units import format_size
-
-log = logging.getLogger("memopt")
 
 Progress = Callable[[str, float | None], None]
 
@@ -121,10 +118,12 @@ def prepare(lowering: str, off: frozenset[str] = frozenset()) -> Callable[[Progr
     chosen = [c for c in CLEANUPS if c.name not in off and not (lowering == "inductor" and c.name == "replay_random")]
 
     def run(program: Program) -> Program:
-        for cleanup in chosen:
+        dump_program(CAPTURED, program)
+        for place, cleanup in enumerate(chosen, 1):
+            started, before = time.perf_counter(), count(program)
             result = cleanup.run(program)
-            log.debug("%s: %d sites", cleanup.name, result.sites)
             program = result.program
+            passed(place, cleanup.name, before, program, result.sites, time.perf_counter() - started)
         return program
 
     return run
@@ -287,10 +286,3 @@ def _shape(graph: StepGraph, like: StepGraph) -> list[tuple[str, tuple[str, ...]
 
 def silent(stage: str, fraction: float | None) -> None:
     """The progress callback of callers who want none."""
-
-
-def trace(name: str, payload: Callable[[], Any]) -> None:
-    """Emit a TORCH_TRACE artifact, so that tlparse shows it."""
-    torch._logging.trace_structured(
-        "artifact", metadata_fn=lambda: {"name": name, "encoding": "json"}, payload_fn=payload
-    )

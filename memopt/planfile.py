@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from typing import Any
 from memopt import __version__
 from memopt.edit import Remake
 from memopt.errors import PlanFileError
+from memopt.files import write_atomic
 from memopt.graph import StepGraph
 from memopt.report import SCHEMA, PlanResult
 
@@ -137,29 +135,6 @@ def save_plan(result: PlanResult, path: str | Path) -> PlanFile:
     plan = to_plan_file(result)
     write_atomic(path, dumps(plan))
     return plan
-
-
-def write_atomic(path: str | Path, text: str) -> None:
-    """Put text at `path` through a temporary file beside it: readers see the old file or the new, never a part."""
-    path = Path(path)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            out.write(text)
-            out.flush()
-            os.fsync(out.fileno())
-        Path(name).chmod(0o666 & ~_umask())  # mkstemp's 0600 would keep the file from other users of a shared folder
-        Path(name).replace(path)
-    except BaseException:  # also on Ctrl-C: nothing may stay behind
-        with suppress(FileNotFoundError):
-            Path(name).unlink()
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def load_plan(path: str | Path) -> PlanFile:

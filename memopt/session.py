@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.utils._pytree import tree_flatten
 
 from memopt.capture import Capture, Survey, dynamo_settings, entry, survey, tensor_names
+from memopt.dumps import PLANNED, dump_program, plan_made
 from memopt.errors import BudgetError, MemoptError
 from memopt.hosts import as_in_eager
 from memopt.lowering import lower, signature
@@ -95,8 +96,7 @@ class Session:
             raise infeasible(planned.result)
         self.latest = planned
         self.guard = Guard(planned.result.plan.peak, log, resident=self.resident, device=self.request.device.kind)
-        if int(os.environ.get("MEMOPT_DEBUG") or 0) >= 1:
-            log.warning("%s", to_text(planned.result))
+        plan_made(lambda: to_text(planned.result), planned.result.to_json)
         return planned
 
     def costs(self, found: Survey) -> Costs:
@@ -134,14 +134,15 @@ class Session:
     def transform(self, program: Program) -> Program:
         """The program the plan asks for. A graph no survey saw is planned by itself, within the whole budget."""
         mark = signature(program)
-        prepared = prepare(self.request.lowering, self.request.off)(program)
-        for planned in reversed(self.plans.values()):
-            remakes = planned.remakes(mark)
-            if remakes is not None:
-                return apply_plan(replace(prepared, prefix=planned.prefix(mark)), planned.whole, remakes)
-        alone = Survey((Capture(prepared, mark),), self.model, None, self.gradients == "loss")
-        planned = self.plans[mark] = self.adopt(alone, 0.0)
-        return apply_plan(prepared, planned.whole, planned.remakes(mark) or ())
+        clean = prepare(self.request.lowering, self.request.off)
+        planned = next((p for p in reversed(self.plans.values()) if p.remakes(mark) is not None), None)
+        if planned is None:
+            alone = Survey((Capture(clean(program), mark),), self.model, None, self.gradients == "loss")
+            planned = self.plans[mark] = self.adopt(alone, 0.0)
+        prepared = clean(replace(program, prefix=planned.prefix(mark)))
+        changed = apply_plan(prepared, planned.whole, planned.remakes(mark) or ())
+        dump_program(PLANNED, changed)
+        return changed
 
 
 def input_key(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:

@@ -17,10 +17,10 @@ FOLDERS = {"memopt": ROOT / "memopt", "memopt.passes": ROOT / "passes", "memopt.
 # A module has the level of its longest listed prefix, so that one line serves a whole folder.
 LEVELS = {
     0: "graph units errors presets files",
-    1: "plans edit cost timeline devices",
+    1: "plans edit cost timeline devices fusion",
     2: "program facts listing passbase kernels solvers",
-    3: "passes capture hosts optim runtime lowering compose outputs models workload factory nets text",
-    4: "pipeline dumps refusal profiling session report table planfile html chart page formula carry sizing",
+    3: "passes capture hosts optim runtime lowering inductor compose outputs models workload factory nets text",
+    4: "pipeline dumps refusal profiling tuning session report table planfile html chart page formula carry sizing",
     5: "api workbench",
     6: "cli options __main__ backend integrations",
 }

@@ -7,11 +7,12 @@ import logging
 import os
 import platform
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+
+from memopt.files import write_atomic
 
 logger = logging.getLogger("memopt")
 
@@ -69,11 +70,4 @@ def save(path: Path, entries: Mapping[str, Entry]) -> None:
     """Write the entries over those on disk, whole or not at all: readers never see half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     costs = {**(load(path) if path.exists() else {}), **entries}
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump({"schema": SCHEMA, "costs": dict(sorted(costs.items()))}, file)
-        os.replace(name, path)
-    except BaseException:
-        os.unlink(name)
-        raise
+    write_atomic(path, json.dumps({"schema": SCHEMA, "costs": dict(sorted(costs.items()))}))
