@@ -137,7 +137,7 @@ def resolve_lowering(lowering: str, device: Device, numerics: str) -> str:
 
 def switched_off(passes: str) -> frozenset[str]:
     """Names switched off by "+a,-b". ValueError for a name there is no pass for."""
-    known = tuple(p.name for p in (*CLEANUPS, *TRADES))
+    known = (*(c.name for c in CLEANUPS), *(t.name for t in TRADES))
     off = set()
     for word in filter(None, (part.strip() for part in passes.split(","))):
         name = _known("passes", word.lstrip("+-"), known)

@@ -18,7 +18,7 @@ from memopt.cost import CostModel, Measured, Roofline
 from memopt.devices import Device
 from memopt.dumps import CAPTURED, count, dump_program, passed
 from memopt.edit import Remake, edit
-from memopt.errors import Binding, VerifyError, WayOut
+from memopt.errors import Binding, VerifyError
 from memopt.facts import storage_bytes
 from memopt.fusion import Fused, expanded, fused, fused_seconds, unfused
 from memopt.graph import StepGraph, Storage, TensorInfo, verify
@@ -30,7 +30,6 @@ from memopt.program import Program, insert, photograph
 from memopt.report import SCHEMA, PlanResult
 from memopt.solvers import solve
 from memopt.timeline import at_peak, by_kind, peak
-from memopt.units import format_size
 
 Progress = Callable[[str, float | None], None]
 
@@ -163,7 +162,6 @@ def make_plan(
         breaks=len(survey.captures) - 1,
         timings={"capture": capture_seconds, "plan": time.perf_counter() - started, "lower": 0.0},
         binding=binding(after, request.device.allocator_block) if plan.status is Status.INFEASIBLE else None,
-        ways_out=ways_out(problem, plan) if plan.status is Status.INFEASIBLE else (),
         classes={trade.name: trade.numerics.value for trade in TRADES},
         notes=_notes(survey, phase),
         identity=identity(survey),
@@ -245,12 +243,6 @@ def binding(graph: StepGraph, block: int) -> Binding:
     snapshot = at_peak(graph, block)
     step = graph.steps[snapshot.position]
     return Binding(step.name, step.op, step.source, snapshot.bytes, tuple(by_kind(graph, snapshot).items()))
-
-
-def ways_out(problem: Problem, plan: Plan) -> tuple[WayOut, ...]:
-    """What would make the step run, each with the peak it leads to: the floor itself, an optimizer without state."""
-    floor = WayOut(f'budget="{plan.floor}" ({format_size(plan.floor)})', plan.floor, plan.seconds)
-    return (floor,)
 
 
 def _notes(survey: Survey, phase: OptimizerPhase) -> tuple[str, ...]:

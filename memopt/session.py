@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten
 
 from memopt.capture import Capture, Survey, dynamo_settings, entry, survey, tensor_names
 from memopt.dumps import PLANNED, dump_program, plan_made
-from memopt.errors import BudgetError, MemoptError
+from memopt.errors import MemoptError
 from memopt.hosts import as_in_eager
 from memopt.lowering import lower, signature
 from memopt.pipeline import Costs, Planned, Progress, Request, apply_plan, make_plan, prepare, silent
@@ -23,37 +23,21 @@ from memopt.planfile import PlanFile
 from memopt.plans import MeasuredStep
 from memopt.profiling import measured_costs
 from memopt.program import Program
+from memopt.refusal import Call, Refused, Spelling, infeasible
 from memopt.report import PlanResult
 from memopt.runtime.guard import Guard
 from memopt.runtime.resident import resident_tensors
 from memopt.table import to_text
-from memopt.units import format_size
 
 log = logging.getLogger("memopt")
-
-
-def infeasible(result: PlanResult) -> BudgetError:
-    """The error for a plan that does not fit: what was asked, the floor, what sets it, the ways out."""
-    lines = [f"{format_size(result.budget)} asked; the least this step can run in is {format_size(result.plan.floor)}."]
-    if result.binding is not None:
-        made_of = ", ".join(f"{kind} {format_size(size)}" for kind, size in result.binding.kinds)
-        lines.append(f"  set by    {result.binding.op}, step {result.binding.step}, {result.binding.source}")
-        lines.append(f"  made of   {made_of}")
-    lines += [f"  way out   {way.change}, peak {format_size(way.peak_bytes)}" for way in result.ways_out]
-    return BudgetError(
-        "\n".join(lines),
-        floor_bytes=result.plan.floor,
-        budget_bytes=result.budget,
-        binding=result.binding,
-        ways_out=result.ways_out,
-    )
 
 
 @dataclass
 class Session:
     """State behind one compiled model. request: what was asked; its budget is already in bytes.
 
-    measure: price operations by running each once on this device; False where nothing may be allocated.
+    measure: price operations by running each once on this device; False where nothing may be allocated. advise: find
+    the ways out of a refusal, which takes further plans; spelling: how they are written.
     """
 
     model: nn.Module
@@ -69,6 +53,8 @@ class Session:
     outputs_held: bool = True
     refused: PlanResult | None = None
     inputs: Any = ()
+    advise: bool = True
+    spelling: Spelling = field(default_factory=Spelling)
 
     def plan_for(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Planned:
         """The plan for inputs of these shapes: made at first sight, under fake tensors. Raises BudgetError."""
@@ -76,15 +62,20 @@ class Session:
         if key not in self.plans:
             started = time.perf_counter()
             self.progress("capture", None)
-            clean = prepare(self.request.lowering, self.request.off)
-            found = survey(self.model, args, kwargs, clean, self.request.lowering, self.gradients)
+            call = tuple(args), dict(kwargs)
+            found = self.capture(call)
             captured = time.perf_counter() - started
-            self.plans[key] = self.adopt(found, captured)
+            self.plans[key] = self.adopt(found, captured, call)
             self.surveys[key] = found
         return self.plans[key]
 
-    def adopt(self, found: Survey, capture_seconds: float) -> Planned:
-        """Price and plan a survey; remember it as the latest."""
+    def capture(self, call: Call) -> Survey:
+        """Every graph of the step for these inputs. Raises CaptureError."""
+        clean = prepare(self.request.lowering, self.request.off)
+        return survey(self.model, *call, clean, self.request.lowering, self.gradients)
+
+    def adopt(self, found: Survey, capture_seconds: float, call: Call | None = None) -> Planned:
+        """Price and plan a survey; remember it as the latest. Raises BudgetError; call: inputs it may try halved."""
         costs = self.costs(found)
         planned = make_plan(found, self.request, costs, capture_seconds, self.progress, self.plan_file)
         if self.request.lowering == "inductor" and self.measure and len(found.captures) == 1:
@@ -92,12 +83,20 @@ class Session:
 
             planned = tuned(planned, found.captures[0].program, self.request.time_limit)
         if planned.result.infeasible:
-            self.refused = planned.result
-            raise infeasible(planned.result)
+            self.refused = self.advised(planned.result, found, costs, call)
+            raise infeasible(self.refused)
         self.latest = planned
         self.guard = Guard(planned.result.plan.peak, log, resident=self.resident, device=self.request.device.kind)
         plan_made(lambda: to_text(planned.result), planned.result.to_json)
         return planned
+
+    def advised(self, result: PlanResult, found: Survey, costs: Costs, call: Call | None) -> PlanResult:
+        """The refused result with its ways out, unless nobody will read them."""
+        if not self.advise:
+            return result
+        self.progress("ways out", None)
+        refused = Refused(result, found, self.request, costs, call, self.capture, self.spelling)
+        return replace(result, ways_out=refused.ways_out())
 
     def costs(self, found: Survey) -> Costs:
         """Seconds and workspaces of the operations on this device; none when it is not here."""
@@ -155,24 +154,29 @@ def input_key(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) 
 
 
 class Handle:
-    """What `model.memopt` offers."""
+    """What `model.memopt` offers. A copied or unpickled model is not compiled: its handle has no session."""
 
-    def __init__(self, session: Session) -> None:
+    def __init__(self, session: Session | None) -> None:
         self._session = session
+
+    def __reduce__(self) -> Any:
+        return Handle, (None,)
 
     @property
     def plan(self) -> PlanResult | None:
         """The plan of the latest shape seen; None before the first training step."""
-        result = self._session.result
+        result = self._session.result if self._session else None
         return None if result is None else replace(result, measured=self.measured)
 
     @property
     def measured(self) -> MeasuredStep | None:
         """The latest step the guard measured."""
-        return self._session.guard.measured if self._session.guard else None
+        return self._session.guard.measured if self._session and self._session.guard else None
 
     def report(self) -> str:
         """The plan, and what was measured, as text."""
+        if self._session is None:
+            raise MemoptError("this model is a copy of a compiled one and runs uncompiled; call memopt.compile on it")
         if self.plan is None:
             raise MemoptError("no plan yet: it is made at the first training step, when the shapes are known")
         return to_text(self.plan)
@@ -181,7 +185,7 @@ class Handle:
 def attach(session: Session) -> nn.Module:
     """Compile the session's model in place: same module, same state_dict keys; inference runs as it did."""
     model = session.model
-    plain = model._call_impl
+    plain: Callable[..., Any] = model._call_impl
     compiled = torch.compile(entry(model), backend=session.backend, dynamic=False)
 
     def call(*args: Any, **kwargs: Any) -> Any:

@@ -18,10 +18,11 @@ from memopt.devices import CATALOGUE, Device, device
 from memopt.errors import BudgetError
 from memopt.pipeline import Progress, silent
 from memopt.planfile import PlanFile
+from memopt.refusal import COMMAND_LINE, infeasible
 from memopt.report import PlanResult
 from memopt.runtime.here import here
 from memopt.runtime.measure import measure_step
-from memopt.session import Session, attach, infeasible
+from memopt.session import Session, attach
 from memopt.sizing import Elsewhere, floor_plan, largest, surveyed
 from memopt.workload import Workload
 
@@ -127,9 +128,10 @@ class Asked:
             bench.target, self.budget, optimizer, self.allow, self.numerics, self.lowering, self.passes,
             self.accumulate, bench.workload.name,
         )  # fmt: skip
+        request = replace(request, has_optimizer=optimizer is not None)
         return Session(
-            model, replace(request, has_optimizer=optimizer is not None), "loss", self.plan_file, self.progress, measure
-        )
+            model, request, "loss", self.plan_file, self.progress, measure, spelling=COMMAND_LINE
+        )  # fmt: skip
 
 
 def plan_workload(
@@ -156,7 +158,7 @@ def plan_workload(
     _no_offload(host_budget, disk_budget)
     made = bench(workload, batch, seq, dtype, optimizer, device)
     asked = Asked(budget, allow, numerics, passes, lowering, accumulate, plan_file, progress or silent)
-    return _stated(made, asked) if formula else _planned(made, asked)
+    return _stated(made, asked) if formula else _planned(made, asked, advise=True)
 
 
 def _stated(made: Bench, asked: Asked) -> PlanResult:
@@ -170,13 +172,17 @@ def _stated(made: Bench, asked: Asked) -> PlanResult:
             raise
         return session.refused
     elsewhere = Elsewhere(session, partial(made.fake_inputs, model), next(iter(session.surveys.values())))
-    found = elsewhere.formula(planned, (made.batch, made.seq))
-    return replace(planned.result, formula=str(found or ""))
+    base = (made.batch, made.seq)
+    found = elsewhere.formula(planned, base)
+    notes = (*planned.result.notes, *(found.remarks(base, planned.result.peak) if found else ()))
+    return replace(planned.result, formula=str(found or ""), notes=notes)
 
 
-def _planned(made: Bench, asked: Asked, measure: bool = False) -> PlanResult:
+def _planned(made: Bench, asked: Asked, measure: bool = False, advise: bool = False) -> PlanResult:
+    """The plan, or the refused one. advise: with the ways out, which take further plans."""
     model, inputs = made.build_fake()
     session = asked.session(made, model, measure)
+    session.advise = advise
     try:
         return session.plan_for((), inputs).result
     except BudgetError:
@@ -188,7 +194,7 @@ def _planned(made: Bench, asked: Asked, measure: bool = False) -> PlanResult:
 def run_workload(workload: Workload, *, steps: int = 3, **options: Any) -> PlanResult:
     """Plan the step, build it for real, run `steps` steps, measure one, and return the plan with what was measured."""
     made, asked = _split(workload, options)
-    result = _planned(made, asked, measure=True)
+    result = _planned(made, asked, measure=True, advise=True)
     if result.infeasible:
         return result
     if made.target.kind == "cuda" and not torch.cuda.is_available():
@@ -202,7 +208,8 @@ def run_workload(workload: Workload, *, steps: int = 3, **options: Any) -> PlanR
         raise ValueError("run takes optimizer steps: choose an optimizer")
 
     def loss() -> Tensor:
-        return model(**inputs)
+        value: Tensor = model(**inputs)
+        return value
 
     measured = measure_step(loss, optimizer, resident=[model, inputs], accumulate=asked.accumulate, repeats=steps)
     assert session.result is not None
