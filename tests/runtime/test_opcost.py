@@ -230,7 +230,7 @@ def test_costs_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert f"{torch.get_num_threads()}-threads" in file.name
 
 
-@pytest.mark.parametrize("damage", ["", "{", "[]", '{"schema": 99, "costs": {}}', '{"schema": 1, "costs": {"a": [1]}}'])
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"schema": 99, "costs": {}}', '{"schema": 2, "costs": {"a": [1]}}'])
 def test_a_damaged_cache_is_ignored_with_a_warning(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
