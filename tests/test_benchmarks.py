@@ -87,7 +87,7 @@ def test_a_dead_worker_is_a_row_with_its_error() -> None:
     assert found["times"] == []
 
 
-def test_the_race_from_beginning_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_race_from_beginning_to_end() -> None:
     """In the eager lowering, so that nothing is compiled: gradients are bit-identical, memopt within eager's bytes."""
     race = Race("llama-tiny", lambda line: None, peers=PEERS[:1])
     rows = race.run(rounds=2, lowering="eager")
