@@ -31,6 +31,8 @@ BOTH_OR_ONE: Axes = ((0, 1), (0,), (1,))
 LEAST = 3
 MOST = 7  # photographs: one more than there are monomials
 SLACK = 2e-4  # a candidate this close below another, everywhere, is left out; a twentieth of the 1 % promised
+REMARK = 5e-3  # half of what the formula promises
+FINEST = 64  # of a byte: a half of the sequence, a group of 64; finer coefficients are coincidences
 CLUTTER = 2e-4  # what is shown leaves out monomials that never matter more
 
 
@@ -72,6 +74,19 @@ class Formula:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(middle) else (low, middle)
         return low
+
+    def remarks(self, base: Point, peak: int) -> tuple[str, ...]:
+        """What to know before using it, in sentences. base, peak: where the plan was made, and its bytes there."""
+        found = []
+        if base not in self.points and abs(self.at(*base) - peak) > REMARK * peak:
+            off = self.at(*base) / peak - 1
+            found.append(f"a batch of {base[0]} is a program of its own: the formula is off by {off:+.1%} there")
+        if self.rough:
+            found.append(f"the formula bounds {len(self.rough)} sizes that are no polynomials, as {self.rough[0]}")
+        still = [name for axis, name in enumerate(("batch", "sequence")) if len({p[axis] for p in self.points}) == 1]
+        if still and base[1]:
+            found.append(f"the formula holds for this {still[0]} only: at another the step has other operations")
+        return tuple(found)
 
     def expression(self) -> Any:
         """The exact peak as a sympy expression of the symbols B and S (positive integers)."""
@@ -210,14 +225,17 @@ def fit_all(points: Sequence[Point], tables: Sequence[Mapping[str, int]]) -> dic
 
 
 def fit(points: Sequence[Point], values: Sequence[int]) -> Polynomial | None:
-    """The polynomial of fewest monomials (fewer than points) through all values exactly; None if there is none."""
+    """The polynomial of fewest monomials (fewer than points) through all values exactly; None if there is none.
+
+    Coefficients are whole, or fractions down to 1 / FINEST.
+    """
     table = [monomials(point) for point in points]
     still = [axis for axis in (0, 1) if len({point[axis] for point in points}) == 1]
     told = [at for at, power in enumerate(POWERS) if not any(power[axis] for axis in still)]
     for count in range(1, min(len(points), len(told) + 1)):
         for chosen in combinations(told, count):
             solved = solve_exactly([[row[at] for at in chosen] for row in table], values)
-            if solved is not None:
+            if solved is not None and max(x.denominator for x in solved) <= FINEST:
                 return tuple(solved[chosen.index(at)] if at in chosen else Fraction(0) for at in range(len(POWERS)))
     return None
 

@@ -70,9 +70,11 @@ class Elsewhere:
         graph, chosen, block = planned.problem.graph, planned.result.plan.chosen, planned.result.block
         if not base[0]:
             return None  # the workload fixed its inputs
-        if base[0] == 1 and 0 in vary[0] and (found := self.carried(planned, (2, base[1]), vary)):
-            return found
-        return find_formula(graph, edit(graph, chosen), block, base, self.photograph, vary)
+        if base[0] == 1:
+            if 0 in vary[0] and (found := self.carried(planned, (2, base[1]), vary)):
+                return found
+            vary = tuple(axes for axes in vary if 0 not in axes)
+        return find_formula(graph, edit(graph, chosen), block, base, self.photograph, vary) if vary else None
 
     def carried(self, planned: Planned, base: Point, vary: Axes) -> Formula | None:
         """The formula of the same decisions, planned elsewhere than at `base`."""
