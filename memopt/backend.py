@@ -15,12 +15,14 @@ from torch import fx, nn
 from memopt.api import make_request
 from memopt.runtime.here import here
 from memopt.session import Session
+from memopt.unwrapped import unwrapped
 
 KNOWN: Mapping[str, Any] = {
     "budget": "auto", "numerics": "reordered", "lowering": "auto", "passes": "", "accumulate": 1, "optimizer": "adamw",
 }  # fmt: skip
 
 
+@unwrapped
 def memopt_backend(
     module: fx.GraphModule,
     example_inputs: Sequence[Any],

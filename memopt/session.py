@@ -28,6 +28,7 @@ from memopt.report import PlanResult
 from memopt.runtime.guard import Guard
 from memopt.runtime.resident import resident_tensors
 from memopt.table import to_text
+from memopt.unwrapped import unwrapped
 
 log = logging.getLogger("memopt")
 
@@ -186,7 +187,7 @@ def attach(session: Session) -> nn.Module:
     """Compile the session's model in place: same module, same state_dict keys; inference runs as it did."""
     model = session.model
     plain: Callable[..., Any] = model._call_impl
-    compiled = torch.compile(entry(model), backend=session.backend, dynamic=False)
+    compiled = torch.compile(entry(model), backend=unwrapped(session.backend), dynamic=False)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled() or torch.compiler.is_compiling() or os.environ.get("MEMOPT_DISABLE") == "1":
