@@ -68,7 +68,9 @@ def probed() -> Iterator[Ledger]:
 def predicted(graph: StepGraph) -> list[tuple[str, int]]:
     """(step, bytes alive after it) as the plan says; what only the plan knows as steps is left out."""
     after = zip(graph.steps, live_after(graph), strict=True)
-    return [(plain(step.name), held) for step, held in after if step.phase != "optimizer" and not planned_only(step.name)]
+    return [
+        (plain(step.name), held) for step, held in after if step.phase != "optimizer" and not planned_only(step.name)
+    ]
 
 
 def plain(step: str) -> str:
