@@ -87,7 +87,9 @@ def _read(node: fx.Node) -> Facts:
     random = is_random(node)
     drawn = node.target in DRAWS
     pure = drawn or _pure(node, random)
-    return Facts(op_name(node), made, cost_key(node), _flops(node), source_line(node), pure, random, drawn, is_fusable(node))
+    return Facts(
+        op_name(node), made, cost_key(node), _flops(node), source_line(node), pure, random, drawn, is_fusable(node)
+    )
 
 
 def _made(value: torch.Tensor, homes: dict[int, int]) -> Made:
@@ -164,14 +166,28 @@ def _describe(arg: Any) -> str:
     return str(arg)
 
 
+# torch counts attention for the CUDA kernels only; a capture on fake CPU tensors has the CPU's.
+COUNTED_AS: dict[Any, Any] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: torch.ops.aten._scaled_dot_product_flash_attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        torch.ops.aten._scaled_dot_product_flash_attention_backward
+    ),
+}
+
+
 def _flops(node: fx.Node) -> int:
-    """By torch's own formulas; 0 where it has none, or one that does not take this operation's arguments."""
+    """By torch's own formulas; 0 where it has none, or one that does not take this operation's arguments.
+
+    torch's count the whole square of causal attention; fused kernels skip the blocks above the diagonal, so half.
+    """
     packet = getattr(node.target, "overloadpacket", None)
+    packet = COUNTED_AS.get(packet, packet)
     if packet not in flop_registry:
         return 0
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda arg: arg.meta.get("val"))
     try:
-        return int(hint(flop_registry[packet](*args, **kwargs, out_val=node.meta["val"])))
+        count = int(hint(flop_registry[packet](*args, **kwargs, out_val=node.meta["val"])))
+        return count // 2 if _argument(node, "is_causal") is True else count
     except TypeError:  # aten._slow_conv2d_forward is registered with convolution's formula, which wants `transposed`
         return 0
 
