@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Protocol
 
 from memopt.devices import Device
@@ -39,6 +40,16 @@ def _tensor_bytes(graph: StepGraph, name: str) -> int:
     return min(count * ITEMSIZE.get(info.dtype, 4), graph.storages[info.storage].nbytes)
 
 
+def main_dtypes(graph: StepGraph, step: Step) -> set[str]:
+    """Dtypes of the step's tensors that have a sixteenth of the largest one's elements or more.
+
+    The rest rides along: the fp32 logsumexp of bf16 attention does not make its matrix products fp32.
+    """
+    counts = {name: prod(graph.tensors[name].shape) for name in (*step.reads, *step.writes)}
+    least = max(counts.values(), default=0) / 16
+    return {graph.tensors[name].dtype for name, count in counts.items() if count >= least}
+
+
 ITEMSIZE = {
     "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1, "float8_e5m2": 1, "complex64": 8,
     "complex128": 16, "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1,
@@ -49,7 +60,7 @@ ITEMSIZE = {
 class Roofline:
     """max(flops / peak rate, bytes / bandwidth) + launch (Williams et al., 2009, doi:10.1145/1498765.1498785).
 
-    The rate is that of the widest dtype the step reads; efficiency: the share of each peak a good kernel reaches.
+    The rate is that of the widest dtype among the step's main tensors; efficiency: the share of each peak a good kernel reaches.
     """
 
     device: Device
@@ -58,8 +69,7 @@ class Roofline:
     def seconds(self, graph: StepGraph, step: Step) -> float:
         if is_view(graph, step):
             return 0.0
-        dtypes = {graph.tensors[name].dtype for name in (*step.reads, *step.writes)}
-        compute = step.flops / self.device.flops(dtypes) if step.flops else 0.0
+        compute = step.flops / self.device.flops(main_dtypes(graph, step)) if step.flops else 0.0
         memory = moved_bytes(graph, step) / self.device.memory_bandwidth
         return max(compute, memory) / self.efficiency + self.device.launch_seconds
 
