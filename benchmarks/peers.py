@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks.beds import Inputs, LossOnly
+from benchmarks.beds import Inputs
 from memopt.api import make_request
 from memopt.errors import BudgetError
 from memopt.runtime.here import device_of
@@ -60,7 +60,7 @@ def smallest(lowering: str = "inductor") -> Variant:
     return Variant("memopt, smallest", budget=SMALLEST, lowering=lowering)
 
 
-def set_up(variant: Variant, model: LossOnly, inputs: Inputs, optimizer: Any = None) -> tuple[Loss, dict[str, Any]]:
+def set_up(variant: Variant, model: nn.Module, inputs: Inputs, optimizer: Any = None) -> tuple[Loss, dict[str, Any]]:
     """The forward of the variant as a call without arguments, and what memopt predicts (empty for peers).
 
     optimizer: for memopt's plan; None plans forward and backward alone. Changes global torch.compile options: one
@@ -69,7 +69,8 @@ def set_up(variant: Variant, model: LossOnly, inputs: Inputs, optimizer: Any = N
     if variant.budget:
         return _memopt(variant, model, inputs, optimizer)
     if variant.checkpoint:
-        model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+        inner: Any = model.model
+        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if not variant.compiled:
         return lambda: model(**inputs), {}
     if variant.share is not None:
@@ -78,7 +79,7 @@ def set_up(variant: Variant, model: LossOnly, inputs: Inputs, optimizer: Any = N
     return lambda: compiled(**inputs), {}
 
 
-def _memopt(variant: Variant, model: LossOnly, inputs: Inputs, optimizer: Any) -> tuple[Loss, dict[str, Any]]:
+def _memopt(variant: Variant, model: nn.Module, inputs: Inputs, optimizer: Any) -> tuple[Loss, dict[str, Any]]:
     budget = variant.budget
     if budget != SMALLEST:
         return _attached(variant, model, inputs, optimizer)
@@ -94,7 +95,7 @@ def _memopt(variant: Variant, model: LossOnly, inputs: Inputs, optimizer: Any) -
     return _attached(replace(variant, budget=int(floor * STEPS[-1])), model, inputs, optimizer)
 
 
-def _attached(variant: Variant, model: LossOnly, inputs: Inputs, optimizer: Any) -> tuple[Loss, dict[str, Any]]:
+def _attached(variant: Variant, model: nn.Module, inputs: Inputs, optimizer: Any) -> tuple[Loss, dict[str, Any]]:
     device = device_of(model)
     request = make_request(device, variant.budget, optimizer, (), "reordered", variant.lowering, "", 1, "benchmark")
     session = Session(model, replace(request, has_optimizer=optimizer is not None))

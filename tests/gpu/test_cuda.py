@@ -1,0 +1,156 @@
+"""What only a CUDA device can show: the allocator's own counters against what is measured, planned and guarded."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+import memopt
+from memopt.models import load
+from memopt.runtime.guard import Guard
+from memopt.runtime.measure import measure, measure_step
+from memopt.runtime.opcost import OpCosts
+
+MIB = 2**20
+
+
+@pytest.fixture(autouse=True)
+def _alone() -> Iterator[None]:
+    """Nothing is left of other tests, nor of compiled code that knows their models."""
+    torch._dynamo.reset()
+    torch.cuda.empty_cache()
+    yield
+    torch._dynamo.reset()
+
+
+def made(name: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A tiny preset on the device, the same at each call."""
+    torch.manual_seed(0)
+    workload = load(name)
+    with torch.device("cuda"):
+        return workload.build().train(), workload.inputs(workload.batch, workload.seq)
+
+
+def wide_llama() -> tuple[nn.Module, dict[str, Tensor]]:
+    """Large enough that 1 % is more than the allocator's rounding: about 200 MiB of activations."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=8000, hidden_size=512, intermediate_size=1376, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=4, use_cache=False,
+    )  # fmt: skip
+    with torch.device("cuda"):
+        ids = torch.randint(8000, (2, 512))
+        return LlamaForCausalLM(config), {"input_ids": ids, "labels": ids.clone()}
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_measure_sees_what_the_allocator_gave() -> None:
+    kept = torch.empty(4 * MIB, dtype=torch.uint8, device="cuda")
+    before = torch.cuda.memory_allocated()
+
+    def step() -> None:
+        first = torch.empty(8 * MIB, dtype=torch.uint8, device="cuda")
+        del first
+        torch.empty(16 * MIB, dtype=torch.uint8, device="cuda")
+
+    found = measure(step, resident=[kept])
+    assert found.peak_bytes == before + 16 * MIB
+    assert found.reserved_bytes >= found.peak_bytes
+
+
+def test_the_guard_speaks_up_once(caplog: pytest.LogCaptureFixture) -> None:
+    guard = Guard(torch.cuda.memory_allocated() + MIB, logging.getLogger("memopt"), device="cuda")
+    with caplog.at_level(logging.WARNING, logger="memopt"):
+        for _ in range(3):
+            guard.begin_step()
+            torch.empty(64 * MIB, dtype=torch.uint8, device="cuda")
+        guard.end_step()
+    assert len([r for r in caplog.records if "over the" in r.getMessage()]) == 1
+    assert guard.measured is not None
+    assert guard.measured.peak_bytes >= 64 * MIB
+
+
+def test_an_operation_is_priced_on_the_device() -> None:
+    """A product of 2048 takes longer than one of 64, and makes the bytes its shape says."""
+    costs = OpCosts("cuda", cache=None)
+    found = []
+    for side in (64, 2048):
+        graph = fx.Graph()
+        left, right = graph.placeholder("a"), graph.placeholder("b")
+        for node in (left, right):
+            node.meta["val"] = torch.empty(side, side, device="meta")
+        product = graph.call_function(torch.ops.aten.mm.default, (left, right))
+        product.meta["val"] = torch.empty(side, side, device="meta")
+        found.append(costs.measure(product))
+    small, large = found
+    assert small is not None
+    assert large is not None
+    assert large.out_bytes == 4 * 2048 * 2048
+    assert 0 < small.seconds < large.seconds
+
+
+def test_dropout_is_redrawn_bit_for_bit() -> None:
+    """Under a budget that makes the planner recompute, with dropout, in the eager lowering: equal to plain PyTorch."""
+    plain, inputs = made("gpt2-tiny")
+    torch.manual_seed(7)
+    wanted_loss = plain(**inputs).loss
+    wanted_loss.backward()
+    wanted = gradients(plain)
+    model, inputs = made("gpt2-tiny")
+    optimizer = torch.optim.AdamW(model.parameters())
+    free = memopt.plan(model, inputs, budget="90%", optimizer=optimizer, lowering="eager", numerics="exact")
+    budget = (free.plan.peak + least(model, inputs, optimizer)) // 2
+    memopt.compile(model, budget, optimizer=optimizer, lowering="eager", numerics="exact")
+    torch.manual_seed(7)
+    loss = model(**inputs).loss
+    loss.backward()
+    plan: Any = model.memopt
+    assert plan.plan.plan.chosen
+    assert torch.equal(loss, wanted_loss)
+    found = gradients(model)
+    assert found.keys() == wanted.keys()
+    assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+
+
+def least(model: nn.Module, inputs: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
+    """The floor, bytes."""
+    with pytest.raises(memopt.BudgetError) as refused:
+        memopt.plan(model, inputs, budget=1, optimizer=optimizer, lowering="eager")
+    return refused.value.floor_bytes
+
+
+@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+@pytest.mark.parametrize("share", [0.9, 0.7])
+def test_the_budget_is_held_as_allocated_and_as_reserved(share: float, lowering: str) -> None:
+    model, inputs = wide_llama()
+    optimizer = torch.optim.AdamW(model.parameters(), foreach=False)
+    free = memopt.plan(model, inputs, budget="90%", optimizer=optimizer, lowering=lowering)
+    budget = round(free.plan.peak * share)
+    memopt.compile(model, budget, optimizer=optimizer, lowering=lowering)
+    total = torch.cuda.get_device_properties(0).total_memory
+
+    def loss() -> Tensor:
+        value: Tensor = model(**inputs).loss
+        return value
+
+    found = measure_step(loss, optimizer, resident=[model, inputs], warmup=2)
+    plan: Any = model.memopt
+    planned = plan.plan.plan.peak
+    assert found.peak_bytes <= budget
+    assert abs(found.peak_bytes - planned) <= (0.01 if lowering == "eager" else 0.03) * planned + MIB
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, (budget + 64 * MIB) / total))  # 64 MiB: two blocks' slack each
+    try:
+        measure_step(loss, optimizer, resident=[model, inputs], warmup=1)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
