@@ -15,6 +15,8 @@ from memopt.graph import Step, StepGraph
 
 
 class CostModel(Protocol):
+    """Prices one step at a time."""
+
     def seconds(self, graph: StepGraph, step: Step) -> float:
         """Predicted seconds of one run of `step`."""
         ...
@@ -60,18 +62,18 @@ ITEMSIZE = {
 class Roofline:
     """max(flops / peak rate, bytes / bandwidth) + launch (Williams et al., 2009, doi:10.1145/1498765.1498785).
 
-    The rate is that of the widest dtype among the step's main tensors; efficiency: the share of each peak a good kernel reaches.
+    The rate is that of the widest dtype among the step's main tensors; the device says which share of its rates a good
+    kernel reaches.
     """
 
     device: Device
-    efficiency: float = 0.7
 
     def seconds(self, graph: StepGraph, step: Step) -> float:
         if is_view(graph, step):
             return 0.0
         compute = step.flops / self.device.flops(main_dtypes(graph, step)) if step.flops else 0.0
         memory = moved_bytes(graph, step) / self.device.memory_bandwidth
-        return max(compute, memory) / self.efficiency + self.device.launch_seconds
+        return max(compute, memory) / self.device.efficiency + self.device.launch_seconds
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,8 @@ class Device:
 
     fp32, tf32, bf16, fp16, fp8: floating-point operations a second; 0 where the device has no units for it.
     launch_seconds: least seconds any kernel takes. allocator_block: bytes an allocation is rounded up to.
-    compute_capability: (major, minor) on CUDA. source: where each figure comes from.
+    compute_capability: (major, minor) on CUDA. source: where each figure comes from. efficiency: share of the published
+    rates that a good kernel reaches; 1.0 once the rates were measured (memopt/runtime/calibrate.py).
     """
 
     name: str
@@ -57,6 +58,7 @@ class Device:
     kind: Literal["cuda", "cpu"]
     compute_capability: tuple[int, int] | None
     source: str
+    efficiency: float = 0.7
 
     def flops(self, dtypes: Collection[str]) -> float:
         """Operations a second on these dtypes: the rate of the widest, fp32 if none is floating or it has no units.

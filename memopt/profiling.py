@@ -8,9 +8,11 @@ import torch
 from torch import fx
 
 from memopt.devices import Device
+from memopt.facts import cost_key
 from memopt.pipeline import Costs
 from memopt.program import Program
 from memopt.runtime.opcost import OpCosts
+from memopt.runtime.rng import draw
 
 SECONDS = 30.0  # time limit of measuring; operations left over are priced by the roofline
 
@@ -22,11 +24,30 @@ def measured_costs(programs: Iterable[Program], device: Device, measure: bool) -
     """
     if device.kind == "cuda" and not torch.cuda.is_available():
         return Costs()
+    nodes = calls(programs)
     with OpCosts(device.kind, seconds_limit=SECONDS if measure else 0.0) as meter:
-        found = meter.measure_all(calls(programs))
+        found = meter.measure_all(nodes)
+        draws = {cost_key(node): meter.measure(undrawn(node)) for node in nodes if node.target is draw}
+    found.update((key, cost) for key, cost in draws.items() if cost is not None)
     workspaces = {key: cost.workspace for key, cost in found.items() if cost.workspace > 0}
     return Costs({key: cost.seconds for key, cost in found.items()}, workspaces)
 
 
+def undrawn(node: fx.Node) -> fx.Node:
+    """The random operation behind a replayable draw, in a graph of its own: it costs the same."""
+    graph = fx.Graph()
+
+    def held(arg: fx.Node) -> fx.Node:
+        holder = graph.placeholder(arg.name)
+        holder.meta["val"] = arg.meta["val"]
+        return holder
+
+    operation, _, _, *args = node.args
+    twin = graph.call_function(operation, fx.map_arg(tuple(args), held), fx.map_arg(node.kwargs, held))  # type: ignore[arg-type]
+    twin.meta["val"] = node.meta["val"]
+    return twin
+
+
 def calls(programs: Iterable[Program]) -> list[fx.Node]:
+    """Every operation of the programs."""
     return [node for program in programs for node in program.graph.nodes if node.op == "call_function"]

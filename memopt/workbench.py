@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from memopt.pipeline import Progress, silent
 from memopt.planfile import PlanFile
 from memopt.refusal import COMMAND_LINE, infeasible
 from memopt.report import PlanResult
+from memopt.runtime.calibrate import load_rates, measure_rates, save_rates
 from memopt.runtime.here import here
 from memopt.runtime.measure import measure_step
 from memopt.session import Session, attach
@@ -104,8 +105,16 @@ def bench(
     for option, value, known in (("dtype", dtype, DTYPES), ("optimizer", optimizer, {**OPTIMIZERS, "none": None})):
         if value not in known:
             raise ValueError(f"{option} {value!r} is not known; known are {', '.join(known)}")
-    found = device(target) if target else here(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    found = target_device(target)
     return Bench(workload, batch or workload.batch, seq or workload.seq, dtype, optimizer, found)
+
+
+def target_device(name: str | None) -> Device:
+    """The device of that name, calibrated if it is the CPU, which is always here; None: the one that is here."""
+    if name is None:
+        return here(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    found = device(name)
+    return here(torch.device("cpu")) if found.kind == "cpu" else found
 
 
 @dataclass(frozen=True)
@@ -280,12 +289,17 @@ def _no_offload(host_budget: str | None, disk_budget: str | None) -> None:
 
 
 def doctor(calibrate: bool = False) -> dict[str, Any]:
-    """What memopt sees here: versions, device, compiler, whether the backend is registered."""
+    """What memopt sees here: versions, device, rates, compiler, whether the backend is registered.
+
+    calibrate: measure the device's rates first, and keep them for later plans.
+    """
     import shutil
     from importlib.metadata import entry_points, version
 
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kept = str(save_rates(where, measure_rates(where))) if calibrate else None
     found = here(where)
+    rates = load_rates(where)
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -294,6 +308,8 @@ def doctor(calibrate: bool = False) -> dict[str, Any]:
         "highspy": version("highspy"),
         "device": found.name,
         "memory_bytes": found.memory,
+        "rates": asdict(rates) if rates else "published or assumed; measure them with --calibrate",
+        **({"calibration": kept} if kept else {}),
         "threads": torch.get_num_threads(),
         "compiler": next((c for c in ("g++", "clang++", "cl") if shutil.which(c)), None),
         "backend_registered": any(e.name == "memopt" for e in entry_points(group="torch_dynamo_backends")),

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from memopt.devices import CATALOGUE, Device, device
+from memopt.runtime.calibrate import calibrated
 
 
 def device_of(model: nn.Module) -> Device:
@@ -25,13 +26,16 @@ def device_of(model: nn.Module) -> Device:
 
 
 def here(where: torch.device) -> Device:
-    """A present device: its catalogue entry with the memory torch reports; ValueError if memopt has none for it."""
+    """A present device: its catalogue entry with the memory torch reports and, once calibrated, the rates it reaches.
+
+    ValueError if memopt has no entry for it.
+    """
     if where.type == "cpu":
-        return device("cpu")
+        return calibrated(device("cpu"), where)
     if where.type != "cuda":
         raise ValueError(f"device {where} is not supported; memopt runs on cpu and cuda")
     properties = torch.cuda.get_device_properties(where)
-    return replace(_entry(properties.name), memory=properties.total_memory)
+    return calibrated(replace(_entry(properties.name), memory=properties.total_memory), where)
 
 
 def _entry(name: str) -> Device:

@@ -1,0 +1,143 @@
+"""The rates this device really reaches, measured once and kept: what the roofline uses instead of published peaks."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from memopt.devices import Device
+from memopt.files import write_atomic
+from memopt.runtime import opcache
+
+logger = logging.getLogger("memopt")
+
+SCHEMA = 1
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+COPIED = {"cpu": 64 * 2**20, "cuda": 2**30}  # bytes of the copy: well above the caches
+SIDE = {"cpu": 1024, "cuda": 8192}  # of the square matrices multiplied
+LAUNCHES = 500
+SLOW = 0.002  # seconds of a small product, above which the large one, 512 times the work, is not run
+BEST_OF = 5  # the least of so many runs: others' work on the machine only ever adds
+
+
+@dataclass(frozen=True)
+class Rates:
+    """memory_bandwidth: bytes a second, read and written; flops: dtype -> operations a second of a matrix product.
+
+    launch_seconds: of an operation on one element.
+    """
+
+    memory_bandwidth: float
+    launch_seconds: float
+    flops: Mapping[str, float] = field(default_factory=dict)
+
+
+def measure_rates(where: torch.device) -> Rates:
+    """Run a copy, matrix products in each dtype and a tiny operation. Takes some seconds and COPIED * 2 bytes."""
+    return Rates(_bandwidth(where), _launch(where), {name: _matmul(where, dtype) for name, dtype in DTYPES.items()})
+
+
+def _best(run: Callable[[], object], where: torch.device) -> float:
+    run()
+    seconds = []
+    for _ in range(BEST_OF):
+        _wait(where)
+        start = time.perf_counter()
+        run()
+        _wait(where)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def _wait(where: torch.device) -> None:
+    if where.type == "cuda":
+        torch.cuda.synchronize(where)
+
+
+def _bandwidth(where: torch.device) -> float:
+    source = torch.ones(COPIED[where.type], dtype=torch.uint8, device=where)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / _best(lambda: target.copy_(source), where)
+
+
+def _matmul(where: torch.device, dtype: torch.dtype) -> float:
+    """At the full side, unless an eighth of it is so slow (fp16 on a CPU without it) that seconds would be lost."""
+    rate = 0.0
+    for side in (SIDE[where.type] // 8, SIDE[where.type]):
+        a, b = (torch.ones(side, side, device=where).to(dtype) for _ in range(2))
+        seconds = _best(partial(torch.mm, a, b), where)
+        rate = 2 * side**3 / seconds
+        if seconds > SLOW:
+            break
+    return rate
+
+
+def _launch(where: torch.device) -> float:
+    one = torch.ones(1, device=where)
+
+    def many() -> None:
+        for _ in range(LAUNCHES):
+            torch.neg(one)
+
+    return _best(many, where) / LAUNCHES
+
+
+def rates_file(where: torch.device) -> Path:
+    """Where this device's rates are kept, under MEMOPT_CACHE_DIR."""
+    return opcache.cache_dir() / "rates" / opcache.cache_file(where).name
+
+
+def save_rates(where: torch.device, rates: Rates) -> Path:
+    """Keep the rates, whole or not at all; returns the file."""
+    path = rates_file(where)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, json.dumps({"schema": SCHEMA, **asdict(rates)}, indent=1) + "\n")
+    return path
+
+
+def load_rates(where: torch.device) -> Rates | None:
+    """The rates kept for this device with this torch; None if there are none, or, with a warning, none to be used."""
+    path = rates_file(where)
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+        if body.pop("schema") != SCHEMA:
+            raise ValueError(f"not of schema {SCHEMA}")
+        return _checked(Rates(**body))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        logger.warning(
+            "memopt: ignoring the damaged calibration %s (%s); doctor --calibrate writes it anew", path, error
+        )
+        return None
+
+
+def _checked(rates: Rates) -> Rates:
+    figures = [rates.memory_bandwidth, rates.launch_seconds, *rates.flops.values()]
+    if not all(isinstance(figure, int | float) and figure > 0 for figure in figures) or set(rates.flops) != set(DTYPES):
+        raise ValueError("a rate is missing or not above zero")
+    return rates
+
+
+def calibrated(device: Device, where: torch.device) -> Device:
+    """The device with its kept rates; as it is if it was never calibrated. What is reached needs no efficiency."""
+    rates = load_rates(where)
+    if rates is None:
+        return device
+    return replace(
+        device,
+        memory_bandwidth=rates.memory_bandwidth,
+        launch_seconds=rates.launch_seconds,
+        fp32=rates.flops["fp32"],
+        bf16=rates.flops["bf16"],
+        fp16=rates.flops["fp16"],
+        efficiency=1.0,
+        source=f"{device.source} Rates: measured here by `memopt doctor --calibrate`",
+    )

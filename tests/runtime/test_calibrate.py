@@ -1,0 +1,72 @@
+"""Calibration: measured rates are kept whole, read back, refused when damaged, and used by the roofline."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from memopt.cost import Roofline
+from memopt.devices import device
+from memopt.graph import Step, StepGraph, Storage, TensorInfo
+from memopt.runtime import calibrate
+from memopt.runtime.calibrate import Rates, load_rates, measure_rates, rates_file, save_rates
+from memopt.runtime.here import here
+
+CPU = torch.device("cpu")
+RATES = Rates(8e9, 1e-6, {"fp32": 50e9, "bf16": 20e9, "fp16": 1e9})
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMOPT_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def product() -> tuple[StepGraph, Step]:
+    """A matrix product of 1 Gflop and 3 MiB."""
+    tensors = {name: TensorInfo(name, (512, 512), "float32", name) for name in "abc"}
+    step = Step("mm", "aten.mm", "forward", ("a", "b"), ("c",), flops=10**9)
+    storages = {name: Storage(name, 2**20) for name in "abc"}
+    return StepGraph(("a", "b"), (step,), ("c",), tensors, storages), step
+
+
+def test_uncalibrated_the_catalogue_speaks() -> None:
+    assert load_rates(CPU) is None
+    assert here(CPU) == device("cpu")
+
+
+def test_kept_rates_are_what_the_roofline_uses() -> None:
+    assert save_rates(CPU, RATES) == rates_file(CPU)
+    assert load_rates(CPU) == RATES
+    graph, step = product()
+    assert Roofline(here(CPU)).seconds(graph, step) == pytest.approx(10**9 / 50e9 + 1e-6)
+    assumed = device("cpu")
+    assert Roofline(assumed).seconds(graph, step) == pytest.approx(
+        10**9 / assumed.fp32 / assumed.efficiency + assumed.launch_seconds
+    )
+    assert [path.name for path in rates_file(CPU).parent.iterdir()] == [rates_file(CPU).name]
+
+
+NEGATIVE = '{"schema": 1, "memory_bandwidth": -1, "launch_seconds": 1, "flops": {"fp32": 1, "bf16": 1, "fp16": 1}}'
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"schema": 2}', '{"schema": 1, "memory_bandwidth": 1}', NEGATIVE]
+)  # fmt: skip
+def test_a_damaged_calibration_is_ignored_with_a_warning(text: str, caplog: pytest.LogCaptureFixture) -> None:
+    rates_file(CPU).parent.mkdir(parents=True)
+    rates_file(CPU).write_text(text, encoding="utf-8")
+    with caplog.at_level(logging.WARNING, logger="memopt"):
+        assert load_rates(CPU) is None
+    assert "damaged calibration" in caplog.text
+
+
+def test_measured_rates_order_the_work_as_the_machine_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(calibrate.COPIED, "cpu", 4 * 2**20)
+    monkeypatch.setitem(calibrate.SIDE, "cpu", 256)
+    rates = measure_rates(CPU)
+    assert rates.memory_bandwidth > 0
+    assert set(rates.flops) == {"fp32", "bf16", "fp16"}
+    assert rates.launch_seconds < 2 * 256**3 / rates.flops["fp32"]  # a tiny operation is quicker than 33 Mflop
