@@ -43,12 +43,12 @@ def _tensor_bytes(graph: StepGraph, name: str) -> int:
 
 
 def main_dtypes(graph: StepGraph, step: Step) -> set[str]:
-    """Dtypes of the step's tensors that have a sixteenth of the largest one's elements or more.
+    """Dtypes of the step's tensors that have an eighth of the largest one's elements or more.
 
     The rest rides along: the fp32 logsumexp of bf16 attention does not make its matrix products fp32.
     """
     counts = {name: prod(graph.tensors[name].shape) for name in (*step.reads, *step.writes)}
-    least = max(counts.values(), default=0) / 16
+    least = max(counts.values(), default=0) / 8
     return {graph.tensors[name].dtype for name, count in counts.items() if count >= least}
 
 
