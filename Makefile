@@ -6,10 +6,10 @@ READY := $(VENV)/.ready
 SOURCES := memopt passes kernels solvers
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check gpu bench plan sizes clean
+.PHONY: help demo test check gpu bench bench-table plan sizes clean
 
 help: ## print this
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 # Set up once: again only when the dependencies change, or a step failed half way (then no stamp was left).
 $(READY): pyproject.toml constraints.txt
@@ -36,6 +36,9 @@ gpu: $(READY) ## the tests and benchmarks that need a CUDA device
 
 bench: $(READY) ## memopt against its peers on this CPU: a table and a picture
 	$(BIN)/python benchmarks/recompute_cpu.py
+
+bench-table: $(READY) ## put the last results of make bench into the README
+	$(BIN)/python benchmarks/recompute_cpu.py --table
 
 plan: $(READY) ## the plan of Llama 3 8B on an H200, with no GPU and no weights
 	$(BIN)/memopt plan llama-3-8b --batch 1 --seq 4096 --dtype bf16 --budget 120GB --device h200
