@@ -14,12 +14,10 @@ import numpy as np
 from memopt.solvers.model import Model
 from memopt.solvers.space import Parts, Space, State
 
-WHOLE = 6  # solutions in integers for one target
-TRIALS = 12_000  # exchanges for one target, times steps: more where each is cheap
+TRIALS = 5_000  # exchanges for one target, times offers: more where each is cheap
 ROUNDS = 6  # of solve, round, simulate, correct
-TINY = 600  # steps up to which a target is also solved in integers
-SMALL = 1200  # steps up to which exchanges are tried
-NODES = 50  # of branch and bound: a count, not a time, so that plans do not depend on the machine's load
+SMALL = 640  # offers up to which exchanges are tried
+DIVES = 12  # values settled in one dive
 TRIES = 10  # moves simulated before one is taken
 
 
@@ -30,7 +28,8 @@ class Engine:
         self.space, self.model = space, Model(space)
         self.extra: dict[int, float] = {}
         self.order = sorted(space.makers)
-        self.trials = max(12, min(80, TRIALS // space.steps)) if 0 < space.steps <= SMALL else 0
+        self.offers = len(space.problem.remakes)
+        self.trials = max(10, min(60, TRIALS // max(self.offers, 1))) if self.offers <= SMALL else 0
 
     # -- one target -------------------------------------------------------------------------------------------------
 
@@ -53,41 +52,35 @@ class Engine:
         if best is None or target is None:
             return best
         starts = [best, *self._dives(target)]
-        if self.space.steps <= SMALL:  # where one value weighs much, rounding costs most and trying costs least
-            whole = self._whole(target) if self.space.steps <= TINY else None
-            starts += [s for s in (near, whole) if s is not None]
+        if self.offers <= SMALL:  # where one value weighs much, rounding costs most and trying costs least
+            starts += [] if near is None else [near]
         filled = [self.fill(self.repair(state, target), target) for state in starts]
         return self.exchange(min(filled, key=lambda s: (max(s.peak - target, 0), s.seconds, s.peak)), target)
 
     def _dives(self, target: int) -> list[State]:
-        """The largest value the model splits, settled once each way: what rounding alone does worst."""
-        values = self.model.solve(target)
-        split = [] if values is None else self.model.largest_split(values)
-        found = []
-        for settled in (0.0, 1.0) if split else ():
-            answer = self.model.solve_with(target, split, settled)
-            if answer is not None:
-                found.append(self._simulated(self.model.rounded(answer))[1])
+        """The largest value the model splits settled each way, then the next, until none is: what rounding does worst.
+        The first is tried both ways, each later one as the solution leans, else the other way."""
+        found, settled = [], list[list[int]]()
+        for first in (0.0, 1.0):
+            lean: float | None = first
+            for _ in range(DIVES if self.offers <= SMALL else 2):
+                values = self.model.solve(target)
+                split = [] if values is None else self.model.largest_split(values)
+                if values is None or not split:
+                    break
+                side = lean if lean is not None else float(values[split[0]] >= 0.5)
+                lean = None
+                self.model.settle(split, side, side)
+                settled.append(split)
+                if self.model.solve(target) is None:
+                    self.model.settle(split, 1.0 - side, 1.0 - side)
+            values = self.model.solve(target)
+            if values is not None:
+                found.append(self._simulated(self.model.rounded(values))[1])
+            for columns in settled:
+                self.model.settle(columns, 0.0, 1.0)
+            settled.clear()
         return found
-
-    def _whole(self, target: int) -> State | None:
-        """The model in integers, answers that do not hold or are not as cheap as it said cut off, a few times."""
-        model, best = Model(self.space), None
-        for half in self.model.rows:
-            model.add_row(half)
-        for _ in range(WHOLE):
-            values = model.solve_whole(target, NODES)
-            if values is None:
-                break
-            held, state = self._simulated(model.rounded(values))
-            best = better(best, state, target)
-            if best.peak <= target and best.seconds <= model.objective() * 1.001:
-                break
-            if held[state.at] <= target or state.at in model.rows:
-                model.exclude(state.parts)
-            else:
-                model.add_row(state.at)
-        return best
 
     def _simulated(self, parts: Parts) -> tuple[np.ndarray, State]:
         held, seconds = self.space.bytes_at(parts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import replace
 from time import perf_counter
 
@@ -39,19 +38,12 @@ def milp(problem: Problem, *, gap: float = 0.0, time_limit: float = 20.0) -> Pla
     return replace(plan, floor=floor, lower_bound=min(bound, plan.seconds), status=status)
 
 
-def refine(problem: Problem, space: Space, best: Plan, gap: float, until: float,
-           rounds: int = 1_000_000, rows: Iterable[int] = ()) -> tuple[Plan, float, bool]:  # fmt: skip
-    """(best plan, lower bound on seconds, proven within the gap), from at most so many solutions of the model.
-
-    rows: half-times known to matter, so that their rows stand from the start."""
+def refine(problem: Problem, space: Space, best: Plan, gap: float, until: float) -> tuple[Plan, float, bool]:
+    """(best plan, lower bound on seconds, proven within the gap)."""
     model = Model(space, integer=True)
     model.highs.setOptionValue("mip_rel_gap", min(gap, 1e-6))
-    for half in rows:
-        model.add_row(half)
     bound = 0.0
-    for _ in range(rounds):
-        if perf_counter() >= until:
-            break
+    while perf_counter() < until:
         model.highs.setOptionValue("time_limit", model.highs.getRunTime() + max(0.01, until - perf_counter()))
         values = model.solve(problem.budget)
         if values is None:

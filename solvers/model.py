@@ -26,7 +26,6 @@ from memopt.solvers.space import Parts, Space
 
 Key = tuple[str, int, int]
 
-
 class Model:
     """Built once with PuLP, solved by HiGHS in process; rows are added and the budget moved on the warm model."""
 
@@ -266,21 +265,18 @@ class Model:
             return []
         return [self.index["x", worst, k] for k in self.pairs[worst]]
 
-    def solve_with(self, budget: float, columns: list[int], settled: float) -> np.ndarray | None:
-        """As solve, with these columns at 0.0 or 1.0."""
+    def settle(self, columns: list[int], lower: float, upper: float) -> None:
+        """Confine these columns: to 0.0 or 1.0 to settle them, to both to free them."""
         for column in columns:
-            self.highs.changeColBounds(column, settled, settled)
-        values = self.solve(budget)
-        for column in columns:
-            self.highs.changeColBounds(column, 0.0, 1.0)
-        return values
+            self.highs.changeColBounds(column, lower, upper)
 
-    def solve_whole(self, budget: float, nodes: int) -> np.ndarray | None:
-        """As solve, with x in integers, stopped after so many nodes of branch and bound; None without a solution."""
+    def solve_whole(self, budget: float, seconds: float) -> np.ndarray | None:
+        """As solve, with x in integers, stopped after so many seconds (a count of nodes does not bound a search:
+        its cuts and heuristics may take minutes at one node); None without a solution."""
         columns = [column for key, column in self.index.items() if key[0] == "x"]
         for column in columns:
             self.highs.changeColIntegrality(column, highspy.HighsVarType.kInteger)
-        self.highs.setOptionValue("mip_max_nodes", nodes)
+        self.highs.setOptionValue("time_limit", self.highs.getRunTime() + seconds)
         self.solve(budget)
         info, values = self.highs.getInfo(), np.array(self.highs.getSolution().col_value)
         found = info.primal_solution_status == highspy.SolutionStatus.kSolutionStatusFeasible
@@ -294,6 +290,11 @@ class Model:
         """Seconds of the last solution, less what dead steps of the graph would give back; never negative."""
         found: float = self.highs.getObjectiveValue() * self.seconds - dead_seconds(self.space)
         return max(0.0, found)
+
+    def dual_bound(self) -> float:
+        """As objective, for solve_whole: what no solution in integers undercuts."""
+        found: float = self.highs.getInfo().mip_dual_bound * self.seconds - dead_seconds(self.space)
+        return max(0.0, found) if found < float("inf") else 0.0
 
     def lives(self, values: np.ndarray, v: int, k: int) -> float:
         return float(values[self.index["x", v, k]])

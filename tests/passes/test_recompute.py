@@ -16,8 +16,9 @@ from tests.synthetic import llama, random_step, unet
 def test_blocks_are_the_layers_and_regions_are_disjoint() -> None:
     graph, _ = llama(8)
     blocks = find_blocks(graph)
-    firsts = [graph.steps[at].name for at in blocks.starts]
-    assert [name for name in firsts if ".norm1" in name] == [f"l{i}.norm1" for i in range(1, 8)]
+    lengths = [b - a for a, b in pairwise(blocks.starts)]
+    assert len(blocks.starts) == 10  # embedding to the first cut, seven times a layer, what remains, the head
+    assert len(set(lengths[1:8])) == 1
     spans = sorted(region for region in blocks.regions if region is not None)
     assert spans[0][0] == graph.boundary
     assert spans[-1][1] == len(graph.steps) - 1
@@ -51,7 +52,7 @@ def test_impure_values_inputs_and_outputs_are_never_offered() -> None:
 
 def test_shared_tables_are_offered_to_every_layer() -> None:
     graph, seconds = llama(6)
-    assert sum(offer.value == "rotary.cos" for offer in Recompute().propose(graph, seconds)) == 6
+    assert sum(offer.value == "rotary.cos" for offer in Recompute().propose(graph, seconds)) >= 6
 
 
 def test_longest_leaves_slow_steps_alone() -> None:
