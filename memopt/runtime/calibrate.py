@@ -23,8 +23,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COPIED = {"cpu": 64 * 2**20, "cuda": 2**30}  # bytes of the copy: well above the caches
 SIDE = {"cpu": 1024, "cuda": 8192}  # of the square matrices multiplied
 LAUNCHES = 500
-SLOW = 0.002  # seconds of a small product, above which the large one, 512 times the work, is not run
-BEST_OF = 5  # the least of so many runs: others' work on the machine only ever adds
+SLOW = 0.05  # seconds of a product, above which the next, eight times the work, is not run
+FEWEST, MOST, ENOUGH = 3, 100, 0.3  # runs timed, until ENOUGH seconds went into them; the least counts, as others'
+# work on the machine only ever adds: with five runs of 0.1 ms a busy machine once showed a hundredth of its rate
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ def measure_rates(where: torch.device) -> Rates:
 
 def _best(run: Callable[[], object], where: torch.device) -> float:
     run()
-    seconds = []
-    for _ in range(BEST_OF):
+    seconds: list[float] = []
+    while len(seconds) < FEWEST or (len(seconds) < MOST and sum(seconds) < ENOUGH):
         _wait(where)
         start = time.perf_counter()
         run()
@@ -68,15 +69,16 @@ def _bandwidth(where: torch.device) -> float:
 
 
 def _matmul(where: torch.device, dtype: torch.dtype) -> float:
-    """At the full side, unless an eighth of it is so slow (fp16 on a CPU without it) that seconds would be lost."""
-    rate = 0.0
-    for side in (SIDE[where.type] // 8, SIDE[where.type]):
+    """The best of growing sizes, up to the full side or, where a dtype is slow (fp16 on most CPUs), to SLOW seconds."""
+    best = 0.0
+    for halvings in (3, 2, 1, 0):
+        side = SIDE[where.type] >> halvings
         a, b = (torch.ones(side, side, device=where).to(dtype) for _ in range(2))
         seconds = _best(partial(torch.mm, a, b), where)
-        rate = 2 * side**3 / seconds
+        best = max(best, 2 * side**3 / seconds)
         if seconds > SLOW:
             break
-    return rate
+    return best
 
 
 def _launch(where: torch.device) -> float:
