@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from memopt.program import copied
 from memopt.runtime.executor import Executor
-from memopt.runtime.rehearse import Rehearsed, rehearse
+from memopt.runtime.rehearse import Rehearsed, Workspaces, rehearse
 
 Partition = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
 
@@ -76,9 +76,9 @@ class Half:
     names: tuple[str, ...]
     values: tuple[Any, ...]
 
-    def rehearsed(self, mine: Callable[[str], bool]) -> Rehearsed:
+    def rehearsed(self, mine: Callable[[str], bool], workspaces: Workspaces, block: int) -> Rehearsed:
         """What the code holds when it may free the inputs whose names are `mine`."""
-        return rehearse(self.call, self.values, [mine(name) for name in self.names])
+        return rehearse(self.call, self.values, [mine(name) for name in self.names], workspaces, block)
 
 
 def generate(module: fx.GraphModule, backward: bool, visible: int, mine: Callable[[str], bool]) -> Half:

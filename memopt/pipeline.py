@@ -82,6 +82,17 @@ class Planned:
         plan = replace(self.result.plan, peak=max(lowered.values(), default=peak(after, self.result.block)))
         return replace(self.result, before=before, after=after, plan=plan, lowered=lowered)
 
+    def missing(self, missed: int) -> Planned:
+        """The plan when real steps were seen to take `missed` bytes more than predicted: added to every phase."""
+        if not missed:
+            return self
+        result = self.result
+        plan = replace(result.plan, peak=result.plan.peak + missed, floor=result.plan.floor + missed)
+        phases = {name: size + missed for name, size in result.phases.items()}
+        free = {name: size + missed for name, size in self.lowered_released.items()}
+        lifted = replace(result, budget=result.budget + missed, plan=plan, lowered=phases)
+        return replace(self, result=lifted, lowered_released=free)
+
     def prefix(self, signature: str) -> str:
         """What stands before the step names of the program with this signature."""
         return _prefix(self.signatures.index(signature))

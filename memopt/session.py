@@ -28,9 +28,12 @@ from memopt.report import PlanResult
 from memopt.runtime.guard import Guard
 from memopt.runtime.resident import resident_tensors
 from memopt.table import to_text
+from memopt.units import format_size
 from memopt.unwrapped import unwrapped
 
 log = logging.getLogger("memopt")
+
+CORRECTIONS = 2  # times a step that broke the budget is planned again
 
 
 @dataclass
@@ -38,7 +41,8 @@ class Session:
     """State behind one compiled model. request: what was asked; its budget is already in bytes.
 
     measure: price operations by running each once on this device; False where nothing may be allocated. advise: find
-    the ways out of a refusal, which takes further plans; spelling: how they are written.
+    the ways out of a refusal, which takes further plans; spelling: how they are written. missed: bytes by which real
+    steps exceeded what was predicted of them; corrections: how often that led to another plan.
     """
 
     model: nn.Module
@@ -56,6 +60,8 @@ class Session:
     inputs: Any = ()
     advise: bool = True
     spelling: Spelling = field(default_factory=Spelling)
+    missed: int = 0
+    corrections: int = 0
 
     def plan_for(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Planned:
         """The plan for inputs of these shapes: made at first sight, under fake tensors. Raises BudgetError."""
@@ -78,11 +84,13 @@ class Session:
     def adopt(self, found: Survey, capture_seconds: float, call: Call | None = None) -> Planned:
         """Price and plan a survey; remember it as the latest. Raises BudgetError; call: inputs it may try halved."""
         costs = self.costs(found)
-        planned = make_plan(found, self.request, costs, capture_seconds, self.progress, self.plan_file)
+        request = replace(self.request, budget=max(self.request.budget - self.missed, 1))
+        planned = make_plan(found, request, costs, capture_seconds, self.progress, self.plan_file)
         if self.request.lowering == "inductor" and self.measure and len(found.captures) == 1:
             from memopt.tuning import tuned  # loads Inductor
 
             planned = tuned(planned, found.captures[0].program, self.request.time_limit)
+        planned = planned.missing(self.missed)
         if planned.result.infeasible:
             self.refused = self.advised(planned.result, found, costs, call)
             raise infeasible(self.refused)
@@ -98,6 +106,28 @@ class Session:
         self.progress("ways out", None)
         refused = Refused(result, found, self.request, costs, call, self.capture, self.spelling)
         return replace(result, ways_out=refused.ways_out())
+
+    def begin_step(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Let the guard watch; True if what it saw of the step before calls for another plan."""
+        if self.guard is None:
+            return False
+        self.inputs = (args, kwargs)
+        self.guard.begin_step()
+        self.inputs = ()
+        return self.correct()
+
+    def correct(self) -> bool:
+        """Whether the latest measured step broke the budget: then plan again with what it exceeded set aside."""
+        measured = self.guard.measured if self.guard else None
+        if measured is None or self.result is None or self.corrections == CORRECTIONS:
+            return False
+        if measured.peak_bytes <= self.request.budget:
+            return False
+        self.missed += measured.peak_bytes - self.result.peak
+        self.corrections += 1
+        self.plans.clear()
+        log.warning("a step took %s of %s: planning again", *map(format_size, (measured.peak_bytes, self.request.budget)))
+        return True
 
     def costs(self, found: Survey) -> Costs:
         """Seconds and workspaces of the operations on this device; none when it is not here."""
@@ -183,20 +213,25 @@ class Handle:
         return to_text(self.plan)
 
 
+def _compiled(session: Session) -> Callable[..., Any]:
+    """The model behind a new code object: what Dynamo compiled of an earlier one is not found again."""
+    return torch.compile(entry(session.model), backend=unwrapped(session.backend), dynamic=False)
+
+
 def attach(session: Session) -> nn.Module:
     """Compile the session's model in place: same module, same state_dict keys; inference runs as it did."""
     model = session.model
     plain: Callable[..., Any] = model._call_impl
-    compiled = torch.compile(entry(model), backend=unwrapped(session.backend), dynamic=False)
+    compiled = _compiled(session)
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled() or torch.compiler.is_compiling() or os.environ.get("MEMOPT_DISABLE") == "1":
             return plain(*args, **kwargs)
+        nonlocal compiled
         session.plan_for(args, kwargs)
-        if session.guard is not None:
-            session.inputs = (args, kwargs)
-            session.guard.begin_step()
-            session.inputs = ()
+        if session.begin_step(args, kwargs):
+            compiled = _compiled(session)
+            session.plan_for(args, kwargs)
         with torch._dynamo.config.patch(dynamo_settings()), as_in_eager(kwargs):
             return compiled(*args, **kwargs)
 

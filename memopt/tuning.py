@@ -10,17 +10,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
 
 from memopt.compose import without_outputs
 from memopt.edit import edit
+from memopt.facts import tensor_inputs
 from memopt.graph import StepGraph
 from memopt.inductor import generate
 from memopt.pipeline import Planned, apply_plan
 from memopt.plans import Plan, Problem, Status
 from memopt.program import Program, split
 from memopt.report import PlanResult
+from memopt.runtime.rehearse import Workspaces, shapes
 from memopt.solvers import solve
-from memopt.timeline import phase_peaks
+from memopt.timeline import phase_peaks, rounded
 
 log = logging.getLogger("memopt")
 
@@ -51,7 +56,9 @@ def tuned(planned: Planned, program: Program, time_limit: float) -> Planned:
     tries: list[Try] = []
     while len(tries) < TRIES:
         tries.append(Try(plan, *lowered_phases(planned, program, plan)))
-        log.info("lowering %d: solver says %d bytes, code %s, budget %d", len(tries), plan.peak, tries[-1].phases, budget)
+        log.info(
+            "lowering %d: solver says %d bytes, code %s, budget %d", len(tries), plan.peak, tries[-1].phases, budget
+        )
         slack = budget - tries[-1].peak
         if slack >= 0 and (slack <= CLOSE * budget or not plan.chosen):
             break
@@ -88,14 +95,27 @@ def lowered_phases(planned: Planned, program: Program, plan: Plan) -> tuple[dict
     """
     graph = planned.whole
     forward, backward = split(apply_plan(program, graph, planned.expanded(plan)))
-    edited, static = edit(planned.problem.graph, plan.chosen), graph.bytes_of(graph.inputs)
+    edited, block = edit(planned.problem.graph, plan.chosen), planned.problem.block
+    needs = workspaces_of(program, graph)
+    static = sum(rounded(graph.storages[name].nbytes, block) for name in graph.input_storages)
     kept, mine = _ownership(graph, program)
-    ahead = generate(forward, False, program.forward_outputs, mine).rehearsed(mine)
+    front = static + generate(forward, False, program.forward_outputs, mine).rehearsed(mine, needs, block).peak
     code = generate(backward, True, 0, mine)
-    held = {"forward": static + ahead.peak, "backward": static + kept + code.rehearsed(mine).peak}
+    held = {"forward": front, "backward": static + kept + code.rehearsed(mine, needs, block).peak}
     fewer, mine = _ownership(without_outputs(graph), program)
-    free = {"forward": static + ahead.peak, "backward": static + fewer + code.rehearsed(mine).peak}
-    return {**phase_peaks(edited), **held}, {**phase_peaks(without_outputs(edited)), **free}
+    free = {"forward": front, "backward": static + fewer + code.rehearsed(mine, needs, block).peak}
+    return {**phase_peaks(edited, block), **held}, {**phase_peaks(without_outputs(edited), block), **free}
+
+
+def workspaces_of(program: Program, graph: StepGraph) -> Workspaces:
+    """Measured workspace bytes of the program's library calls, by operation and shapes of what it reads."""
+    found: dict[Any, int] = {}
+    for node in (node for node in program.graph.nodes if node.op == "call_function"):
+        at = graph.position.get(program.name(node))
+        if at is not None and graph.steps[at].workspace and isinstance(node.target, torch._ops.OpOverload):
+            key = (node.target._schema.name.rpartition("::")[2], shapes([n.meta["val"] for n in tensor_inputs(node)]))
+            found[key] = max(found.get(key, 0), graph.steps[at].workspace)
+    return found
 
 
 def _ownership(graph: StepGraph, program: Program) -> tuple[int, Callable[[str], bool]]:

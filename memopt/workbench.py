@@ -22,7 +22,7 @@ from memopt.refusal import COMMAND_LINE, infeasible
 from memopt.report import PlanResult
 from memopt.runtime.calibrate import load_rates, measure_rates, save_rates
 from memopt.runtime.here import here
-from memopt.runtime.measure import measure_step
+from memopt.runtime.measure import measure_step, training_step
 from memopt.session import Session, attach
 from memopt.sizing import Elsewhere, floor_plan, largest, surveyed
 from memopt.workload import Workload
@@ -86,6 +86,9 @@ class Bench:
         if self.optimizer == "none":
             return None
         return OPTIMIZERS[self.optimizer]([p for p in model.parameters() if p.requires_grad])
+
+
+SETTLE = 3  # steps before the measured one: the guard watches the second, and the third begins with what it found
 
 
 @contextmanager
@@ -220,6 +223,9 @@ def run_workload(workload: Workload, *, steps: int = 3, **options: Any) -> PlanR
         value: Tensor = model(**inputs)
         return value
 
+    step = training_step(loss, optimizer, asked.accumulate)
+    for _ in range(SETTLE):
+        step()
     measured = measure_step(loss, optimizer, resident=[model, inputs], accumulate=asked.accumulate, repeats=steps)
     assert session.result is not None
     return replace(session.result, measured=measured)

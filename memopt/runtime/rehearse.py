@@ -2,7 +2,7 @@
 
 The wrapper is a Python function that allocates buffers, calls kernels and deletes what it no longer needs. Executed
 with kernels that do nothing and allocations without memory, it goes through exactly the allocations and frees of the
-real run, in the same order; only what a library call takes and gives back inside itself is not seen.
+real run, in the same order. What a library call takes and gives back inside itself is added where it was measured.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
+from memopt.timeline import rounded
+
 
 @dataclass(frozen=True, slots=True)
 class Rehearsed:
@@ -25,10 +27,19 @@ class Rehearsed:
     end: int
 
 
+# (operation, shapes of its tensors, sorted) -> bytes a library call needs while it runs
+Workspaces = Mapping[tuple[str, tuple[tuple[int, ...], ...]], int]
+
+
 @dataclass
 class Ledger:
-    """Bytes of the storages alive, by asking each whether it still is; a storage belongs to it once `own`ed."""
+    """Bytes of the storages alive, by asking each whether it still is; a storage belongs to it once `own`ed.
 
+    block: bytes a storage is rounded up to.
+    """
+
+    workspaces: Workspaces
+    block: int = 1
     alive: dict[int, tuple[StorageWeakRef, int]] = field(default_factory=dict)
     held: int = 0
     peak: int = 0
@@ -38,10 +49,20 @@ class Ledger:
         if storage._cdata in self.alive and not self.alive[storage._cdata][0].expired():
             return tensor
         self.settle()
-        self.alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.held += storage.nbytes()
+        size = rounded(storage.nbytes(), self.block)
+        self.alive[storage._cdata] = (StorageWeakRef(storage), size)
+        self.held += size
         self.peak = max(self.peak, self.held)
         return tensor
+
+    def run(self, name: str, tensors: Any, result: Any) -> Any:
+        """A library call: its fresh results are owned, and its workspace stands beside them for a moment."""
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.own(leaf)
+        self.settle()
+        self.peak = max(self.peak, self.held + self.workspaces.get((name, shapes(tensors)), 0))
+        return result
 
     def settle(self) -> None:
         """Take what has been freed off the books."""
@@ -49,13 +70,25 @@ class Ledger:
             self.held -= self.alive.pop(key)[1]
 
 
-def rehearse(call: Callable[..., Any], arguments: Sequence[Any], owned: Sequence[bool]) -> Rehearsed:
+def shapes(values: Any) -> tuple[tuple[int, ...], ...]:
+    """Shapes of the tensors among nested values, sorted: how a workspace is looked up."""
+    return tuple(sorted(tuple(leaf.shape) for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)))
+
+
+def rehearse(
+    call: Callable[..., Any],
+    arguments: Sequence[Any],
+    owned: Sequence[bool],
+    workspaces: Workspaces | None = None,
+    block: int = 1,
+) -> Rehearsed:
     """Run a wrapper's `call` on stand-ins for `arguments` (fake or meta tensors, sizes) and count.
 
     owned[i]: argument i's storage is the step's (a saved activation), not the caller's (a parameter). Arguments that
-    share a storage still do. Raises NotImplementedError for an operation without a meta implementation.
+    share a storage still do. workspaces: bytes of library calls. block: bytes a storage is rounded up to.
+    Raises NotImplementedError for an operation without a meta implementation.
     """
-    ledger = Ledger()
+    ledger = Ledger(workspaces or {}, block)
     stand_ins = _stand_ins(arguments, owned, ledger)
     function = getattr(call, "__func__", call)
     staged = types.FunctionType(function.__code__, _stage(function.__globals__, ledger), function.__name__)
@@ -126,7 +159,8 @@ class _Extern:
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def call(*args: Any, out: Any = None, **kwargs: Any) -> Any:
-            return out if out is not None else _counted(getattr(torch.ops.aten, name)(*args, **kwargs), self._ledger)
+            result = getattr(torch.ops.aten, name)(*args, **kwargs) if out is None else out
+            return self._ledger.run(name, (args, kwargs), result)
 
         return call
 
@@ -140,7 +174,8 @@ class _Ops:
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._namespace, name)
         if isinstance(found, torch._ops.OpOverload):
-            return lambda *args, **kwargs: _counted(found(*args, **kwargs), self._ledger)
+            plain = found._schema.name.rpartition("::")[2]
+            return lambda *args, **kwargs: self._ledger.run(plain, (args, kwargs), found(*args, **kwargs))
         return _Ops(found, self._ledger)
 
 
@@ -152,10 +187,3 @@ class _Torch:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
-
-
-def _counted(result: Any, ledger: Ledger) -> Any:
-    for leaf in tree_leaves(result):
-        if isinstance(leaf, torch.Tensor):
-            ledger.own(leaf)
-    return result
