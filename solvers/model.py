@@ -26,6 +26,7 @@ from memopt.solvers.space import Parts, Space
 
 Key = tuple[str, int, int]
 
+
 class Model:
     """Built once with PuLP, solved by HiGHS in process; rows are added and the budget moved on the warm model."""
 
