@@ -12,6 +12,7 @@ from torch import nn
 
 from memopt.devices import Device
 from memopt.devices import device as known_device
+from memopt.dumps import check_environment
 from memopt.lowering import LOWERINGS
 from memopt.passbase import Numerics
 from memopt.passes import CLEANUPS, TRADES
@@ -84,6 +85,8 @@ def plan(
     model and example_inputs may be real, or built under FakeTensorMode. device: a name of `memopt devices` to plan
     for; the device the model is on if left out. The rest as in `compile`. Raises BudgetError if no plan fits.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     target = known_device(device) if device else device_of(model)
     request = make_request(
         target, budget, optimizer, allow, numerics, lowering, passes, accumulate, type(model).__name__
@@ -105,9 +108,12 @@ def make_request(
     name: str,
 ) -> Request:
     """Check every option and resolve it. ValueError in one sentence with what is known."""
+    check_environment()
     _known("numerics", numerics, ("exact", "reordered"))
     for lever in [allow] if isinstance(allow, str) else allow:
         _known("allow", lever, tuple(t.name for t in TRADES if t.numerics is Numerics.LOSSY))
+    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
     if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
         raise ValueError(f"accumulate={accumulate!r} refused: it counts backwards per optimizer step, 1 or more")
     return Request(
@@ -147,11 +153,14 @@ def switched_off(passes: str) -> frozenset[str]:
 
 
 def as_call(inputs: Sequence[Any] | Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword inputs of the model's forward."""
+    """Positional and keyword inputs of the model's forward. ValueError for what is neither."""
     if isinstance(inputs, torch.Tensor):
         return (inputs,), {}
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
+    if not isinstance(inputs, list | tuple):
+        wanted = "a tensor, a tuple of positional or a mapping of keyword inputs"
+        raise ValueError(f"example_inputs must be {wanted}, not {type(inputs).__name__}")
     return tuple(inputs), {}
 
 

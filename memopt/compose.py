@@ -9,7 +9,6 @@ from math import prod
 from memopt.graph import Step, StepGraph, Storage, TensorInfo, verify
 from memopt.optim.photograph import OptimizerPhase
 
-
 RETURN = "return"  # the step that hands the forward's outputs to the caller
 
 
@@ -30,7 +29,7 @@ def whole_step(
     own = {f"grad:{name}": made for name, made in gradients.items()}
     inputs = dict.fromkeys(name for part in parts for name in part.inputs)
     inputs.update(dict.fromkeys(name for name in optimizer.given if name not in own))
-    outputs = dict.fromkeys(name for part in (*parts, optimizer) for name in part.outputs)
+    outputs = dict.fromkeys([*(name for part in parts for name in part.outputs), *optimizer.outputs])
     steps = [step for part in parts for step in part.steps if step.phase == "forward"]
     steps += [step for part in reversed(parts) for step in part.steps if step.phase == "backward"]
     if accumulated:

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from memopt.graph import Step, StepGraph, TensorInfo
+from memopt.graph import Step, StepGraph, Storage, TensorInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +154,9 @@ def _packs(graph: StepGraph, remakes: Sequence[Remake]) -> dict[int, list[Step]]
     return packs
 
 
-def _copied(graph: StepGraph, copy: Copy, reader: Step, tensors: dict, storages: dict) -> Step:
+def _copied(
+    graph: StepGraph, copy: Copy, reader: Step, tensors: dict[str, TensorInfo], storages: dict[str, Storage]
+) -> Step:
     """Declare the copy's tensors and storages; return its step. A written view lands in its base's new storage."""
     renamed = dict(copy.tensors)
     home = {graph.storage_of(name): tensors[renamed.get(name, name)].storage for name in copy.step.reads}

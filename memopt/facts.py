@@ -54,6 +54,7 @@ def facts(node: fx.Node) -> Facts:
 
 
 def is_getitem(node: fx.Node) -> bool:
+    """Takes one output of a node that has several."""
     return node.op == "call_function" and node.target is operator.getitem
 
 
@@ -66,6 +67,7 @@ def hint(size: int | torch.SymInt) -> int:
 
 
 def storage_bytes(value: torch.Tensor) -> int:
+    """Bytes of the storage behind a (fake) tensor."""
     return hint(value.untyped_storage().nbytes())
 
 
@@ -99,16 +101,19 @@ def _made(value: torch.Tensor, homes: dict[int, int]) -> Made:
 
 
 def op_name(node: fx.Node) -> str:
+    """What the node calls, as the report shows it: "aten.mm.default"."""
     target = node.target
     return str(target) if isinstance(target, torch._ops.OperatorBase) else getattr(target, "__name__", str(target))
 
 
 # Operations without torch's pointwise tag that Inductor's loops take in all the same (torch/_inductor/lowering.py).
-FUSED = frozenset(
-    "sum mean amax amin max min prod var var_mean std any all argmax argmin logsumexp index gather embedding full "
-    "full_like ones ones_like zeros zeros_like arange iota scalar_tensor new_zeros new_ones new_full cat "
-    "constant_pad_nd clone _to_copy convert_element_type expand repeat where inductor_random inductor_lookup_seed".split()
-)
+FUSED = frozenset({
+    *("sum", "mean", "amax", "amin", "max", "min", "prod", "var", "var_mean", "std", "any", "all", "argmax", "argmin"),
+    *("full", "full_like", "ones", "ones_like", "zeros", "zeros_like", "arange", "iota", "scalar_tensor"),
+    *("new_zeros", "new_ones", "new_full", "logsumexp", "index", "gather", "embedding", "cat", "constant_pad_nd"),
+    *("clone", "_to_copy", "convert_element_type", "expand", "repeat", "where"),
+    *("inductor_random", "inductor_lookup_seed"),
+})  # fmt: skip
 
 
 def is_fusable(node: fx.Node) -> bool:
@@ -204,6 +209,7 @@ def frames(node: fx.Node) -> Iterator[str]:
 
 
 def source_line(node: fx.Node) -> str:
+    """The user's innermost line behind the node; '' if none is known."""
     return next(frames(node), "")
 
 

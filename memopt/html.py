@@ -70,7 +70,7 @@ def _cards(result: PlanResult) -> Iterator[str]:
     slower = percent(result.step_seconds - result.baseline_seconds, result.baseline_seconds, "+")
     old_seconds = format_seconds(result.baseline_seconds)
     yield _card("predicted step", format_seconds(result.step_seconds), f"{slower} from {old_seconds} without memopt")
-    yield _card("gap", f"{100 * result.plan.gap:.2f} %", "of the added time, to the proven lower bound")
+    yield _card("gap", f"{100 * result.gap:.2f} %", "of the step time, to the proven lower bound")
 
 
 def _card(name: str, value: str, under: str) -> str:

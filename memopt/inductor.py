@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -38,9 +38,11 @@ class ByPlan(CustomPartitionerFn):
     def __init__(self, partition: Partition | None = None) -> None:
         self.partition = partition
 
-    def __call__(self, joint: fx.GraphModule, inputs: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def __call__(
+        self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
         assert self.partition is not None
-        return self.partition(joint, inputs, **kwargs)
+        return self.partition(gm, joint_inputs, **kwargs)
 
     def uuid(self) -> Any | None:
         return "memopt"
@@ -61,7 +63,8 @@ def interpreted(module: fx.GraphModule, inputs: Sequence[Any], partition: Partit
 
 def _compile(module: fx.GraphModule, inputs: Sequence[Any], partition: Partition, inner: Any) -> Callable[..., Any]:
     with torch._functorch.config.patch(enable_autograd_cache=False):
-        return compile_fx(module, inputs, inner_compile=inner, config_patches=_patches(partition))
+        run: Any = compile_fx(module, inputs, inner_compile=inner, config_patches=_patches(partition))
+    return run  # type: ignore[no-any-return]
 
 
 def _patches(partition: Partition | None = None) -> dict[str, Any]:
@@ -94,9 +97,9 @@ def generate(module: fx.GraphModule, backward: bool, visible: int, mine: Callabl
     mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
     context = TracingContext(mode)
     donated = [at for at, node in enumerate(holders) if backward and mine(node.name)]
-    context.fw_metadata = SimpleNamespace(bw_donated_idxs=donated)  # all that Inductor reads of it here
+    context.fw_metadata = cast(Any, SimpleNamespace(bw_donated_idxs=donated))  # all that Inductor reads of it here
     with tracing(context), V.set_fake_mode(mode), config.patch(_patches()):
-        code = compile_fx_inner(
+        code: Any = compile_fx_inner(
             twin, values, is_backward=backward, static_input_idxs=fixed, cudagraphs=BoxedBool(False)
         )
     return Half(code.current_callable, tuple(node.name for node in holders), tuple(values))

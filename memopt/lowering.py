@@ -80,8 +80,8 @@ def _program(joint: fx.GraphModule, forward_outputs: int, described: Sequence[tu
 def _eager(module: fx.GraphModule, inputs: Sequence[Any], partition: Any, dry: bool) -> Callable[..., Any]:
     from torch._functorch.aot_autograd import aot_module_simplified
 
-    def run(graph: fx.GraphModule, _: Any) -> Executor:
-        return Executor(graph)
+    def run(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Executor:
+        return Executor(gm)
 
     return aot_module_simplified(
         module, inputs, fw_compiler=run, bw_compiler=run, inference_compiler=run, partition_fn=partition

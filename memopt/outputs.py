@@ -71,7 +71,7 @@ def refuse_gradients(
     def guarded(*args: Any) -> Any:
         outputs = list(run(*args))
         for at in others:
-            outputs[at] = _Unused.apply(outputs[at], outputs[loss])
+            outputs[at] = _Unused.apply(outputs[at], outputs[loss])  # type: ignore[no-untyped-call]
         held = [weakref.ref(outputs[at]) for at in others]
         outputs[loss].register_hook(lambda _: seen(any(ref() is not None for ref in held)))
         return outputs

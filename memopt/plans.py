@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 
 from memopt.edit import Remake, edit
 from memopt.graph import StepGraph
 from memopt.timeline import peak
 
 
-class Status(str, Enum):
+class Status(StrEnum):
     """fits: nothing had to be done. optimal: proven within the solver's gap. feasible: holds, gap stated.
     infeasible: no plan of the offered remakes holds; `Plan.peak` is then the least peak found (the floor)."""
 

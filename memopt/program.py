@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from memopt.edit import Copy, Placer, Remake
-from memopt.facts import facts, is_getitem, nodes_in, tensor_inputs, tensor_values
+from memopt.facts import facts, is_getitem, tensor_inputs, tensor_values
 from memopt.graph import Phase, Step, StepGraph, Storage, TensorInfo
 
 # A copy of a node whose target is a key calls the value instead: how a random draw is replayed (memopt.runtime.rng).
@@ -48,7 +48,8 @@ class Program:
     @property
     def outputs(self) -> tuple[list[fx.Node | None], list[fx.Node | None]]:
         """Nodes of the forward's outputs and of the gradients (None: no gradient)."""
-        values = [v if isinstance(v, fx.Node) else None for v in self.graph.output_node().args[0]]
+        given: Any = self.graph.output_node().args[0]
+        values = [v if isinstance(v, fx.Node) else None for v in given]
         return values[: self.forward_outputs], values[self.forward_outputs :]
 
     @property
@@ -151,9 +152,9 @@ def _descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
 def _join_getitems(graph: fx.Graph) -> None:
     """Move each getitem right after its node (and its earlier getitems); merge equal ones."""
     for node in list(graph.nodes):
-        items: dict[int, fx.Node] = {}
+        items: dict[Any, fx.Node] = {}
         for user in [user for user in node.users if is_getitem(user)]:
-            twin = items.setdefault(user.args[1], user)  # type: ignore[arg-type]
+            twin = items.setdefault(user.args[1], user)
             if twin is not user:
                 user.replace_all_uses_with(twin)
                 graph.erase_node(user)
@@ -276,14 +277,14 @@ def changing(program: Program) -> list[fx.Node]:
 def photograph(program: Program) -> StepGraph:
     """The program's forward and backward as a StepGraph; tensor names are node names. Torch-free from here on.
 
-    The caller is assumed to hold the forward's outputs to the end of the step, but not the new values of mutated inputs:
+    The caller is assumed to hold the forward's outputs to the step's end, but not the new values of mutated inputs:
     those are copied (`WRITE_BACK`) and let go. Gradients are outputs too.
     """
     camera = _Photographer(program)
     first_backward = boundary(program)
     phase: Phase = "forward"
     for node in program.graph.nodes:
-        if node is first_backward or node.op == "output" and phase == "forward":
+        if node is first_backward or (node.op == "output" and phase == "forward"):
             phase = "backward"
             camera.end_forward()
             camera.begin_backward()
@@ -354,7 +355,7 @@ def saved_for_backward(program: Program) -> tuple[list[fx.Node], list[fx.Node]]:
         if not late or node.op == "placeholder":
             forward.add(node)
             continue
-        read = node.all_input_nodes if node.op != "output" else nodes_in(node.args[0][program.forward_outputs :])  # type: ignore[index]
+        read = node.all_input_nodes if node.op != "output" else [n for n in program.outputs[1] if n is not None]
         wanted.update((arg, None) for arg in read if arg in forward and program.kinds.get(arg.name) != "tangent")
     tensors = [node for node in wanted if tensor_values(node)[0] is not None]
     sizes = [node for node in wanted if isinstance(node.meta.get("val"), torch.SymInt)]
@@ -372,7 +373,9 @@ def split(program: Program) -> tuple[fx.GraphModule, fx.GraphModule]:
     forward, backward = _extract_fwd_bwd_modules(
         program.module, tensors, sizes, num_fwd_outputs=program.forward_outputs
     )
-    for half in (forward, backward):  # what a half can compute comes along, though unread: copies, forward draws
-        _sweep(half.graph, stale=lambda node: half is backward or node.meta.get("partitioner_tag") == "is_backward")
-        half.recompile()
+    # What a half can compute comes along, though unread: copies in the forward, the forward's draws in the backward.
+    _sweep(forward.graph, stale=lambda node: node.meta.get("partitioner_tag") == "is_backward")
+    _sweep(backward.graph, stale=lambda node: True)
+    forward.recompile()
+    backward.recompile()
     return forward, backward

@@ -61,7 +61,8 @@ class PlanResult:
     (the same if infeasible). seconds: step name -> seconds of one run; a copy costs what its original does.
     breaks: graph breaks. timings: seconds of "capture", "plan", "lower". binding, ways_out: set when infeasible.
     classes: lever -> "exact", "reordered" or "lossy". formula: the peak in batch B and sequence S. notes: what was
-    assumed. lowered: peak bytes of each phase of the compiled code, {} if the graph runs step by step. identity: {"graph": hash, "torch": version, "schema": "1"}, what a plan file is checked against.
+    assumed. lowered: peak bytes of each phase of the compiled code, {} if the graph runs step by step.
+    identity: {"graph": hash, "torch": version, "schema": "1"}, what a plan file is checked against.
     """
 
     model: str
@@ -111,6 +112,12 @@ class PlanResult:
     def baseline_seconds(self) -> float:
         """Predicted seconds of the same step without memopt."""
         return sum(self.seconds_of(step) for step in self.before.steps)
+
+    @property
+    def gap(self) -> float:
+        """How far the planned step's seconds can be above the least any plan of these levers takes, as a share."""
+        spent = self.plan.seconds - self.plan.lower_bound
+        return max(0.0, spent) / self.step_seconds if self.step_seconds > 0 else 0.0
 
     @property
     def held(self) -> bool | None:
@@ -195,7 +202,7 @@ class PlanResult:
             "baseline": {"peak_bytes": self.baseline_peak, "seconds": self.baseline_seconds},
             "floor_bytes": self.plan.floor,
             "lower_bound_seconds": self.baseline_seconds + self.plan.lower_bound,
-            "gap": self.plan.gap,
+            "gap": self.gap,
             "levers": [_lever_json(lever) for lever in self.levers],
             "decisions": [_fields(decision) for decision in self.decisions],
             "graph": {"steps": len(self.before.steps), "storages": len(_used(self.before)), "breaks": self.breaks},

@@ -126,7 +126,8 @@ class Session:
         self.missed += measured.peak_bytes - self.result.peak
         self.corrections += 1
         self.plans.clear()
-        log.warning("a step took %s of %s: planning again", *map(format_size, (measured.peak_bytes, self.request.budget)))
+        took, budget = format_size(measured.peak_bytes), format_size(self.request.budget)
+        log.warning("a step took %s of %s: planning again", took, budget)
         return True
 
     def costs(self, found: Survey) -> Costs:

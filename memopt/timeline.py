@@ -12,6 +12,7 @@ from memopt.graph import PHASES, StepGraph
 
 
 def rounded(nbytes: int, block: int) -> int:
+    """Bytes an allocator gives for `nbytes` when it rounds up to whole blocks."""
     return -(-nbytes // block) * block
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import fx
@@ -26,14 +27,14 @@ def replay_random(program: Program) -> PassResult:
 def _make_replayable(graph: fx.Graph, node: fx.Node) -> None:
     value = node.meta["val"]
     first = value[0] if isinstance(value, list | tuple) else value
-    device = str(first.device)
+    device, target = str(first.device), cast(Any, node.target)
     known = facts(node)
     with graph.inserting_before(node):
         state = graph.call_function(generator_state, (device,))
         state.meta = {**{k: v for k, v in node.meta.items() if k in ("stack_trace", "partitioner_tag")}}
         with first.fake_mode:
             state.meta["val"] = torch.empty(generator_state(device).shape, dtype=torch.uint8)
-        twin = graph.call_function(draw, (node.target, device, state, *node.args), node.kwargs)
+        twin = graph.call_function(draw, (target, device, state, *node.args), node.kwargs)
     name, twin.meta = node.name, {k: v for k, v in node.meta.items() if k != "memopt"}
     node.replace_all_uses_with(twin)
     graph.erase_node(node)

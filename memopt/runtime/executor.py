@@ -88,7 +88,7 @@ class Executor:
 
 
 def _step_name(node: fx.Node) -> str:
-    return node.args[0].name if is_getitem(node) else node.name  # type: ignore[union-attr]
+    return node.all_input_nodes[0].name if is_getitem(node) else node.name
 
 
 def _attribute(module: fx.GraphModule, path: Any) -> Any:

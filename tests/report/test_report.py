@@ -41,7 +41,8 @@ def test_predicted_and_baseline_are_read_off_the_two_graphs(make: Make) -> None:
     assert out["baseline"]["peak_bytes"] == peak(result.before) > peak(result.after)
     assert out["predicted"]["seconds"] - out["baseline"]["seconds"] == pytest.approx(result.plan.seconds)
     assert out["lower_bound_seconds"] == pytest.approx(out["baseline"]["seconds"] + 0.003)
-    assert out["gap"] == pytest.approx(0.25)  # 0.004 s added, 0.003 s proven
+    assert out["gap"] == pytest.approx(0.001 / out["predicted"]["seconds"])  # 0.004 s added, 0.003 s proven
+    assert out["gap"] == pytest.approx(1 - out["lower_bound_seconds"] / out["predicted"]["seconds"])
 
 
 def test_levers_sum_the_decisions_and_their_seconds_are_those_of_the_copies(make: Make) -> None:
