@@ -46,6 +46,12 @@ def dump_folder() -> Path | None:
     return folder
 
 
+def check_environment() -> None:
+    """ValueError now, and not half way, if MEMOPT_DEBUG or MEMOPT_DUMP cannot be followed."""
+    debug_level()
+    dump_folder()
+
+
 def dump_text(name: str, text: Callable[[], str]) -> None:
     """Write the file if dumps are asked for."""
     folder = dump_folder()

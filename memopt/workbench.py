@@ -206,18 +206,19 @@ def _planned(made: Bench, asked: Asked, measure: bool = False, advise: bool = Fa
 def run_workload(workload: Workload, *, steps: int = 3, **options: Any) -> PlanResult:
     """Plan the step, build it for real, run `steps` steps, measure one, and return the plan with what was measured."""
     made, asked = _split(workload, options)
+    if made.target.kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {made.target.name!r} is not here to run on; `memopt plan` plans for it")
+    if made.optimizer == "none":
+        raise ValueError("run takes optimizer steps: choose an optimizer")
     result = _planned(made, asked, measure=True, advise=True)
     if result.infeasible:
         return result
-    if made.target.kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {made.target.name!r} is not here to run on; `memopt plan` plans for it")
     torch.manual_seed(0)
     model, inputs = made.build(made.target.kind)
     session = asked.session(made, model, measure=True)
     attach(session)
     optimizer = session.request.optimizer
-    if optimizer is None:
-        raise ValueError("run takes optimizer steps: choose an optimizer")
+    assert optimizer is not None
 
     def loss() -> Tensor:
         value: Tensor = model(**inputs)

@@ -1,0 +1,122 @@
+"""The command line on the real engine: each door's exit code, a clean stdout, files whole, a plan reused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from memopt import workbench
+from memopt.cli import app
+from memopt.planfile import load_plan
+from memopt.plans import MeasuredStep
+
+SMALL = ("--batch", "2", "--seq", "32", "--lowering", "eager")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MEMOPT_CACHE_DIR", str(tmp_path / "cache"))
+
+
+def call(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def answer(*words: object, code: int = 0) -> dict[str, Any]:
+    """The JSON of a command, which must be alone on stdout."""
+    done = call(*words, "--json")
+    assert done.exit_code == code, done.stderr
+    found: dict[str, Any] = json.loads(done.stdout)
+    return found
+
+
+def test_plan_saves_a_plan_that_run_reuses_and_holds(tmp_path: Path) -> None:
+    free = answer("plan", "llama-tiny", *SMALL, "--budget", "1GB")
+    assert free["status"] == "fits"
+    budget = int(free["predicted"]["peak_bytes"] * 0.9)
+    saved, page = tmp_path / "plan.memopt.json", tmp_path / "plan.html"
+    tight = answer("plan", "llama-tiny", *SMALL, "--budget", f"{budget}B", "--save", saved, "--html", page)
+    assert tight["predicted"]["peak_bytes"] <= budget < tight["baseline"]["peak_bytes"]
+    assert page.read_text(encoding="utf-8").rstrip().endswith("</html>")
+    assert load_plan(saved).peak == tight["predicted"]["peak_bytes"]
+    ran = answer("run", "llama-tiny", *SMALL, "--plan", saved, "--steps", "1")
+    assert ran["held"] is True
+    assert ran["measured"]["peak_bytes"] <= budget
+    assert abs(ran["error"]) < 0.001
+    assert [d["value"] for d in ran["decisions"]] == [d["value"] for d in tight["decisions"]]
+    assert answer("diff", saved, saved)["same"] is True
+    assert "90" not in call("show", saved).stderr
+    other = call("plan", "llama-tiny", "--batch", 3, *SMALL[2:], "--plan", saved)
+    assert other.exit_code == 2
+    assert "of another model, shape or setting" in other.stderr
+
+
+def test_an_infeasible_plan_exits_3_with_floor_binding_and_ways_out_in_the_doors_own_words() -> None:
+    words = ("plan", "llama-tiny", "--batch", "4", "--seq", "64", "--lowering", "eager")  # activations set its floor
+    found = answer(*words, "--budget", "2.5MB", code=3)
+    assert found["status"] == "infeasible"
+    assert found["floor_bytes"] > found["budget_bytes"] == 2_500_000
+    assert found["binding"]["source"].startswith(("modeling_llama.py:", "loss_utils.py:"))
+    assert sum(found["binding"]["kinds"].values()) == found["binding"]["bytes"]
+    changes = [way["change"] for way in found["ways_out"]]
+    assert {"--batch 2 --accumulate 2", "--optimizer sgd", "--seq 32"} <= set(changes)
+    raised = next(change for change in changes if change.startswith("--budget "))
+    assert answer(*words, *raised.split())["status"] != "infeasible"
+
+
+def test_run_exits_3_before_it_builds_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workbench.Bench, "build", refuse_outside_fakes(workbench.Bench.build))
+    assert answer("run", "llama-tiny", *SMALL, "--budget", "1MB", code=3)["status"] == "infeasible"
+
+
+def refuse_outside_fakes(build: Any) -> Any:
+    """Bench.build, which fails if it would make a real tensor."""
+
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        made = build(*args, **kwargs)
+        kinds = {type(parameter.data).__name__ for parameter in made[0].parameters()}
+        assert kinds == {"FakeTensor"}, "real memory was taken before the refusal"
+        return made
+
+    return guarded
+
+
+def test_run_exits_4_when_the_step_takes_more_than_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workbench, "measure_step", lambda *_, **__: MeasuredStep(2 * 10**9, 0.1, {}))
+    found = answer("run", "llama-tiny", *SMALL, "--budget", "1GB", code=4)
+    assert found["held"] is False
+
+
+def test_fit_finds_a_size_that_fits_while_one_more_does_not() -> None:
+    base = answer("plan", "llama-tiny", *SMALL, "--budget", "1GB")["floor_bytes"]
+    found = answer("fit", "llama-tiny", "--seq", "32", "--lowering", "eager", "--budget", f"{base}B")
+    size = found["fit"]["value"]
+    assert found["predicted"]["peak_bytes"] <= base
+    again = ("plan", "llama-tiny", "--seq", "32", "--lowering", "eager", "--budget", f"{base}B", "--batch")
+    assert answer(*again, size)["status"] != "infeasible"
+    answer(*again, size + 1, code=3)
+
+
+def test_doctor_calibrates_and_keeps_the_rates(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from memopt.runtime import calibrate
+
+    monkeypatch.setitem(calibrate.COPIED, "cpu", 2**20)
+    monkeypatch.setitem(calibrate.SIDE, "cpu", 64)
+    assert "measure them with --calibrate" in answer("doctor")["rates"]
+    assert answer("doctor", "--calibrate")["rates"] == answer("doctor")["rates"]
+    assert len(list((tmp_path / "cache" / "rates").iterdir())) == 1
+
+
+def test_the_module_runs_as_a_program_with_clean_streams(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "memopt", "plan", "llama-tiny", *SMALL, "--budget", "1GB", "--json"]
+    done = subprocess.run(words, env={**os.environ}, cwd=Path(__file__).parent.parent, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert json.loads(done.stdout)["schema"] == 1
+    assert done.stderr == ""
