@@ -29,7 +29,9 @@ def milp(problem: Problem, *, gap: float = 0.0, time_limit: float = 20.0) -> Pla
         raise ValueError("milp needs offers of disjoint spans, one a value; greedy takes any")
     start = Engine(space)
     lowest = start.lowest()
-    best = replace(simulated(problem, space.remakes(lowest.parts), "milp"), lower_bound=0.0)
+    near = start.reach(problem.budget, space.state(space.none())) or lowest
+    first = (simulated(problem, space.remakes(state.parts), "milp") for state in (lowest, near))
+    best = cheaper(*first, problem.budget)
     plan, bound, proven = refine(problem, space, best, gap, perf_counter() + time_limit)
     floor = min(lowest.peak, plan.peak)
     if plan.peak > problem.budget:
