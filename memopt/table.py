@@ -207,8 +207,7 @@ def bound_line(result: PlanResult) -> str:
     bound = format_seconds(result.baseline_seconds + plan.lower_bound)
     return (
         f"{format_seconds(plan.seconds)} added; no plan of these levers takes under {bound} a step; "
-        f"gap {100 * result.gap:.2f} % of the step, {100 * plan.gap:.2f} % of what was added "
-        f"({plan.solver or 'unnamed solver'})"
+        f"gap {100 * result.gap:.2f} % of the step time ({plan.solver or 'unnamed solver'})"
     )
 
 
