@@ -30,8 +30,8 @@ def milp(problem: Problem, *, gap: float = 0.0, time_limit: float = 20.0) -> Pla
     start = Engine(space)
     lowest = start.lowest()
     near = start.reach(problem.budget, space.state(space.none())) or lowest
-    first = (simulated(problem, space.remakes(state.parts), "milp") for state in (lowest, near))
-    best = cheaper(*first, problem.budget)
+    low, first = (simulated(problem, space.remakes(state.parts), "milp") for state in (lowest, near))
+    best = cheaper(low, first, problem.budget)
     plan, bound, proven = refine(problem, space, best, gap, perf_counter() + time_limit)
     floor = min(lowest.peak, plan.peak)
     if plan.peak > problem.budget:
