@@ -8,17 +8,27 @@ budget can be shared by all parts of the step.
 from __future__ import annotations
 
 import copy
+import logging
 import types
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeCopyMode, FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_map_only
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeCopyMode,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from memopt.errors import CaptureError
+from memopt.blame import sentence, user_line
+from memopt.errors import CaptureError, MemoptError
 from memopt.hosts import as_in_eager, quiet_loggers
 from memopt.lowering import lower, signature
 from memopt.program import Program
@@ -32,6 +42,10 @@ def dynamo_settings() -> dict[str, Any]:
     """Dynamo's configuration while a model is surveyed and while it runs; the same, or the graphs would differ."""
     ignored = getattr(torch._dynamo.config, IGNORED, None)
     return DYNAMO if ignored is None else {**DYNAMO, IGNORED: {*ignored, *quiet_loggers()}}
+
+
+def _settings() -> Any:
+    return torch._dynamo.config.patch(dynamo_settings())
 
 
 IGNORED = "ignore_logging_functions"
@@ -49,7 +63,7 @@ class Capture:
 
 @dataclass(frozen=True)
 class Survey:
-    """What the dry run found. outputs: the model's fake output. notes: what it could not see, said out loud."""
+    """What the dry run found. model: as given. outputs: its fake output. notes: what was not seen, said out loud."""
 
     captures: tuple[Capture, ...]
     model: nn.Module
@@ -90,19 +104,17 @@ def survey(
     model, args, kwargs: real or fake; nothing of theirs is touched. gradients: "loss" or "all" (memopt.outputs).
     Raises CaptureError naming the user's line when the forward cannot be traced, and when nothing asks for a gradient.
     """
+    _refuse_sparse(model)
     mode = _mode_of(model) or FakeTensorMode(allow_non_fake_inputs=True)
     twin = faked(model, mode)
     args, kwargs = tree_map_only(torch.Tensor, lambda t: fake_tensor(t, mode), (tuple(args), dict(kwargs)))
     recorder = _Recorder(tensor_names(twin), prepare, lowering, gradients == "loss")
     outputs, notes = _dry_run(twin, args, kwargs, mode, recorder)
     if not recorder.captures:
-        raise CaptureError(
-            "no gradient is asked for: no parameter or input of the model that its forward reads requires one; "
-            "set requires_grad=True on what should be trained"
-        )
+        raise CaptureError(_nothing_to_train(model, outputs))
     if recorder.loss_only and len(recorder.captures) > 1:  # outputs of one graph may feed the next
-        return survey(twin, args, kwargs, prepare, lowering, "all")
-    return Survey(tuple(recorder.captures), twin, outputs, recorder.loss_only, notes)
+        return replace(survey(twin, args, kwargs, prepare, lowering, "all"), model=model)
+    return Survey(tuple(recorder.captures), model, outputs, recorder.loss_only, notes)
 
 
 def _dry_run(
@@ -111,15 +123,56 @@ def _dry_run(
     """The fake outputs, and what was not seen. A branch on data ends the run; what came before it is known."""
     call = torch.compile(entry(twin), backend=recorder, dynamic=False)
     try:
-        with mode, torch.enable_grad(), torch.random.fork_rng(devices=[]), as_in_eager(kwargs):
-            with torch._dynamo.config.patch(dynamo_settings()):
-                return call(*args, **kwargs), ()
-    except DataDependentOutputException as stopped:
+        with _quiet(), _settings(), mode, torch.enable_grad(), torch.random.fork_rng(devices=[]), as_in_eager(kwargs):
+            return call(*args, **kwargs), ()
+    except (DataDependentOutputException, DynamicOutputShapeException) as stopped:
         if not recorder.captures:
-            raise CaptureError(_sentence(stopped)) from stopped
-        return None, (f"the model branches on data ({stopped}); what comes behind that line is not in the plan",)
+            raise CaptureError(sentence(stopped)) from stopped
+        where = user_line(stopped)
+        return None, (f"the model depends on data{where} ({stopped}); what comes behind that line is not in the plan",)
+    except torch._dynamo.exc.BackendCompilerFailed as failed:
+        if isinstance(failed.inner_exception, MemoptError):
+            raise failed.inner_exception from failed
+        raise CaptureError(sentence(failed)) from failed
     except (torch._dynamo.exc.TorchDynamoException, RuntimeError, TypeError, NotImplementedError) as failed:
-        raise CaptureError(_sentence(failed)) from failed
+        raise CaptureError(sentence(failed)) from failed
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's remarks on what is reported anyhow, or is of its own making.
+
+    Dynamo looks at .grad of what crosses a graph break, which warns; a failing fake operation logs its whole stack.
+    """
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _refuse_sparse(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and module.weight.requires_grad:
+            raise CaptureError(
+                f"{name or 'the model'} is an {type(module).__name__} with sparse=True: the bytes of sparse gradients "
+                "depend on the data, so they cannot be planned; build it with sparse=False"
+            )
+
+
+def _nothing_to_train(model: nn.Module, outputs: Any) -> str:
+    """Why no graph of the forward has a backward."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        return "no gradient is asked for: none of the model's parameters requires one; set requires_grad=True on some"
+    found = [f"{str(t.dtype)[6:]}{list(t.shape)}" for t in tree_leaves(outputs) if isinstance(t, torch.Tensor)]
+    return (
+        f"no gradient is asked for: the model returns {', '.join(found[:4]) or 'no tensor'}, none of which depends on "
+        "a parameter that requires one through floating-point operations; let forward return the loss or the scores"
+    )
 
 
 def entry(model: nn.Module) -> Callable[..., Any]:
@@ -151,21 +204,10 @@ def faked(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
 
 
 def fake_tensor(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
+    """The tensor's fake in this mode, all sizes static; a fake tensor comes back as is."""
     return tensor if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor, static_shapes=True)
 
 
 def _mode_of(model: nn.Module) -> FakeTensorMode | None:
     tensors = [*model.parameters(), *model.buffers()]
     return next((t.fake_mode for t in tensors if isinstance(t, FakeTensor)), None)
-
-
-def _sentence(failed: BaseException) -> str:
-    """One sentence from torch's page: what failed, at which user line, what to do."""
-    from_user = getattr(failed, "real_stack", None)
-    frame = next(iter(reversed(from_user)), None) if from_user else None
-    where = f" at {frame.filename}:{frame.lineno} in {frame.name}" if frame else ""
-    first = next((line.strip() for line in str(failed).splitlines() if line.strip()), type(failed).__name__)
-    return (
-        f"the model's forward could not be captured{where}: {first}; move that line out of the compiled module, "
-        "or guard it with torch.compiler.disable"
-    )

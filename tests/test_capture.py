@@ -1,0 +1,173 @@
+"""What cannot be captured is one sentence that names the user's line, and the model stays as it was."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import memopt
+from memopt.report import PlanResult
+
+
+class Made(nn.Module):
+    """Two linear layers around what a test puts between them."""
+
+    def __init__(self, middle: Callable[[Tensor], Tensor], last: Callable[[Tensor], Tensor] = torch.sum) -> None:
+        super().__init__()
+        self.rise, self.fall, self.middle, self.last = nn.Linear(8, 32), nn.Linear(32, 8), middle, last
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.fall(self.middle(self.rise(x))))
+
+
+def branch(x: Tensor) -> Tensor:
+    return x.relu() if x.sum() > 0 else x.sin()
+
+
+def read_item(x: Tensor) -> Tensor:
+    return x * x.sum().item()
+
+
+def select(x: Tensor) -> Tensor:
+    return x[x[:, 0] > 0]
+
+
+def bad_view(x: Tensor) -> Tensor:
+    return x.view(3, -1)
+
+
+def broken(x: Tensor) -> Tensor:
+    torch._dynamo.graph_break()
+    return x.relu()
+
+
+def line_of(function: Callable[..., Tensor]) -> str:
+    return f"test_capture.py:{inspect.getsourcelines(function)[1] + 1} in {function.__name__}"
+
+
+def planned(model: nn.Module, x: Tensor | None = None, **options: object) -> PlanResult:
+    inputs = (torch.randn(16, 8) if x is None else x,)
+    return memopt.plan(model, inputs, budget="1GB", lowering="eager", **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("middle", [branch, read_item, select])
+def test_what_stands_before_a_branch_on_data_is_planned(middle: Callable[[Tensor], Tensor]) -> None:
+    model = Made(middle)
+    found = planned(model, optimizer=torch.optim.AdamW(model.parameters()))
+    note = next(note for note in found.notes if "depends on data" in note)
+    assert line_of(middle) in note
+    assert "not in the plan" in note
+    assert {"rise.weight", "fall.weight"} <= set(found.before.tensors)
+
+
+# In the run itself, as in any torch.compile, Dynamo looks at .grad of what crosses the break.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_branch_on_data_runs_as_it_did() -> None:
+    model, x = Made(branch), torch.randn(16, 8)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(x).backward()
+    plain = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    optimizer.zero_grad()
+    memopt.compile(model, "1GB", optimizer=optimizer, lowering="eager", numerics="exact")
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(x).backward()
+        found = [p.grad for p in model.parameters() if p.grad is not None]
+        assert all(map(torch.equal, found, plain))
+        assert len(found) == 4
+
+
+def test_nothing_before_the_branch_is_an_error_at_its_line() -> None:
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(branch(x)).sum()
+
+    with pytest.raises(memopt.CaptureError) as caught:
+        planned(First())
+    assert line_of(branch) in str(caught.value)
+    assert "torch.compiler.disable" in str(caught.value)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_sparse_gradients_are_refused_by_name(frozen: bool) -> None:
+    class Words(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.net = nn.Embedding(10, 8, sparse=True), nn.Linear(8, 1)
+            self.words.weight.requires_grad_(not frozen)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(self.words(x)).sum()
+
+    if frozen:  # then it has no gradient at all
+        assert planned(Words(), torch.randint(10, (4,))).peak > 0
+    else:
+        with pytest.raises(memopt.CaptureError, match=r"words is an Embedding with sparse=True.*sparse=False"):
+            planned(Words(), torch.randint(10, (4,)))
+
+
+def test_integers_alone_cannot_be_trained() -> None:
+    with pytest.raises(memopt.CaptureError, match=r"returns int64\[16\].*return the loss"):
+        planned(Made(torch.relu, lambda y: y.argmax(-1)))
+    with pytest.raises(memopt.CaptureError, match="none of the model's parameters requires one"):
+        planned(Made(torch.relu).requires_grad_(False))
+
+
+def test_an_error_of_the_forward_is_told_whole(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(memopt.CaptureError) as caught:
+        planned(Made(bad_view))
+    assert f"{line_of(bad_view)}: RuntimeError: shape '[3, -1]' is invalid for input of size 512" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(
+        memopt.CaptureError, match=r"test_capture.py.* in forward: RuntimeError: .*\[16, 9\] X \[8, 32\]"
+    ):
+        planned(Made(torch.relu), torch.randn(16, 9))  # torch's own line is not the user's
+    assert not [record for record in caplog.records if record.name == "torch._subclasses.fake_tensor"]
+
+
+def test_an_error_the_forward_raises_is_its_own() -> None:
+    def refuse(x: Tensor) -> Tensor:
+        raise ValueError("not this x")
+
+    with pytest.raises(ValueError, match="not this x"):
+        planned(Made(refuse))
+
+
+@pytest.mark.parametrize("last", [torch.sum, torch.argmax])
+def test_a_refused_model_is_as_it_was(last: Callable[[Tensor], Tensor]) -> None:
+    model = Made(bad_view, last)
+    before, state = dict(vars(model)), copy.deepcopy(model.state_dict())
+    with pytest.raises(memopt.CaptureError):
+        memopt.compile(model, "1GB", example_inputs=(torch.randn(16, 8),), lowering="eager")
+    assert vars(model) == before
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert not hasattr(model, "memopt")
+
+
+def test_surveying_a_graph_break_warns_of_nothing() -> None:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert planned(Made(broken)).breaks >= 1
+    assert not [w for w in told if "not a leaf" in str(w.message)]
+
+
+def test_parameters_nobody_reads_are_the_optimizers_all_the_same() -> None:
+    class Unread(Made):
+        def __init__(self) -> None:
+            super().__init__(torch.relu)
+            self.spare = nn.Linear(8, 8)
+
+    model = Unread()
+    found = planned(model, optimizer=torch.optim.AdamW(model.parameters()))
+    assert "state:rise.weight:exp_avg" in found.before.tensors
+    assert "state:spare.weight:exp_avg" not in found.before.tensors
