@@ -1,0 +1,60 @@
+"""A wrapper's rehearsal goes through the allocations and frees of the real run."""
+
+from __future__ import annotations
+
+from types import FunctionType
+from typing import Any
+
+import torch
+
+from memopt.runtime.rehearse import rehearse
+
+empty_strided_cpu = torch._C._dynamo.guards._empty_strided_cpu
+reinterpret_tensor = torch._C._dynamo.guards._reinterpret_tensor
+extern_kernels: Any = torch  # Inductor binds library calls with out= under this name
+
+KB = 256  # floats of a kilobyte
+
+
+def wrapper(args: list[Any]) -> Any:
+    """What Inductor writes: allocate, compute, delete what was read last, reuse."""
+    (saved,) = args
+    args.clear()
+    first = empty_strided_cpu((KB, 4), (4, 1), torch.float32)
+    extern_kernels.mul(saved, 2, out=first)
+    del saved
+    second = reinterpret_tensor(first, (4, KB), (KB, 1), 0)
+    del first
+    third = torch.ops.aten.exp.default(second)
+    del second
+    return (third,)
+
+
+def test_allocations_reuse_and_frees_are_counted() -> None:
+    saved = torch.empty(KB, 4, device="meta")
+    mine = rehearse(wrapper, [saved], [True])
+    assert (mine.peak, mine.end) == (8192, 4096)  # saved + first, or first + third; third is left
+    assert rehearse(wrapper, [saved], [False]).peak == 8192  # the caller's argument is not counted: first + third
+
+
+def test_storages_are_rounded_to_the_allocators_block() -> None:
+    small = torch.empty(3, 1, device="meta")
+    code = FunctionType(wrapper.__code__, {**wrapper.__globals__, "KB": 3})
+    assert rehearse(code, [small], [True], block=512).peak == 1024
+
+
+def test_a_library_calls_workspace_stands_beside_its_output() -> None:
+    saved = torch.empty(KB, 4, device="meta")
+    needs = {("mul", ((KB, 4),)): 10_000}
+    assert rehearse(wrapper, [saved], [True], needs).peak == 8192 + 10_000
+
+
+def test_arguments_that_share_a_storage_are_counted_once() -> None:
+    base = torch.empty(KB, 4, device="meta")
+
+    def both(args: list[Any]) -> Any:
+        left, right = args
+        args.clear()
+        return left, right
+
+    assert rehearse(both, [base, base.view(4, KB)], [True, True]).peak == 4096
