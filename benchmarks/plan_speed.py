@@ -97,20 +97,20 @@ def fresh(options: argparse.Namespace, layers: int) -> Row:
     return Row(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def table(rows: list[Row]) -> str:
-    """The rows in Markdown; bytes in GB (10^9)."""
-    head = (
-        "layers | steps | capture s | s/layer | floor s | plan s | in all s | cpu s | budget GB | peak GB | free GB | "
+HEAD = (
+    "| layers | steps | capture s | s/layer | floor s | plan s | in all s | cpu s | budget GB | peak GB | free GB | "
+    "status | gap | resident GB |\n" + "|--:" * 11 + "|---|--:|--:|"
+)
+
+
+def line(row: Row) -> str:
+    """The row in Markdown; bytes in GB (10^9)."""
+    sizes = " | ".join(f"{size / 1e9:.2f}" for size in (row.budget, row.peak, row.unconstrained))
+    return (
+        f"| {row.layers} | {row.steps} | {row.capture:.1f} | {row.capture / row.layers:.2f} | "
+        f"{row.floor:.1f} | {row.plan:.1f} | {row.total:.1f} | {row.cpu:.1f} | {sizes} | {row.status} | "
+        f"{row.gap:.2%} | {row.resident / 1e9:.2f} |"
     )
-    lines = [f"| {head}status | gap | resident GB |", "|--:" * 12 + "|---|--:|--:|"]
-    for row in rows:
-        sizes = " | ".join(f"{size / 1e9:.2f}" for size in (row.budget, row.peak, row.unconstrained))
-        lines.append(
-            f"| {row.layers} | {row.steps} | {row.capture:.1f} | {row.capture / row.layers:.2f} | "
-            f"{row.floor:.1f} | {row.plan:.1f} | {row.total:.1f} | {row.cpu:.1f} | {sizes} | {row.status} | "
-            f"{row.gap:.2%} | {row.resident / 1e9:.2f} |"
-        )
-    return "\n".join(lines)
 
 
 def arguments() -> argparse.Namespace:
@@ -134,11 +134,9 @@ def main() -> None:
         given = (options.batch, options.seq, options.device, options.lowering, options.share)
         print(json.dumps(asdict(measure(options.preset, options.one, *given))))
         return
-    rows = []
+    print(HEAD, flush=True)
     for layers in options.layers:
-        rows.append(fresh(options, layers))
-        print(f"{layers} layers: {rows[-1].total:.1f} s", file=sys.stderr)
-    print(table(rows))
+        print(line(fresh(options, layers)), flush=True)
 
 
 if __name__ == "__main__":
