@@ -46,7 +46,7 @@ def test_the_demo_learns_under_its_budget_and_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_budget_no_plan_holds_ends_the_demo_with_the_floor() -> None:
-    done = demo("--budget", "100KB")
+    done = demo("--budget", "100KB", "--layers", "1")
     assert done.returncode == 3
     assert "the least this step can run in is" in done.stderr
     assert "Traceback" not in done.stderr
