@@ -33,6 +33,8 @@ def whole_step(
     steps = [step for part in parts for step in part.steps if step.phase == "forward"]
     steps += [step for part in reversed(parts) for step in part.steps if step.phase == "backward"]
     if accumulated:
+        for name in [name for name in own if name not in tensors]:  # no optimizer's phase declared them
+            _declare(name, tensors[own[name]], tensors, storages)
         steps.append(_accumulate(own, inputs, outputs))
         own = {}
     steps += [_renamed(step, own) for step in optimizer.steps]
@@ -45,6 +47,12 @@ def _accumulate(own: Mapping[str, str], inputs: dict[str, None], outputs: dict[s
     for made in own.values():
         outputs.pop(made, None)
     return Step("accumulate", "accumulate", "backward", (*own.values(), *own), (), pure=False)
+
+
+def _declare(name: str, like: TensorInfo, tensors: dict[str, TensorInfo], storages: dict[str, Storage]) -> None:
+    """A gradient being accumulated, of the shape of the one that is added to it."""
+    tensors[name] = replace(like, name=name, storage=name)
+    storages[name] = Storage(name, storages[like.storage].nbytes, "gradient")
 
 
 def _renamed(step: Step, names: Mapping[str, str]) -> Step:
