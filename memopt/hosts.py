@@ -12,6 +12,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
 MASKING = "transformers.masking_utils"
 
 
@@ -23,6 +26,24 @@ def _not_packed(position_ids: Any) -> None:
 def _not_exporting() -> bool:
     """transformers' is_torchdynamo_exporting; Dynamo before 2.14 folds torch.compiler.is_exporting() to True."""
     return False
+
+
+def without_full_mask(model: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyword inputs with transformers' `attention_mask` left out where it masks nothing.
+
+    Untraced, transformers finds that out from the values and drops the mask. Traced it cannot, so it is found out here,
+    before the call; then the plan is that of a call without a mask. A fake mask has no values and stays.
+    """
+    mask = kwargs.get("attention_mask")
+    ours: Any = sys.modules.get("transformers.modeling_utils")
+    if ours is None or not isinstance(model, ours.PreTrainedModel) or not _full(mask):
+        return dict(kwargs)
+    return {**kwargs, "attention_mask": None}
+
+
+def _full(mask: Any) -> bool:
+    real = isinstance(mask, torch.Tensor) and not isinstance(mask, FakeTensor) and mask.device.type != "meta"
+    return real and mask.ndim == 2 and bool(mask.all())
 
 
 def quiet_loggers() -> set[Any]:

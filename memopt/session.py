@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten
 from memopt.capture import Capture, Survey, dynamo_settings, entry, survey, tensor_names
 from memopt.dumps import PLANNED, dump_program, plan_made
 from memopt.errors import MemoptError
-from memopt.hosts import as_in_eager
+from memopt.hosts import as_in_eager, without_full_mask
 from memopt.lowering import lower, signature
 from memopt.pipeline import Costs, Planned, Progress, Request, apply_plan, make_plan, prepare, silent
 from memopt.planfile import PlanFile
@@ -65,6 +65,7 @@ class Session:
 
     def plan_for(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Planned:
         """The plan for inputs of these shapes: made at first sight, under fake tensors. Raises BudgetError."""
+        kwargs = without_full_mask(self.model, kwargs)
         key = input_key(self.model, args, kwargs)
         if key not in self.plans:
             started = time.perf_counter()
@@ -229,6 +230,7 @@ def attach(session: Session) -> nn.Module:
         if not torch.is_grad_enabled() or torch.compiler.is_compiling() or os.environ.get("MEMOPT_DISABLE") == "1":
             return plain(*args, **kwargs)
         nonlocal compiled
+        kwargs = without_full_mask(model, kwargs)
         session.plan_for(args, kwargs)
         if session.begin_step(args, kwargs):
             compiled = _compiled(session)
