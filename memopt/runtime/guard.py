@@ -71,7 +71,7 @@ class Guard:
             self._watching = True
         elif watched_on_cpu(self.steps) and not profiler_is_active():
             self._before = distinct_bytes(tensor for tensor in self.resident() if tensor.device.type == "cpu")
-            self._recording = Recording()
+            self._recording = Recording(yields=True)
             self._watching = True
 
     def end_step(self) -> None:

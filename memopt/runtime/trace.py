@@ -17,6 +17,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import ClassVar
 
 import torch
 from torch._C._profiler import _EventType, _ProfilerEvent
@@ -69,27 +70,43 @@ def profiler_is_active() -> bool:
 
 
 class Recording:
-    """A recording that begins now and ends with `stop`, where it cannot be a `with` block. One at a time."""
+    """A recording that begins now and ends with `stop`, where it cannot be a `with` block. One at a time.
 
-    def __init__(self) -> None:
+    yielding: the one that runs and may be ended by a measurement the user asks for (`give_way`): a guard's.
+    """
+
+    yielding: ClassVar[Recording | None] = None
+
+    def __init__(self, yields: bool = False) -> None:
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else libkineto writes a line to stderr at each start and stop
         self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
         self.profile.__enter__()
+        self.gave_way = False
+        Recording.yielding = self if yields else None
+
+    def give_way(self) -> None:
+        """End without a result, so that another recording can begin; `stop` will return None."""
+        self.gave_way = True
+        Recording.yielding = None
+        self.profile.__exit__(None, None, None)
 
     def stop(self, contested: bool = False) -> Trace | None:
         """The trace; None if another profiler was started meanwhile, which ended this one.
 
         contested: the other may still run, so look for it: stopping now would stop that one. Costs some 50 ms.
         """
+        if self.gave_way:
+            return None
+        Recording.yielding = None
         assert self.profile.profiler is not None
-        if not profiler_is_active() or (contested and self._taken_over()):
+        if not profiler_is_active() or (contested and self.taken_over()):
             self.profile.profiler.entered = False  # or later recordings would take it for one that still runs
             return None
         self.profile.__exit__(None, None, None)
         assert self.profile.profiler.kineto_results is not None
         return _read(self.profile.profiler.kineto_results.experimental_event_tree())
 
-    def _taken_over(self) -> bool:
+    def taken_over(self) -> bool:
         """Whether some other profiler object is between its start and its stop: torch keeps no list of them."""
         others = (found for found in gc.get_objects() if type(found) is torch.autograd.profiler.profile)
         return any(p.entered and p.kineto_results is None for p in others if p is not self.profile.profiler)
@@ -100,6 +117,9 @@ def record(run: Callable[[], object]) -> Trace:
 
     Raises MemoptError when a profiler is already active, or was started by `run` and left the recording cut short.
     """
+    running = Recording.yielding if profiler_is_active() else None
+    if running is not None and not running.taken_over():  # a guard's: what the user asks for goes first
+        running.give_way()
     if profiler_is_active():
         raise MemoptError("a torch profiler is already running; measure outside it, since only one can be active")
     recording = Recording()
