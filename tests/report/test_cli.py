@@ -28,7 +28,7 @@ Make = Callable[..., PlanResult]
 
 
 class Engine:
-    """Stands in for memopt.workbench and memopt.models: records how it was called, returns or raises what it is told."""
+    """Stands in for memopt.workbench and memopt.models: records its calls, returns or raises what it is told."""
 
     def __init__(self, result: PlanResult) -> None:
         self.answer: Any = result

@@ -25,7 +25,7 @@ def asked(model: tuple, share: float) -> Problem:
 @pytest.mark.parametrize("share", [0.8, 0.6, 0.45])
 def test_llama_holds_within_two_per_cent_of_the_bound(share: float) -> None:
     problem = asked(llama(12), share)
-    plan = solve(problem)
+    plan = solve(problem, time_limit=120.0)  # the bound is sharpened for a time: a busy machine must not run out
     assert plan.peak == peak(edit(problem.graph, plan.chosen)) <= problem.budget
     assert plan.gap <= 0.02
 
