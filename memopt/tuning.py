@@ -30,6 +30,7 @@ from memopt.timeline import phase_peaks, rounded
 log = logging.getLogger("memopt")
 
 TRIES = 4  # lowerings at most; each costs a compilation
+ABOVE = (1.02, 1.05, 1.1, 1.18, 1.3)  # of the solver's floor: where else to look before a step is refused
 CLOSE = 0.03  # a plan whose peak is within this share of the budget is not worth another compilation
 
 
@@ -67,7 +68,28 @@ def tuned(planned: Planned, program: Program, time_limit: float) -> Planned:
         if following.chosen in [t.plan.chosen for t in tries]:
             break
         plan = following
+    if min(t.peak for t in tries) > budget:
+        tries += _explored(planned, program, tries, time_limit)
     return _with(planned, problem, _best(tries, budget), budget)
+
+
+def _explored(planned: Planned, program: Program, tries: list[Try], time_limit: float) -> list[Try]:
+    """Further plans, at fixed shares above the solver's floor, until one's code holds the budget.
+
+    Near its floor the solver trades bytes that fusion moves elsewhere, so the code's least peak lies a little above it.
+    """
+    problem, seen = planned.problem, [t.plan.chosen for t in tries]
+    floor = min(t.plan.floor for t in tries)
+    found: list[Try] = []
+    for share in ABOVE:
+        plan = solve(replace(problem, budget=int(floor * share)), time_limit=time_limit)
+        if plan.chosen not in seen:
+            seen.append(plan.chosen)
+            found.append(Try(plan, *lowered_phases(planned, program, plan)))
+            log.info("exploring %.2f of the floor: code %s", share, found[-1].phases)
+        if found and found[-1].peak <= problem.budget:
+            break
+    return found
 
 
 def _best(tries: list[Try], budget: int) -> Try:
