@@ -6,32 +6,43 @@ remakes the solver chose back into remakes of the real steps. What the code real
 (memopt/tuning.py), so this model steers the choice and decides nothing about the promise.
 
 Assumed: steps that touch the same values and have no library call between them fuse. Left out: values Inductor
-recomputes in several kernels, kernels it splits for their size.
+recomputes in several kernels, kernels it splits for their size. `kernels` says which steps of an edited graph these
+groups are, for a compiler that is told to keep to them (memopt/fences.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from enum import IntEnum
 
 import networkx as nx
 
 from memopt.cost import moved_bytes
-from memopt.edit import Remake
+from memopt.edit import Remake, edit
 from memopt.graph import Step, StepGraph
+from memopt.plans import original
+
+
+class Fences(IntEnum):
+    """How far the compiler is held to the plan's kernels. Each costs some speed and holds fewer bytes than the last.
+
+    FREE: it fuses as it likes. KERNELS: nothing fuses across the plan's kernels. TIGHT: nor does it keep dead buffers
+    for a later use.
+    """
+
+    FREE = 0
+    KERNELS = 1
+    TIGHT = 2
 
 
 @dataclass(frozen=True)
 class Fused:
-    """graph: contracted. original: before. members: fused step -> the steps inside, in order.
-
-    inside: storage made in a fused step and read nowhere else -> that step.
-    """
+    """graph: contracted. original: before. members: fused step -> the steps inside, in order."""
 
     graph: StepGraph
     original: StepGraph
     members: Mapping[str, tuple[Step, ...]] = field(repr=False)
-    inside: Mapping[str, str] = field(repr=False)
 
 
 def fused(graph: StepGraph) -> Fused:
@@ -46,20 +57,12 @@ def fused(graph: StepGraph) -> Fused:
                 steps.append(merged)
             else:
                 steps.extend(group)
-    written = {name for step in steps for name in step.writes}
-    inside = {
-        graph.storage_of(name): merged
-        for merged, group in members.items()
-        for step in group
-        for name in step.writes
-        if name not in written
-    }
-    return Fused(replace(graph, steps=tuple(steps)), graph, members, inside)
+    return Fused(replace(graph, steps=tuple(steps)), graph, members)
 
 
 def unfused(graph: StepGraph) -> Fused:
     """The graph as it is, for the eager lowering."""
-    return Fused(graph, graph, {}, {})
+    return Fused(graph, graph, {})
 
 
 def _windows(graph: StepGraph) -> Iterable[list[Step]]:
@@ -83,10 +86,14 @@ def _view(graph: StepGraph, step: Step) -> bool:
 
 
 def _groups(graph: StepGraph, window: Sequence[Step]) -> list[list[Step]]:
-    """Steps of a window that share values made in it, together; groups in the order of their last step."""
+    """Steps of a window that share values made in it, together; groups in the order of their last step.
+
+    A view of what an earlier window made stays by itself: a copy of it must not need a copy of the kernel it feeds.
+    """
     if len(window) == 1:
         return [list(window)]
-    made = {name: at for at, step in enumerate(window) for name in step.writes}
+    fresh = {storage for step in window for storage in graph.created(step)}
+    made = {name: at for at, step in enumerate(window) for name in step.writes if graph.storage_of(name) in fresh}
     links: nx.Graph = nx.Graph()
     links.add_nodes_from(range(len(window)))
     for at, step in enumerate(window):
@@ -134,19 +141,76 @@ def fused_seconds(found: Fused, seconds: Mapping[str, float]) -> dict[str, float
 
 
 def expanded(found: Fused, remakes: Iterable[Remake]) -> tuple[Remake, ...]:
-    """The same choice on the original graph: what a fused step makes inside itself is remade along with its outputs."""
+    """The same choice on the original graph: with a value of a fused step, all that it is made of inside that step.
+
+    A sibling it is made of, read outside as well, is read again only where the plan still holds it.
+    """
+    remakes = tuple(remakes)
+    held = _last_uses(found, remakes) if found.members else {}
     chosen: dict[tuple[str, tuple[str, str]], Remake] = {}
     for remake in remakes:
+        span = _span(found, remake)
+        chosen[remake.value, span] = replace(remake, span=span)
         for step in remake.unpack:
-            group = found.members.get(step.name, ())
-            for member in group:
-                for value in found.original.created(member):
-                    if value == remake.value or found.inside.get(value) == step.name:
-                        new = Remake(remake.trade, value, _span(found, remake), (member,))
-                        chosen.setdefault((value, new.span), new)
-            if not group:
-                chosen.setdefault((remake.value, _span(found, remake)), replace(remake, span=_span(found, remake)))
+            if step.name in found.members:
+                del chosen[remake.value, span]
+                for value, member in _ingredients(found, step.name, remake.value).items():
+                    if value == remake.value or held.get(value, -1) < found.graph.position[remake.span[0]]:
+                        chosen.setdefault((value, span), Remake(remake.trade, value, span, (member,)))
     return tuple(chosen.values())
+
+
+def _ingredients(found: Fused, merged: str, value: str) -> dict[str, Step]:
+    """Storage -> the member that makes it, for `value` and all it is made of inside the fused step."""
+    graph = found.original
+    makers: dict[str, Step] = {}
+    for member in found.members[merged]:
+        makers.update((storage, member) for storage in graph.created(member))
+    wanted: dict[str, Step] = {}
+    stack = [value]
+    while stack:
+        storage = stack.pop()
+        if storage in makers and storage not in wanted:
+            wanted[storage] = makers[storage]
+            stack.extend(graph.storage_of(name) for name in makers[storage].reads)
+    return wanted
+
+
+def _last_uses(found: Fused, remakes: Sequence[Remake]) -> dict[str, int]:
+    """Storage -> position, among the contracted graph's own steps, at which the plan touches its original last."""
+    after = edit(found.graph, remakes)
+    last: dict[str, int] = {}
+    place = 0
+    for step in after.steps:
+        place = found.graph.position.get(step.name, place)
+        last.update((storage, place) for storage in after.touched(step))
+    return last
+
+
+def kernels(found: Fused, after: StepGraph) -> dict[str, str]:
+    """Step -> name of the kernel the plan has in mind for it, for steps that compute and may fuse.
+
+    after: the original graph, edited. Copies fuse with copies of the same window made for the same moment.
+    """
+    merged = {member.name: name for name, group in found.members.items() for member in group}
+    out: dict[str, str] = {}
+    for place, window in enumerate(_windows(after)):
+        for step in window:
+            own = step.name in found.original.position
+            name = merged.get(step.name if own else original(step.name))
+            if name is not None and after.created(step):
+                out[step.name] = f"{name}@{place}" if own else f"{name}@{place} again"
+    return out
+
+
+def leaving(after: StepGraph, kernel: Mapping[str, str]) -> set[str]:
+    """Steps of a kernel whose result a step outside of it reads: what the kernel has to store."""
+    maker = {storage: step.name for step in after.steps for storage in after.created(step)}
+    out: set[str] = set()
+    for step in (step for step in after.steps if after.created(step) or not step.writes):
+        made_by = (maker.get(after.storage_of(read), "") for read in step.reads)
+        out.update(name for name in made_by if name in kernel and kernel.get(step.name) != kernel[name])
+    return out
 
 
 def _span(found: Fused, remake: Remake) -> tuple[str, str]:

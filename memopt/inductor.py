@@ -1,7 +1,8 @@
 """The Inductor lowering: compile both halves in process, and know what they hold before they run.
 
-`compile_fx` (never `torch.compile`: inside a backend it silently runs eager) with our partition. What Inductor's code
-will allocate is not modelled but rehearsed: see memopt/runtime/rehearse.py.
+`compile_fx` (never `torch.compile`: inside a backend it silently runs eager) with our partition, and kernels that keep
+to the plan's where the program says so (memopt/fences.py). What Inductor's code will allocate is not modelled but
+rehearsed: see memopt/runtime/rehearse.py.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ import torch
 from torch import fx
 from torch._guards import TracingContext, tracing
 from torch._inductor import config
+from torch._inductor.choices import InductorChoices
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.utils import BoxedBool
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensor
 
+from memopt.fences import KERNEL
+from memopt.fusion import Fences
 from memopt.program import copied
 from memopt.runtime.executor import Executor
 from memopt.runtime.rehearse import Rehearsed, Workspaces, rehearse
@@ -31,12 +35,13 @@ Partition = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
 class ByPlan(CustomPartitionerFn):
     """Inductor's wrapper for a partition that follows a plan.
 
-    Its uuid, part of torch's cache keys, is constant: Inductor's cache keys the graphs that come out of the partition.
-    AOTAutograd's cache would skip the partition, whose plan no key of torch's knows; it is switched off (`_compile`).
+    Its uuid is part of torch's cache keys. Inductor's cache keys the graphs that come out of the partition, but not the
+    fences marked on them: those are the uuid. AOTAutograd's cache would skip the partition, whose plan no key of
+    torch's knows; it is switched off (`_compile`).
     """
 
-    def __init__(self, partition: Partition | None = None) -> None:
-        self.partition = partition
+    def __init__(self, partition: Partition | None = None, marks: tuple[Any, ...] = ()) -> None:
+        self.partition, self.marks = partition, marks
 
     def __call__(
         self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
@@ -45,15 +50,46 @@ class ByPlan(CustomPartitionerFn):
         return self.partition(gm, joint_inputs, **kwargs)
 
     def uuid(self) -> Any | None:
-        return "memopt"
+        return ("memopt", self.marks)
 
     def __reduce__(self) -> Any:
-        return ByPlan, ()  # configuration snapshots in cache keys pickle it; the partition is none of their business
+        # Configuration snapshots in cache keys pickle it; the partition is none of their business.
+        return ByPlan, (None, self.marks)
+
+
+class PlannedKernels(InductorChoices):
+    """Inductor's choices, with fusion kept to nodes of one planned kernel where nodes are marked."""
+
+    @staticmethod
+    def can_fuse(scheduler: Any, node1: Any, node2: Any, *rest: Any, **named: Any) -> bool:
+        """Whether two nodes may share a kernel: one planned kernel at most between them, and Inductor agrees."""
+        if len(_kernels(node1) | _kernels(node2)) > 1:
+            return False
+        return InductorChoices.can_fuse(scheduler, node1, node2, *rest, **named)
+
+
+def _kernels(scheduled: Any) -> set[int]:
+    """Planned kernels of the buffers a scheduler's node computes. Of those a buffer stems from, the last is its own."""
+    found: set[int] = set()
+    for part in scheduled.get_nodes():
+        origins = part.node.get_origins() if part.node is not None else ()
+        found.update([max(marked)] if (marked := [n.meta[KERNEL][0] for n in origins if KERNEL in n.meta]) else [])
+    return found
+
+
+def _generated(graph: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
+    """`compile_fx_inner` under the fences marked on the graph."""
+    marks = {node.name: node.meta[KERNEL] for node in graph.graph.nodes if KERNEL in node.meta}
+    patches = _patches(None, tuple(marks.items()))
+    if any(fences is Fences.TIGHT for _, fences in marks.values()):
+        patches["allow_buffer_reuse"] = False
+    with config.patch(patches), V.set_choices_handler(PlannedKernels()):
+        return compile_fx_inner(graph, inputs, **options)
 
 
 def compiled(module: fx.GraphModule, inputs: Sequence[Any], partition: Partition) -> Callable[..., Any]:
     """The graph compiled by Inductor."""
-    return _compile(module, inputs, partition, compile_fx_inner)
+    return _compile(module, inputs, partition, _generated)
 
 
 def interpreted(module: fx.GraphModule, inputs: Sequence[Any], partition: Partition) -> Callable[..., Any]:
@@ -67,8 +103,8 @@ def _compile(module: fx.GraphModule, inputs: Sequence[Any], partition: Partition
     return run  # type: ignore[no-any-return]
 
 
-def _patches(partition: Partition | None = None) -> dict[str, Any]:
-    return {"custom_partitioner_fn": ByPlan(partition)}
+def _patches(partition: Partition | None, marks: tuple[Any, ...] = ()) -> dict[str, Any]:
+    return {"custom_partitioner_fn": ByPlan(partition, marks)}
 
 
 @dataclass(frozen=True)
@@ -98,8 +134,6 @@ def generate(module: fx.GraphModule, backward: bool, visible: int, mine: Callabl
     context = TracingContext(mode)
     donated = [at for at, node in enumerate(holders) if backward and mine(node.name)]
     context.fw_metadata = cast(Any, SimpleNamespace(bw_donated_idxs=donated))  # all that Inductor reads of it here
-    with tracing(context), V.set_fake_mode(mode), config.patch(_patches()):
-        code: Any = compile_fx_inner(
-            twin, values, is_backward=backward, static_input_idxs=fixed, cudagraphs=BoxedBool(False)
-        )
+    with tracing(context), V.set_fake_mode(mode):
+        code = _generated(twin, values, is_backward=backward, static_input_idxs=fixed, cudagraphs=BoxedBool(False))
     return Half(code.current_callable, tuple(node.name for node in holders), tuple(values))

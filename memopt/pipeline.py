@@ -20,7 +20,8 @@ from memopt.dumps import CAPTURED, count, dump_program, passed
 from memopt.edit import Remake, edit
 from memopt.errors import Binding, VerifyError
 from memopt.facts import storage_bytes
-from memopt.fusion import Fused, expanded, fused, fused_seconds, unfused
+from memopt.fences import fenced
+from memopt.fusion import Fences, Fused, expanded, fused, fused_seconds, unfused
 from memopt.graph import StepGraph, Storage, TensorInfo, verify
 from memopt.optim.photograph import OptimizerPhase, photograph_optimizer
 from memopt.passes import CLEANUPS, TRADES
@@ -65,7 +66,8 @@ class Request:
 class Planned:
     """result: what is shown. problem: what was solved, on the contracted graph. signatures: of the captured programs.
 
-    lowered_released: as `PlanResult.lowered`, when the caller lets go of the outputs beside the loss.
+    lowered_released: as `PlanResult.lowered`, when the caller lets go of the outputs beside the loss. fences: how far
+    the compiler is held to the plan's kernels.
     """
 
     result: PlanResult
@@ -73,6 +75,7 @@ class Planned:
     contracted: Fused
     signatures: tuple[str, ...]
     lowered_released: Mapping[str, int] = field(default_factory=dict)
+    fences: Fences = Fences.FREE
 
     @cached_property
     def released(self) -> PlanResult:
@@ -112,6 +115,10 @@ class Planned:
     def expanded(self, plan: Plan) -> tuple[Remake, ...]:
         """The plan's remakes as they are inserted: of the real steps, not the fused ones."""
         return expanded(self.contracted, plan.chosen)
+
+    def applied(self, program: Program, remakes: Sequence[Remake], fences: Fences) -> Program:
+        """One of the step's programs with its remakes inserted, verified, and the kernels' borders marked."""
+        return fenced(apply_plan(program, self.whole, remakes), self.contracted, remakes, fences)
 
 
 def _prefix(index: int) -> str:

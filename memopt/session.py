@@ -18,7 +18,7 @@ from memopt.dumps import PLANNED, dump_program, plan_made
 from memopt.errors import MemoptError
 from memopt.hosts import as_in_eager, without_full_mask
 from memopt.lowering import lower, signature
-from memopt.pipeline import Costs, Planned, Progress, Request, apply_plan, make_plan, prepare, silent
+from memopt.pipeline import Costs, Planned, Progress, Request, make_plan, prepare, silent
 from memopt.planfile import PlanFile
 from memopt.plans import MeasuredStep
 from memopt.profiling import measured_costs
@@ -172,7 +172,7 @@ class Session:
             alone = Survey((Capture(clean(program), mark),), self.model, None, self.gradients == "loss")
             planned = self.plans[mark] = self.adopt(alone, 0.0)
         prepared = clean(replace(program, prefix=planned.prefix(mark)))
-        changed = apply_plan(prepared, planned.whole, planned.remakes(mark) or ())
+        changed = planned.applied(prepared, planned.remakes(mark) or (), planned.fences)
         dump_program(PLANNED, changed)
         return changed
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,9 +17,10 @@ import torch
 from memopt.compose import without_outputs
 from memopt.edit import edit
 from memopt.facts import tensor_inputs
+from memopt.fusion import Fences
 from memopt.graph import StepGraph
 from memopt.inductor import generate
-from memopt.pipeline import Planned, apply_plan
+from memopt.pipeline import Planned
 from memopt.plans import Plan, Problem, Status
 from memopt.program import Program, split
 from memopt.report import PlanResult
@@ -29,9 +30,10 @@ from memopt.timeline import phase_peaks, rounded
 
 log = logging.getLogger("memopt")
 
-TRIES = 4  # lowerings at most; each costs a compilation
-ABOVE = (1.02, 1.05, 1.1, 1.18, 1.3)  # of the solver's floor: where else to look before a step is refused
+TRIES = 5  # lowerings at most; each costs a compilation
+ABOVE = (1.0, 1.02, 1.05, 1.1, 1.18, 1.3)  # of the solver's floor: where else to look before a step is refused
 CLOSE = 0.03  # a plan whose peak is within this share of the budget is not worth another compilation
+FAR = 0.04  # code this share of the budget above it is held to the plan's kernels instead of planned smaller
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Try:
     """A plan and the peak bytes of each phase its code will have: with the outputs held, and released."""
 
     plan: Plan
+    fences: Fences
     phases: dict[str, int]
     released: dict[str, int]
 
@@ -47,54 +50,73 @@ class Try:
         return max(self.phases.values())
 
 
+@dataclass
+class Tuner:
+    """The lowerings of one step within one budget. program: the one program of the step. tries: in the order made."""
+
+    planned: Planned
+    program: Program
+    time_limit: float
+    tries: list[Try] = field(default_factory=list)
+
+    @property
+    def budget(self) -> int:
+        return self.planned.problem.budget
+
+    def lower(self, plan: Plan, fences: Fences) -> Try:
+        made = Try(plan, fences, *lowered_phases(self.planned, self.program, plan, fences))
+        self.tries.append(made)
+        log.info("lowering %d: solver says %d bytes, code %s, %s", len(self.tries), plan.peak, made.phases, fences.name)
+        return made
+
+    def solved(self, budget: int) -> Plan:
+        return solve(replace(self.planned.problem, budget=max(budget, 1)), time_limit=self.time_limit)
+
+    def known(self, plan: Plan, fences: Fences) -> bool:
+        return any(t.plan.chosen == plan.chosen and t.fences is fences for t in self.tries)
+
+    def approach(self) -> None:
+        """Correct the solver's budget by what the code takes; far above it, hold the kernels to the plan first."""
+        plan, fences = self.planned.result.plan, Fences.FREE
+        while len(self.tries) < TRIES and not self.known(plan, fences):
+            made = self.lower(plan, fences)
+            slack = self.budget - made.peak
+            if slack >= 0 and (slack <= CLOSE * self.budget or not plan.chosen):
+                break
+            if slack < -FAR * self.budget and plan.chosen and fences is not Fences.TIGHT:
+                fences = Fences(fences + 1)
+                continue
+            plan = self.solved(plan.peak + slack)
+            if slack < 0 and self.known(plan, fences) and fences is not Fences.TIGHT:
+                fences = Fences(fences + 1)
+
+    def explore(self) -> None:
+        """Further plans, at fixed shares above the solver's floor, until one's code holds the budget.
+
+        At its floor the solver may trade bytes that the code holds elsewhere, so the code's least can lie above it.
+        """
+        floor = min(t.plan.floor for t in self.tries)
+        for share in ABOVE:
+            plan = self.solved(int(floor * share))
+            if not self.known(plan, Fences.TIGHT) and self.lower(plan, Fences.TIGHT).peak <= self.budget:
+                break
+
+
 def tuned(planned: Planned, program: Program, time_limit: float) -> Planned:
     """The plan corrected until its code, rehearsed, holds the budget and wastes little of it.
 
     program: the one program of the step. An infeasible outcome has that status, and the least peak found as floor.
     """
-    problem, budget = planned.problem, planned.problem.budget
-    asked, plan = budget, planned.result.plan
-    tries: list[Try] = []
-    while len(tries) < TRIES:
-        tries.append(Try(plan, *lowered_phases(planned, program, plan)))
-        log.info(
-            "lowering %d: solver says %d bytes, code %s, budget %d", len(tries), plan.peak, tries[-1].phases, budget
-        )
-        slack = budget - tries[-1].peak
-        if slack >= 0 and (slack <= CLOSE * budget or not plan.chosen):
-            break
-        asked = plan.peak + slack
-        following = solve(replace(problem, budget=max(asked, 1)), time_limit=time_limit)
-        if following.chosen in [t.plan.chosen for t in tries]:
-            break
-        plan = following
-    if min(t.peak for t in tries) > budget:
-        tries += _explored(planned, program, tries, time_limit)
-    return _with(planned, problem, _best(tries, budget), budget)
-
-
-def _explored(planned: Planned, program: Program, tries: list[Try], time_limit: float) -> list[Try]:
-    """Further plans, at fixed shares above the solver's floor, until one's code holds the budget.
-
-    Near its floor the solver trades bytes that fusion moves elsewhere, so the code's least peak lies a little above it.
-    """
-    problem, seen = planned.problem, [t.plan.chosen for t in tries]
-    floor = min(t.plan.floor for t in tries)
-    found: list[Try] = []
-    for share in ABOVE:
-        plan = solve(replace(problem, budget=int(floor * share)), time_limit=time_limit)
-        if plan.chosen not in seen:
-            seen.append(plan.chosen)
-            found.append(Try(plan, *lowered_phases(planned, program, plan)))
-            log.info("exploring %.2f of the floor: code %s", share, found[-1].phases)
-        if found and found[-1].peak <= problem.budget:
-            break
-    return found
+    tuner = Tuner(planned, program, time_limit)
+    tuner.approach()
+    if min(t.peak for t in tuner.tries) > tuner.budget:
+        tuner.explore()
+    return _with(planned, planned.problem, _best(tuner.tries, tuner.budget), tuner.budget)
 
 
 def _best(tries: list[Try], budget: int) -> Try:
     held = [t for t in tries if t.peak <= budget]
-    return min(held, key=lambda t: (t.plan.seconds, t.peak)) if held else min(tries, key=lambda t: t.peak)
+    return min(held, key=lambda t: (t.plan.seconds, t.fences, t.peak)) if held else min(tries, key=lambda t: t.peak)
 
 
 def _with(planned: Planned, problem: Problem, best: Try, budget: int) -> Planned:
@@ -107,16 +129,18 @@ def _with(planned: Planned, problem: Problem, best: Try, budget: int) -> Planned
     plan = replace(best.plan, peak=best.peak, status=status, floor=best.peak if status is Status.INFEASIBLE else floor)
     after = edit(problem.graph, plan.chosen) if status is not Status.INFEASIBLE else problem.graph
     result: PlanResult = replace(planned.result, plan=plan, after=after, lowered=best.phases)
-    return replace(planned, result=result, lowered_released=best.released)
+    return replace(planned, result=result, lowered_released=best.released, fences=best.fences)
 
 
-def lowered_phases(planned: Planned, program: Program, plan: Plan) -> tuple[dict[str, int], dict[str, int]]:
+def lowered_phases(
+    planned: Planned, program: Program, plan: Plan, fences: Fences
+) -> tuple[dict[str, int], dict[str, int]]:
     """Peak bytes of each phase when the program with this plan runs as Inductor's code.
 
     Twice: when the caller holds the outputs beside the loss through the backward, and when it has let them go.
     """
     graph = planned.whole
-    forward, backward = split(apply_plan(program, graph, planned.expanded(plan)))
+    forward, backward = split(planned.applied(program, planned.expanded(plan), fences))
     edited, block = edit(planned.problem.graph, plan.chosen), planned.problem.block
     needs = workspaces_of(program, graph)
     static = sum(rounded(graph.storages[name].nbytes, block) for name in graph.input_storages)

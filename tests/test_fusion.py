@@ -39,7 +39,6 @@ def test_a_window_becomes_one_step_that_writes_what_is_read_outside() -> None:
     assert [s.name for s in found.graph.steps] == ["mm", "sum", "grad", "weight"]
     window = found.graph.steps[1]
     assert (window.reads, window.writes, window.fused) == (("mm",), ("sub", "sum"), True)
-    assert found.inside == {"amax": "sum", "exp": "sum"}
 
 
 def test_temporaries_of_a_window_hold_nothing_and_outputs_take_the_place_of_inputs() -> None:
@@ -53,7 +52,7 @@ def test_remaking_a_windows_output_remakes_what_is_inside_it_and_keeps_what_is_r
     found = fused(graph)
     window = found.graph.steps[1]
     chosen = expanded(found, [Remake("recompute", "sub", ("grad", "weight"), (window,))])
-    assert sorted(r.value for r in chosen) == ["amax", "exp", "sub"]
+    assert sorted(r.value for r in chosen) == ["amax", "sub"]
     after = edit(graph, chosen)
     assert [s.name for s in after.steps] == ["mm", "amax", "sub", "exp", "sum", "amax__1", "sub__1", "grad", "weight"]
     assert peak(edit(found.graph, [Remake("recompute", "sub", ("grad", "weight"), (window,))])) <= peak(after)
