@@ -8,8 +8,10 @@ from math import prod
 
 from memopt.graph import Step, StepGraph, Storage, TensorInfo, verify
 from memopt.optim.photograph import OptimizerPhase
+from memopt.program import TANGENTS
 
 RETURN = "return"  # the step that hands the forward's outputs to the caller
+LET_GO = "let_go"  # the step in which autograd lets go of the loss's gradient, which it holds until the backward ends
 
 
 def whole_step(
@@ -32,6 +34,8 @@ def whole_step(
     outputs = dict.fromkeys([*(name for part in parts for name in part.outputs), *optimizer.outputs])
     steps = [step for part in parts for step in part.steps if step.phase == "forward"]
     steps += [step for part in reversed(parts) for step in part.steps if step.phase == "backward"]
+    if seeds := tuple(name for step in steps if is_tangents(step) for name in step.writes if loss_like(tensors[name])):
+        steps.append(Step(LET_GO, LET_GO, "backward", seeds, (), pure=False))
     if accumulated:
         for name in [name for name in own if name not in tensors]:  # no optimizer's phase declared them
             _declare(name, tensors[own[name]], tensors, storages)
@@ -39,6 +43,16 @@ def whole_step(
         own = {}
     steps += [_renamed(step, own) for step in optimizer.steps]
     return verify(StepGraph(tuple(inputs), tuple(steps), tuple(outputs), tensors, storages))
+
+
+def is_tangents(step: Step) -> bool:
+    """Whether the step brings the gradients of a program's outputs to life."""
+    return step.op == TANGENTS
+
+
+def loss_like(tensor: TensorInfo) -> bool:
+    """Whether a tensor has one element, as a loss: its gradient is the caller's, held by `Tensor.backward`."""
+    return prod(tensor.shape) == 1
 
 
 def _accumulate(own: Mapping[str, str], inputs: dict[str, None], outputs: dict[str, None]) -> Step:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -86,6 +86,8 @@ def tensor_inputs(node: fx.Node) -> list[fx.Node]:
 def _read(node: fx.Node) -> Facts:
     homes = {arg.meta["val"].untyped_storage()._cdata: at for at, arg in reversed([*enumerate(tensor_inputs(node))])}
     made = tuple(None if value is None else _made(value, homes) for value in tensor_values(node))
+    if node.target is torch.ops.aten.copy.default and made[0] is not None:
+        made = (replace(made[0], nbytes=_copied_bytes(node)),)
     random = is_random(node)
     drawn = node.target in DRAWS
     pure = drawn or _pure(node, random)
@@ -98,6 +100,12 @@ def _made(value: torch.Tensor, homes: dict[int, int]) -> Made:
     shape = tuple(hint(size) for size in value.shape)
     home = homes.get(value.untyped_storage()._cdata)
     return Made(shape, str(value.dtype).removeprefix("torch."), storage_bytes(value), home)
+
+
+def _copied_bytes(node: fx.Node) -> int:
+    """aten.copy clones the whole storage behind a strided target (clone_preserve_strides); its fake does not."""
+    target = tensor_inputs(node)[0].meta["val"]
+    return storage_bytes(node.meta["val"] if torch._debug_has_internal_overlap(target) == 1 else target)
 
 
 def op_name(node: fx.Node) -> str:

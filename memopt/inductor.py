@@ -7,7 +7,7 @@ rehearsed: see memopt/runtime/rehearse.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
@@ -23,11 +23,12 @@ from torch._inductor.utils import BoxedBool
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensor
 
+from memopt.facts import hint
 from memopt.fences import KERNEL
 from memopt.fusion import Fences
 from memopt.program import copied
 from memopt.runtime.executor import Executor
-from memopt.runtime.rehearse import Rehearsed, Workspaces, rehearse
+from memopt.runtime.rehearse import Ledger, Workspace, perform, stand_ins
 
 Partition = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
 
@@ -109,31 +110,89 @@ def _patches(partition: Partition | None, marks: tuple[Any, ...] = ()) -> dict[s
 
 @dataclass(frozen=True)
 class Half:
-    """Generated code of a forward or a backward. names: its inputs; values: their fake values."""
+    """Generated code of a forward or a backward. names: its inputs; values: their fake values; returns: its outputs.
+
+    strides: of the outputs, where the code chose them; the backward is compiled for saved values laid out like that.
+    """
 
     call: Callable[..., Any]
     names: tuple[str, ...]
     values: tuple[Any, ...]
-
-    def rehearsed(self, mine: Callable[[str], bool], workspaces: Workspaces, block: int) -> Rehearsed:
-        """What the code holds when it may free the inputs whose names are `mine`."""
-        return rehearse(self.call, self.values, [mine(name) for name in self.names], workspaces, block)
+    returns: tuple[str, ...]
+    strides: Mapping[str, tuple[int, ...]]
 
 
-def generate(module: fx.GraphModule, backward: bool, visible: int, mine: Callable[[str], bool]) -> Half:
+def generate(
+    module: fx.GraphModule,
+    backward: bool,
+    visible: int,
+    mine: Callable[[str], bool],
+    strides: Mapping[str, tuple[int, ...]] | None = None,
+) -> Half:
     """Inductor's code for a graph of fake values, as the compiled step will run it.
 
     visible: how many outputs, from the first, the user sees. mine: names of inputs that the step may free or reuse.
+    strides: of inputs that are laid out otherwise than their fake values, by name.
     """
     twin = fx.GraphModule(module, copied(module.graph))
     holders = twin.graph.find_nodes(op="placeholder")
-    values = [node.meta["val"] for node in holders]
+    values = [_laid_out(node.meta["val"], (strides or {}).get(node.name)) for node in holders]
     fixed = [at for at, node in enumerate(holders) if not mine(node.name)]
     twin.graph.output_node().meta["user_visible_output_idxs"] = list(range(visible))
     mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
     context = TracingContext(mode)
     donated = [at for at, node in enumerate(holders) if backward and mine(node.name)]
     context.fw_metadata = cast(Any, SimpleNamespace(bw_donated_idxs=donated))  # all that Inductor reads of it here
-    with tracing(context), V.set_fake_mode(mode):
+    returns = tuple(node.name if isinstance(node, fx.Node) else "" for node in outputs_of(twin))
+    with tracing(context), V.set_fake_mode(mode), TracingContext.report_output_strides() as found:
         code = _generated(twin, values, is_backward=backward, static_input_idxs=fixed, cudagraphs=BoxedBool(False))
-    return Half(code.current_callable, tuple(node.name for node in holders), tuple(values))
+    chosen = {name: tuple(map(hint, s)) for name, s in zip(returns, found or (), strict=False) if name and s}
+    return Half(code.current_callable, tuple(node.name for node in holders), tuple(values), returns, chosen)
+
+
+def outputs_of(module: fx.GraphModule) -> Sequence[Any]:
+    """What the module's graph returns, in order."""
+    returned: Any = module.graph.output_node().args[0]
+    return returned if isinstance(returned, list | tuple) else (returned,)
+
+
+def _laid_out(value: Any, strides: tuple[int, ...] | None) -> Any:
+    if strides is None or not isinstance(value, FakeTensor) or value.stride() == strides:
+        return value
+    with value.fake_mode:
+        return torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device)
+
+
+@dataclass(frozen=True)
+class Halves:
+    """Both halves of a step, to be rehearsed one after the other as they will run.
+
+    kept: outputs of the forward that the caller holds through the backward; seeds: tangents it holds.
+    """
+
+    forward: Half
+    backward: Half
+    kept: frozenset[str]
+    seeds: frozenset[str]
+
+    def rehearsed(self, workspace: Workspace, block: int) -> tuple[int, int]:
+        """Peak bytes of the forward and of the backward, without what the caller gave to the forward."""
+        ledger = Ledger(workspace, block)
+        given = stand_ins(self.forward.values, [False] * len(self.forward.values), ledger)
+        outputs = dict(zip(self.forward.returns, perform(self.forward.call, list(given), ledger), strict=True))
+        front, ledger.peak = ledger.peak, 0
+        held = [value for name, value in outputs.items() if name in self.kept]
+        arguments = [outputs[name] if name in outputs else self._new(at, ledger) for at, name in self._inputs()]
+        held += [value for name, value in zip(self.backward.names, arguments, strict=True) if name in self.seeds]
+        outputs.clear()
+        ledger.settle()
+        ledger.peak = ledger.held
+        perform(self.backward.call, arguments, ledger)
+        return front, ledger.peak
+
+    def _inputs(self) -> Iterable[tuple[int, str]]:
+        return enumerate(self.backward.names)
+
+    def _new(self, at: int, ledger: Ledger) -> Any:
+        """A tangent, or a size."""
+        return stand_ins([self.backward.values[at]], [True], ledger)[0]

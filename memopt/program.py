@@ -224,7 +224,7 @@ class _Photographer:
         names = [items.get(at, f"{name}.{at}") if many else name for at in range(len(known.made))]
         kind = "activation" if phase == "forward" else "temporary"
         writes = tuple(made for at, made in enumerate(names) if self.declare(made, at, node, kind))
-        reads = tuple(self.program.name(arg) for arg in tensor_inputs(node))
+        reads = tuple(self.program.name(arg) for arg in tensor_inputs(node) if arg not in own_statistics(node))
         advances = known.advances and node.target not in AGAIN.values()
         step = Step(name, known.op, phase, reads, writes, known.source, known.key, known.flops)
         pure = known.pure and not self.changed_later(node)
@@ -232,9 +232,10 @@ class _Photographer:
 
     def changed_later(self, node: fx.Node) -> bool:
         """Reads an input that is overwritten within the step: run again, it would read the new value."""
-        if not self.changing or own_statistics(node):
+        if not self.changing:
             return False
-        homes = {self.tensors[self.program.name(arg)].storage for arg in tensor_inputs(node)}
+        read = (arg for arg in tensor_inputs(node) if arg not in own_statistics(node))
+        homes = {self.tensors[self.program.name(arg)].storage for arg in read}
         return not homes.isdisjoint(self.tensors[self.program.name(n)].storage for n in self.changing)
 
     def end_forward(self) -> None:
@@ -256,11 +257,21 @@ class _Photographer:
                 self.storages[home.name] = replace(home, kind="gradient")
 
 
-def own_statistics(node: fx.Node) -> bool:
-    """Batch norm in training normalises by the batch's own statistics: the running ones it reads only make new ones."""
-    if node.target is torch.ops.aten._native_batch_norm_legit_functional.default:
-        return bool(node.args[5])
-    return node.target is torch.ops.aten._batch_norm_with_update_functional.default
+def own_statistics(node: fx.Node) -> tuple[Any, ...]:
+    """The running statistics a batch norm in training is given: it makes new ones of them and nothing else.
+
+    They are overwritten once the forward has run. A copy in the backward does without (`without_statistics`).
+    """
+    if node.target is torch.ops.aten._native_batch_norm_legit_functional.default and node.args[5]:
+        return node.args[3:5]
+    return ()
+
+
+def without_statistics(node: fx.Node) -> None:
+    """Turn a copy of a batch norm in training into one that keeps no running statistics."""
+    if own_statistics(node):
+        x, weight, bias, _, _, *rest = node.args
+        node.target, node.args = torch.ops.aten._native_batch_norm_legit.no_stats, (x, weight, bias, *rest)
 
 
 def changing(program: Program) -> list[fx.Node]:
@@ -340,6 +351,7 @@ def _adopt(program: Program, twin: fx.Node, template: fx.Node, name: str, nodes:
     facts(template)  # read before the copy, so that both share them
     twin.meta = {**template.meta, "partitioner_tag": "is_backward"}
     twin.target = AGAIN.get(template.target, template.target)
+    without_statistics(twin)
     twin.name = name.removeprefix(program.prefix)
     nodes[name] = twin
 

@@ -90,7 +90,7 @@ class Session:
         if self.request.lowering == "inductor" and self.measure and len(found.captures) == 1:
             from memopt.tuning import tuned  # loads Inductor
 
-            planned = tuned(planned, found.captures[0].program, self.request.time_limit)
+            planned = tuned(planned, found.captures[0].program, self.request.time_limit, self.request.device.kind)
         planned = planned.missing(self.missed)
         if planned.result.infeasible:
             self.refused = self.advised(planned.result, found, costs, call)

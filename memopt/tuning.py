@@ -10,21 +10,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-import torch
-
-from memopt.compose import without_outputs
+from memopt.compose import LET_GO, without_outputs
 from memopt.edit import edit
-from memopt.facts import tensor_inputs
 from memopt.fusion import Fences
 from memopt.graph import StepGraph
-from memopt.inductor import generate
+from memopt.inductor import Halves, generate
 from memopt.pipeline import Planned
 from memopt.plans import Plan, Problem, Status
+from memopt.profiling import SECONDS
 from memopt.program import Program, split
 from memopt.report import PlanResult
-from memopt.runtime.rehearse import Workspaces, shapes
+from memopt.runtime.opcost import OpCosts
+from memopt.runtime.rehearse import Workspace, nothing
 from memopt.solvers import solve
 from memopt.timeline import phase_peaks, rounded
 
@@ -52,11 +50,15 @@ class Try:
 
 @dataclass
 class Tuner:
-    """The lowerings of one step within one budget. program: the one program of the step. tries: in the order made."""
+    """The lowerings of one step within one budget. program: the one program of the step. needs: of library calls.
+
+    tries: in the order made.
+    """
 
     planned: Planned
     program: Program
     time_limit: float
+    needs: Workspace = nothing
     tries: list[Try] = field(default_factory=list)
 
     @property
@@ -64,7 +66,7 @@ class Tuner:
         return self.planned.problem.budget
 
     def lower(self, plan: Plan, fences: Fences) -> Try:
-        made = Try(plan, fences, *lowered_phases(self.planned, self.program, plan, fences))
+        made = Try(plan, fences, *lowered_phases(self.planned, self.program, plan, fences, self.needs))
         self.tries.append(made)
         log.info("lowering %d: solver says %d bytes, code %s, %s", len(self.tries), plan.peak, made.phases, fences.name)
         return made
@@ -102,15 +104,17 @@ class Tuner:
                 break
 
 
-def tuned(planned: Planned, program: Program, time_limit: float) -> Planned:
+def tuned(planned: Planned, program: Program, time_limit: float, kind: str = "cpu") -> Planned:
     """The plan corrected until its code, rehearsed, holds the budget and wastes little of it.
 
-    program: the one program of the step. An infeasible outcome has that status, and the least peak found as floor.
+    program: the one program of the step. kind: of device, where library calls are tried for what they need.
+    An infeasible outcome has that status, and the least peak found as floor.
     """
-    tuner = Tuner(planned, program, time_limit)
-    tuner.approach()
-    if min(t.peak for t in tuner.tries) > tuner.budget:
-        tuner.explore()
+    with OpCosts(kind, seconds_limit=SECONDS) as meter:
+        tuner = Tuner(planned, program, time_limit, meter.workspace)
+        tuner.approach()
+        if min(t.peak for t in tuner.tries) > tuner.budget:
+            tuner.explore()
     return _with(planned, planned.problem, _best(tuner.tries, tuner.budget), tuner.budget)
 
 
@@ -133,7 +137,7 @@ def _with(planned: Planned, problem: Problem, best: Try, budget: int) -> Planned
 
 
 def lowered_phases(
-    planned: Planned, program: Program, plan: Plan, fences: Fences
+    planned: Planned, program: Program, plan: Plan, fences: Fences, needs: Workspace = nothing
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Peak bytes of each phase when the program with this plan runs as Inductor's code.
 
@@ -142,38 +146,34 @@ def lowered_phases(
     graph = planned.whole
     forward, backward = split(planned.applied(program, planned.expanded(plan), fences))
     edited, block = edit(planned.problem.graph, plan.chosen), planned.problem.block
-    needs = workspaces_of(program, graph)
     static = sum(rounded(graph.storages[name].nbytes, block) for name in graph.input_storages)
-    kept, mine = _ownership(graph, program)
-    front = static + generate(forward, False, program.forward_outputs, mine).rehearsed(mine, needs, block).peak
-    code = generate(backward, True, 0, mine)
-    held = {"forward": front, "backward": static + kept + code.rehearsed(mine, needs, block).peak}
-    fewer, mine = _ownership(without_outputs(graph), program)
-    free = {"forward": front, "backward": static + fewer + code.rehearsed(mine, needs, block).peak}
-    return {**phase_peaks(edited, block), **held}, {**phase_peaks(without_outputs(edited), block), **free}
+    mine = _ownership(graph, program)
+    first = generate(forward, False, program.forward_outputs, mine)
+    second = generate(backward, True, 0, mine, first.strides)
+
+    def phases(whole: StepGraph, after: StepGraph) -> dict[str, int]:
+        peaks = Halves(first, second, *_held(whole, program)).rehearsed(needs, block)
+        return phase_peaks(after, block) | {"forward": static + peaks[0], "backward": static + peaks[1]}
+
+    return phases(graph, edited), phases(without_outputs(graph), without_outputs(edited))
 
 
-def workspaces_of(program: Program, graph: StepGraph) -> Workspaces:
-    """Measured workspace bytes of the program's library calls, by operation and shapes of what it reads."""
-    found: dict[Any, int] = {}
-    for node in (node for node in program.graph.nodes if node.op == "call_function"):
-        at = graph.position.get(program.name(node))
-        if at is not None and graph.steps[at].workspace and isinstance(node.target, torch._ops.OpOverload):
-            key = (node.target._schema.name.rpartition("::")[2], shapes([n.meta["val"] for n in tensor_inputs(node)]))
-            found[key] = max(found.get(key, 0), graph.steps[at].workspace)
-    return found
+def _held(graph: StepGraph, program: Program) -> tuple[frozenset[str], frozenset[str]]:
+    """Outputs of the forward, and gradients of them, that the caller holds through the backward: names of nodes."""
+    kept = (node.name for node in program.outputs[0] if node is not None and program.name(node) in graph.outputs)
+    seeds = (name for step in graph.steps if step.op == LET_GO for name in step.reads)
+    return frozenset(kept), frozenset(name.removeprefix(program.prefix) for name in seeds)
 
 
-def _ownership(graph: StepGraph, program: Program) -> tuple[int, Callable[[str], bool]]:
-    """Bytes of the forward's outputs the caller holds, and whether an input of the backward is the step's to free."""
-    named = (program.name(node) for node in program.outputs[0] if node is not None)
-    held = [name for name in named if name in graph.outputs]
-    others = {*graph.input_storages, *(graph.storage_of(name) for name in held)}
+def _ownership(graph: StepGraph, program: Program) -> Callable[[str], bool]:
+    """Whether an input of a half, by name, is the step's to free or write into: no parameter, input or kept output."""
+    kept, seeds = _held(graph, program)
+    others = {*graph.input_storages, *(graph.storage_of(program.prefix + name) for name in kept)}
 
     def mine(name: str) -> bool:
         if name in program.kinds:
-            return program.kinds[name] == "tangent"
+            return program.kinds[name] == "tangent" and name not in seeds
         tensor = program.prefix + name
         return tensor not in graph.tensors or graph.storage_of(tensor) not in others
 
-    return graph.bytes_of(held), mine
+    return mine

@@ -236,13 +236,19 @@ def test_dumps_are_readable_python_and_debug_logs_the_passes(
         memopt.compile(model, int(unplanned.peak * 0.9), optimizer=optimizer, lowering="eager")
         train(model, optimizer, steps=1)
     files = {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "dump").iterdir()}
-    assert sorted(files) == ["00_captured.py", "10_replay_random.py", "90_planned.py", "plan.json"]
-    for name in ("00_captured.py", "10_replay_random.py", "90_planned.py"):
+    assert sorted(files) == [
+        "00_captured.py",
+        "10_batch_statistics.py",
+        "20_replay_random.py",
+        "90_planned.py",
+        "plan.json",
+    ]
+    for name in ("00_captured.py", "20_replay_random.py", "90_planned.py"):
         compile(files[name], name, "exec")
     again = [line for line in files["90_planned.py"].splitlines() if "__1 = " in line]
     assert again
     assert not [line for line in files["00_captured.py"].splitlines() if "__1 = " in line]
-    assert "generator_state" in files["10_replay_random.py"]
+    assert "generator_state" in files["20_replay_random.py"]
     assert "net.3.weight" in files["00_captured.py"]
     assert '"status": "' in files["plan.json"]
     logged = caplog.text

@@ -42,6 +42,7 @@ class Executor:
         lines = ["def run(args):"]
         if inputs:
             lines += [f"    {', '.join(live)}, = args", "    args.clear()"]
+            lines += [f"    probe('', ({', '.join(live)},))"] if probed else []
         for node in module.graph.nodes:
             if node.op == "output":
                 return [*lines, f"    return {self._text(tuple(node.args[0]))}"]

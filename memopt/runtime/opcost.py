@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_iter, tree_map
 
 from memopt.errors import MemoptError
 from memopt.facts import cost_key, facts
@@ -105,6 +105,11 @@ class OpCosts:
         self.known[key] = self.fresh[key] = cost
         return cost
 
+    def workspace(self, op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+        """Workspace bytes of a call with tensors (fake or meta) like these; 0 if it cannot be run."""
+        cost = self.measure(called(op, args, kwargs))
+        return 0 if cost is None else cost.workspace
+
     def measure_all(self, nodes: Iterable[fx.Node]) -> dict[str, OpCost]:
         """Costs by key of every node that can be measured, those with the most bytes first while time lasts."""
         keyed = {cost_key(node): node for node in nodes if isinstance(node.target, torch._ops.OpOverload)}
@@ -130,6 +135,24 @@ class OpCosts:
 
     def _devices(self) -> list[torch.device]:
         return [self.device] if self.device.type == "cuda" else []
+
+
+def called(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> fx.Node:
+    """A node, in a graph of its own, that calls the operation on tensors like these, which it does not keep alive."""
+    graph = fx.Graph()
+
+    def held(arg: Any) -> Any:
+        if not isinstance(arg, Tensor):
+            return arg
+        holder = graph.placeholder("given")
+        holder.meta["val"] = torch.empty_strided(arg.shape, arg.stride(), dtype=arg.dtype, device="meta")
+        return holder
+
+    given, named = tree_map(held, (tuple(args), dict(kwargs)))
+    node = graph.call_function(op, given, named)
+    values, words = fx.map_arg((node.args, node.kwargs), lambda holder: holder.meta["val"])
+    node.meta["val"] = op(*values, **words)
+    return node
 
 
 def total_bytes(node: fx.Node) -> int:

@@ -27,8 +27,13 @@ class Rehearsed:
     end: int
 
 
-# (operation, shapes of its tensors, sorted) -> bytes a library call needs while it runs
-Workspaces = Mapping[tuple[str, tuple[tuple[int, ...], ...]], int]
+# (operation, args, kwargs) -> bytes a library call needs while it runs, beyond what it returns
+Workspace = Callable[[torch._ops.OpOverload, Sequence[Any], Mapping[str, Any]], int]
+
+
+def nothing(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """The workspace of library calls that need none."""
+    return 0
 
 
 @dataclass
@@ -38,7 +43,7 @@ class Ledger:
     block: bytes a storage is rounded up to.
     """
 
-    workspaces: Workspaces
+    workspace: Workspace
     block: int = 1
     alive: dict[int, tuple[StorageWeakRef, int]] = field(default_factory=dict)
     held: int = 0
@@ -55,13 +60,13 @@ class Ledger:
         self.peak = max(self.peak, self.held)
         return tensor
 
-    def run(self, name: str, tensors: Any, result: Any) -> Any:
+    def run(self, op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> Any:
         """A library call: its fresh results are owned, and its workspace stands beside them for a moment."""
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self.own(leaf)
         self.settle()
-        self.peak = max(self.peak, self.held + self.workspaces.get((name, shapes(tensors)), 0))
+        self.peak = max(self.peak, self.held + rounded(self.workspace(op, args, kwargs), self.block))
         return result
 
     def settle(self) -> None:
@@ -70,36 +75,37 @@ class Ledger:
             self.held -= self.alive.pop(key)[1]
 
 
-def shapes(values: Any) -> tuple[tuple[int, ...], ...]:
-    """Shapes of the tensors among nested values, sorted: how a workspace is looked up."""
-    return tuple(sorted(tuple(leaf.shape) for leaf in tree_leaves(values) if isinstance(leaf, torch.Tensor)))
-
-
 def rehearse(
     call: Callable[..., Any],
     arguments: Sequence[Any],
     owned: Sequence[bool],
-    workspaces: Workspaces | None = None,
+    workspace: Workspace = nothing,
     block: int = 1,
 ) -> Rehearsed:
     """Run a wrapper's `call` on stand-ins for `arguments` (fake or meta tensors, sizes) and count.
 
     owned[i]: argument i's storage is the step's (a saved activation), not the caller's (a parameter). Arguments that
-    share a storage still do. workspaces: bytes of library calls. block: bytes a storage is rounded up to.
+    share a storage still do. workspace: of a library call, bytes. block: bytes a storage is rounded up to.
     Raises NotImplementedError for an operation without a meta implementation.
     """
-    ledger = Ledger(workspaces or {}, block)
-    stand_ins = _stand_ins(arguments, owned, ledger)
-    function = getattr(call, "__func__", call)
-    staged = types.FunctionType(function.__code__, _stage(function.__globals__, ledger), function.__name__)
-    outputs = staged(call.__self__, stand_ins) if hasattr(call, "__self__") else staged(stand_ins)
+    ledger = Ledger(workspace, block)
+    outputs = perform(call, stand_ins(arguments, owned, ledger), ledger)
     ledger.settle()
     end = ledger.held
     del outputs
     return Rehearsed(ledger.peak, end)
 
 
-def _stand_ins(arguments: Sequence[Any], owned: Sequence[bool], ledger: Ledger) -> list[Any]:
+def perform(call: Callable[..., Any], arguments: list[Any], ledger: Ledger) -> Sequence[Any]:
+    """Run a wrapper's `call` on stand-ins, which it takes out of the list; its outputs, as stand-ins."""
+    function = getattr(call, "__func__", call)
+    staged = types.FunctionType(function.__code__, _stage(function.__globals__, ledger), function.__name__)
+    outputs: Sequence[Any] = staged(call.__self__, arguments) if hasattr(call, "__self__") else staged(arguments)
+    return outputs
+
+
+def stand_ins(arguments: Sequence[Any], owned: Sequence[bool], ledger: Ledger) -> list[Any]:
+    """Meta tensors for the arguments, those that share a storage sharing one; the ledger owns some."""
     bases: dict[int, torch.Tensor] = {}
     made: list[Any] = []
     for value, mine in zip(arguments, owned, strict=True):
@@ -159,8 +165,8 @@ class _Extern:
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def call(*args: Any, out: Any = None, **kwargs: Any) -> Any:
-            result = getattr(torch.ops.aten, name)(*args, **kwargs) if out is None else out
-            return self._ledger.run(name, (args, kwargs), result)
+            op = getattr(torch.ops.aten, name).default
+            return self._ledger.run(op, args, kwargs, op(*args, **kwargs) if out is None else out)
 
         return call
 
@@ -174,8 +180,7 @@ class _Ops:
     def __getattr__(self, name: str) -> Any:
         found = getattr(self._namespace, name)
         if isinstance(found, torch._ops.OpOverload):
-            plain = found._schema.name.rpartition("::")[2]
-            return lambda *args, **kwargs: self._ledger.run(plain, (args, kwargs), found(*args, **kwargs))
+            return lambda *args, **kwargs: self._ledger.run(found, args, kwargs, found(*args, **kwargs))
         return _Ops(found, self._ledger)
 
 

@@ -45,8 +45,14 @@ def test_storages_are_rounded_to_the_allocators_block() -> None:
 
 def test_a_library_calls_workspace_stands_beside_its_output() -> None:
     saved = torch.empty(KB, 4, device="meta")
-    needs = {("mul", ((KB, 4),)): 10_000}
+    seen: list[Any] = []
+
+    def needs(op: Any, args: Any, kwargs: Any) -> int:
+        seen.append((op, [tuple(arg.shape) for arg in args if isinstance(arg, torch.Tensor)]))
+        return 10_000 if op is torch.ops.aten.exp.default else 0
+
     assert rehearse(wrapper, [saved], [True], needs).peak == 8192 + 10_000
+    assert seen[-1] == (torch.ops.aten.exp.default, [(4, KB)])
 
 
 def test_arguments_that_share_a_storage_are_counted_once() -> None:
