@@ -12,7 +12,7 @@ from torch import Tensor
 
 from memopt.plans import MeasuredStep
 from memopt.runtime.resident import distinct_bytes
-from memopt.runtime.trace import Recording, profiler_is_active
+from memopt.runtime.trace import Recording, make_way, profiler_is_active
 
 SHARE, SLACK = 0.01, 2**20  # what a prediction may be off by before the guard speaks: 1 % + 1 MiB
 
@@ -69,7 +69,7 @@ class Guard:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             self._watching = True
-        elif watched_on_cpu(self.steps) and not profiler_is_active():
+        elif watched_on_cpu(self.steps) and (not profiler_is_active() or make_way()):
             self._before = distinct_bytes(tensor for tensor in self.resident() if tensor.device.type == "cpu")
             self._recording = Recording(yields=True)
             self._watching = True

@@ -112,15 +112,23 @@ class Recording:
         return any(p.entered and p.kineto_results is None for p in others if p is not self.profile.profiler)
 
 
+def make_way() -> bool:
+    """End a guard's recording, if that is what runs: a later one goes first. Whether nothing runs any more.
+
+    Its model may never take another step, and would keep every other from being watched.
+    """
+    running = Recording.yielding
+    if running is not None and not running.taken_over():
+        running.give_way()
+    return not profiler_is_active()
+
+
 def record(run: Callable[[], object]) -> Trace:
     """Run it once and return the trace of its CPU allocations. What it raises ends the recording and goes on.
 
     Raises MemoptError when a profiler is already active, or was started by `run` and left the recording cut short.
     """
-    running = Recording.yielding if profiler_is_active() else None
-    if running is not None and not running.taken_over():  # a guard's: what the user asks for goes first
-        running.give_way()
-    if profiler_is_active():
+    if profiler_is_active() and not make_way():
         raise MemoptError("a torch profiler is already running; measure outside it, since only one can be active")
     recording = Recording()
     try:

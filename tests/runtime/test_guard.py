@@ -56,6 +56,19 @@ def test_what_is_tolerated_is_not_reported(caplog: pytest.LogCaptureFixture) -> 
         assert len(warnings(caplog)) == said
 
 
+def test_a_guard_left_watching_makes_way_for_another() -> None:
+    left, guard = Guard(9 * MB), Guard(9 * MB)
+    for _ in range(2):
+        left.begin_step()  # its model takes no further step: nobody ends what it watches
+    for _ in range(3):
+        guard.begin_step()
+        block(8 * MB)
+    assert guard.measured is not None
+    assert guard.measured.peak_bytes == 8 * MB
+    left.begin_step()
+    assert left.measured is None
+
+
 def test_the_first_step_is_not_watched() -> None:
     with Guard(MB) as guard:
         guard.begin_step()
