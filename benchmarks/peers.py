@@ -22,9 +22,6 @@ from memopt.session import Session, attach
 
 Loss = Callable[[], Tensor]
 SMALLEST = 1  # bytes asked by the row that wants memopt's own smallest peak
-# Of the planner's floor, tried in turn for the smallest peak. Not 1: measured peaks are 4 bytes above planned ones, as
-# autograd holds the loss's gradient until the backward ends.
-STEPS = (1.002, 1.01, 1.02, 1.04, 1.08, 1.12, 1.16, 1.2)
 
 
 @dataclass(frozen=True)
@@ -83,26 +80,18 @@ def set_up(variant: Variant, model: nn.Module, inputs: Inputs, optimizer: Any = 
 
 
 def _memopt(variant: Variant, model: nn.Module, inputs: Inputs, optimizer: Any) -> tuple[Loss, dict[str, Any]]:
-    if variant.budget != SMALLEST:
-        return _attached(variant, model, inputs, optimizer)
-    stated = _floor(variant, model, inputs, optimizer)
-    for budget in (round(stated[0] * step) for step in STEPS):
-        try:
-            return _attached(replace(variant, budget=budget), model, inputs, optimizer)
-        except BudgetError:  # the lowering needs more than the planner's floor: the next step gives it
-            continue
-    return _attached(replace(variant, budget=round(stated[1] * STEPS[0])), model, inputs, optimizer)
+    if variant.budget == SMALLEST:
+        variant = replace(variant, budget=_floor(variant, model, inputs, optimizer))
+    return _attached(variant, model, inputs, optimizer)
 
 
-def _floor(variant: Variant, model: nn.Module, inputs: Inputs, optimizer: Any) -> tuple[int, int]:
-    """The planner's floor, and the floor a refusal names, bytes. Under Inductor they are not the same."""
+def _floor(variant: Variant, model: nn.Module, inputs: Inputs, optimizer: Any) -> int:
+    """The least bytes memopt says the step can run in: what a refusal of one byte names."""
     try:
-        session, result = _planned(variant, model, inputs, optimizer)
+        _, result = _planned(variant, model, inputs, optimizer)
     except BudgetError as error:
-        named = error.floor_bytes
-        _, result = _planned(replace(variant, budget=round(named * STEPS[0])), model, inputs, optimizer)
-        return min(named, result.plan.floor), named
-    raise RuntimeError(f"one byte was enough for a step of {session.request.model}: planned {result.plan.peak}")
+        return error.floor_bytes
+    raise RuntimeError(f"one byte was enough for a step planned at {result.plan.peak}")
 
 
 def _planned(variant: Variant, model: nn.Module, inputs: Inputs, optimizer: Any) -> tuple[Session, PlanResult]:
