@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from memopt.edit import Remake, edit
-from memopt.fusion import expanded, fused, fused_seconds, unfused
+from memopt.fusion import expanded, fused, fused_seconds, kernels, leaving, unfused
 from memopt.graph import Step, StepGraph, Storage, TensorInfo, verify
 from memopt.timeline import peak, timeline
 
@@ -72,3 +74,63 @@ def test_seconds_shrink_with_the_bytes_that_still_move() -> None:
     assert priced["mm"] == 1.0
     assert 0 < priced["sum"] < 4.0
     assert fused_seconds(unfused(graph), seconds) == seconds
+
+
+def graph_of(steps: tuple[Step, ...], views: dict[str, str]) -> StepGraph:
+    """Storages of a megabyte each; views: tensor -> the tensor whose storage it shares."""
+    names = ["w", *(name for s in steps for name in s.writes)]
+    storages = {name: Storage(name, MB) for name in names if name not in views}
+    tensors = {name: TensorInfo(name, (1,), "float32", views.get(name, name)) for name in names}
+    return StepGraph(("w",), steps, (steps[-1].writes[0],), tensors, storages)
+
+
+def test_a_view_of_an_older_value_stays_out_of_the_kernel_it_feeds() -> None:
+    steps = (
+        step("old", "forward", "w", fusable=False),
+        step("new", "forward", "w", fusable=False),
+        step("view", "forward", "old", fusable=False),
+        step("add", "forward", "new view"),
+        step("exp", "forward", "add"),
+        step("back", "backward", "view exp", fusable=False),
+    )
+    found = fused(graph_of(steps, {"view": "old"}))
+    assert [s.name for s in found.graph.steps] == ["old", "new", "view", "exp", "back"]
+    remade = Remake("recompute", "old", ("back", "back"), (steps[0],))
+    after = edit(found.graph, [remade])  # the view is copied, the kernel that also reads it is not
+    assert [s.name for s in after.steps] == ["old", "new", "view", "exp", "old__1", "view__1", "back"]
+
+
+def siblings(late: str) -> StepGraph:
+    """One kernel makes y and z of x, z by way of y; `late` is what the last backward step reads."""
+    return graph_of(
+        (
+            step("x", "forward", "w", fusable=False),
+            step("y", "forward", "x"),
+            step("z", "forward", "y"),
+            step("loss", "forward", "z", fusable=False),
+            step("first", "backward", "loss z", fusable=False),
+            step("last", "backward", f"first {late}", fusable=False),
+        ),
+        {},
+    )
+
+
+def test_a_sibling_a_value_is_made_of_is_remade_with_it_unless_the_plan_still_holds_it() -> None:
+    for late, wanted in (("x", ["y", "z"]), ("y", ["z"])):
+        graph = siblings(late)
+        found = fused(replace(graph, outputs=("last", "y") if late == "y" else ("last",)))
+        (window,) = found.members
+        remade = Remake("recompute", "z", ("first", "first"), (found.graph.steps[found.graph.position[window]],))
+        assert sorted(r.value for r in expanded(found, [remade])) == wanted
+
+
+def test_copies_are_kernels_of_their_own_and_store_what_others_read() -> None:
+    graph = softmax_step()
+    found = fused(graph)
+    window = found.graph.steps[1]
+    after = edit(graph, expanded(found, [Remake("recompute", "sub", ("grad", "weight"), (window,))]))
+    kernel = kernels(found, after)
+    assert {kernel[name] for name in ("amax", "sub", "exp", "sum")} == {kernel["sum"]}
+    assert kernel["amax__1"] == kernel["sub__1"] not in (kernel["sum"], kernel["grad"])
+    assert "mm" not in kernel
+    assert leaving(after, kernel) == {"sum", "sub__1", "grad"}
