@@ -199,15 +199,25 @@ def _lines(result: PlanResult) -> Table:
     return table
 
 
+SMALL_GAP = 0.01  # of the step time: above it the report says where the gap comes from
+WHY = {
+    "frontier": "the bound is the relaxation's, which may remake a value in part",
+    "chain": "so low a budget needs segments remade from their borders, of which no bound is known",
+    "greedy": "it proves nothing",
+    "plan file": "a reused plan is not proven again",
+}
+
+
 def bound_line(result: PlanResult) -> str:
     """The certificate in a sentence: the least seconds any plan could take, and how far this one is from it."""
     plan = result.plan
     if plan.seconds <= 0:
         return "no seconds added, which nothing can beat"
     bound = format_seconds(result.baseline_seconds + plan.lower_bound)
+    why = f": {WHY[plan.solver]}" if result.gap > SMALL_GAP and plan.solver in WHY else ""
     return (
         f"{format_seconds(plan.seconds)} added; no plan of these levers takes under {bound} a step; "
-        f"gap {100 * result.gap:.2f} % of the step time ({plan.solver or 'unnamed solver'})"
+        f"gap {100 * result.gap:.2f} % of the step time ({plan.solver or 'unnamed solver'}{why})"
     )
 
 

@@ -44,6 +44,15 @@ def test_the_report_prints_budget_in_both_units_peaks_levers_and_source_lines(ma
     assert "AdamW with fp32 states assumed" in text
 
 
+def test_a_gap_above_one_percent_says_where_it_comes_from(make: Make) -> None:
+    result = make(64 * MIB)
+    wide = replace(result, plan=replace(result.plan, lower_bound=0.0, solver="frontier"))
+    close = replace(wide, plan=replace(wide.plan, lower_bound=wide.plan.seconds))
+    assert wide.gap > 0.01
+    assert "which may remake a value in part" in " ".join(to_text(wide).split())
+    assert "which may remake a value in part" not in " ".join(to_text(close).split())
+
+
 def test_measured_is_set_against_the_prediction(make_measured: Callable[[int, int], PlanResult]) -> None:
     assert "held, 4.19 MB to spare" in to_text(make_measured(60 * MIB, 64 * MIB))
     over = to_text(make_measured(66 * MIB, 64 * MIB))
