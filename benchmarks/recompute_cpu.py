@@ -84,7 +84,8 @@ def tables(results: Path) -> str:
             head, *rows = read_lines(path)
             made = head["surroundings"]
             where = f"torch {made['torch']}, {made['threads']} threads, {made['processor']}, commit {made['commit']}"
-            parts.append(f"{bed.text} ({where}; {head['rounds']} rounds):\n\n{markdown(rows)}")
+            picture = f"![step time over peak](benchmarks/results/{path.with_suffix('.svg').name})"
+            parts.append(f"{bed.text} ({where}; {head['rounds']} rounds):\n\n{markdown(rows)}\n\n{picture}")
     return "\n\n".join(parts)
 
 

@@ -30,7 +30,7 @@ log = logging.getLogger("memopt")
 
 TRIES = 5  # lowerings at most; each costs a compilation
 ABOVE = (1.0, 1.02, 1.05, 1.1, 1.18, 1.3)  # of the solver's floor: where else to look before a step is refused
-CLOSE = 0.03  # a plan whose peak is within this share of the budget is not worth another compilation
+CLOSE = 0.015  # a plan whose peak is within this share of the budget is not worth another compilation
 FAR = 0.04  # code this share of the budget above it is held to the plan's kernels instead of planned smaller
 
 
