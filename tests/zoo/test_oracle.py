@@ -25,7 +25,7 @@ class Zoo:
     """One preset, built with fixed weights and inputs as often as asked."""
 
     def __init__(self, name: str) -> None:
-        self.work = load(name)
+        self.name, self.work = name, load(name)
         torch.manual_seed(0)
         self.inputs = self.work.inputs(*SIZES[name])
 
@@ -60,13 +60,11 @@ def compiled(zoo: Zoo, budget: int) -> tuple[torch.nn.Module, torch.optim.Optimi
     return model, optimizer
 
 
-# Not among them yet: T5 (8 bytes off at every step), ViT (its patch convolution's workspace), and the LSTM, whose
-# traced cells round differently from torch's fused ones.
-EXACT = ("llama-tiny", "gpt2-tiny", "bert-tiny", "resnet-tiny", "unet-tiny", "t5-tiny", "vit-tiny", "lstm-tiny")
+# Traced, an LSTM is its cells, which round differently from the fused layer (oneDNN's) that untraced torch runs.
+ROUNDED = {"lstm-tiny"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zoo", EXACT, indirect=True)
 def test_the_budget_is_held_and_every_byte_is_foreseen(zoo: Zoo) -> None:
     """At the least share of the free peak that is feasible, and at the floor."""
     plain = zoo.gradients(zoo.model()[0])
@@ -97,7 +95,7 @@ def check(zoo: Zoo, budget: int, plain: list[torch.Tensor]) -> int:
 
 def hold(zoo: Zoo, model: torch.nn.Module, optimizer: torch.optim.Optimizer, ledger: Ledger, plain: Any) -> None:
     """Twice (transformers writes into the configuration at the first call), then with states, under the ledger."""
-    same(zoo.gradients(model), plain)
+    same(zoo, plain, zoo.gradients(model))
     zoo.loss(model).backward()
     optimizer.step()
     optimizer.zero_grad()
@@ -108,6 +106,10 @@ def hold(zoo: Zoo, model: torch.nn.Module, optimizer: torch.optim.Optimizer, led
     optimizer.zero_grad()
 
 
-def same(found: list[torch.Tensor], plain: list[torch.Tensor]) -> None:
+def same(zoo: Zoo, plain: list[torch.Tensor], found: list[torch.Tensor]) -> None:
     assert len(found) == len(plain)
-    assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
+    for a, b in zip(found, plain, strict=True):
+        if zoo.name in ROUNDED:
+            torch.testing.assert_close(a, b)
+        else:
+            assert torch.equal(a, b)
