@@ -134,6 +134,7 @@ def _dry_run(
         if isinstance(failed.inner_exception, MemoptError):
             raise failed.inner_exception from failed
         raise CaptureError(sentence(failed)) from failed
+    # What torch and the user's own code raise on fake tensors: shapes that do not match, operations without a fake.
     except (torch._dynamo.exc.TorchDynamoException, RuntimeError, TypeError, NotImplementedError) as failed:
         raise CaptureError(sentence(failed)) from failed
 

@@ -7,7 +7,7 @@ rehearsed: see memopt/runtime/rehearse.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
@@ -182,17 +182,13 @@ class Halves:
         outputs = dict(zip(self.forward.returns, perform(self.forward.call, list(given), ledger), strict=True))
         front, ledger.peak = ledger.peak, 0
         held = [value for name, value in outputs.items() if name in self.kept]
-        arguments = [outputs[name] if name in outputs else self._new(at, ledger) for at, name in self._inputs()]
+        arguments = [
+            outputs[name] if name in outputs else stand_ins([value], [True], ledger)[0]  # else a tangent
+            for name, value in zip(self.backward.names, self.backward.values, strict=True)
+        ]
         held += [value for name, value in zip(self.backward.names, arguments, strict=True) if name in self.seeds]
         outputs.clear()
         ledger.settle()
         ledger.peak = ledger.held
         perform(self.backward.call, arguments, ledger)
         return front, ledger.peak
-
-    def _inputs(self) -> Iterable[tuple[int, str]]:
-        return enumerate(self.backward.names)
-
-    def _new(self, at: int, ledger: Ledger) -> Any:
-        """A tangent, or a size."""
-        return stand_ins([self.backward.values[at]], [True], ledger)[0]

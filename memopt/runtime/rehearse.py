@@ -18,15 +18,6 @@ from torch.utils._pytree import tree_leaves
 
 from memopt.timeline import rounded
 
-
-@dataclass(frozen=True, slots=True)
-class Rehearsed:
-    """peak, end: bytes held at the worst moment, and when the code returned, arguments and outputs included."""
-
-    peak: int
-    end: int
-
-
 # (operation, args, kwargs) -> bytes a library call needs while it runs, beyond what it returns
 Workspace = Callable[[torch._ops.OpOverload, Sequence[Any], Mapping[str, Any]], int]
 
@@ -60,13 +51,17 @@ class Ledger:
         self.peak = max(self.peak, self.held)
         return tensor
 
-    def run(self, op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> Any:
-        """A library call: its fresh results are owned, and its workspace stands beside them for a moment."""
+    def run(self, op: torch._ops.OpOverload | None, args: Sequence[Any], kwargs: Mapping[str, Any], result: Any) -> Any:
+        """A library call: its fresh results are owned, and its workspace stands beside them for a moment.
+
+        op: None for a kernel of Inductor's own, of which no workspace is known.
+        """
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self.own(leaf)
         self.settle()
-        self.peak = max(self.peak, self.held + rounded(self.workspace(op, args, kwargs), self.block))
+        needs = 0 if op is None else self.workspace(op, args, kwargs)
+        self.peak = max(self.peak, self.held + rounded(needs, self.block))
         return result
 
     def settle(self) -> None:
@@ -75,29 +70,12 @@ class Ledger:
             self.held -= self.alive.pop(key)[1]
 
 
-def rehearse(
-    call: Callable[..., Any],
-    arguments: Sequence[Any],
-    owned: Sequence[bool],
-    workspace: Workspace = nothing,
-    block: int = 1,
-) -> Rehearsed:
-    """Run a wrapper's `call` on stand-ins for `arguments` (fake or meta tensors, sizes) and count.
-
-    owned[i]: argument i's storage is the step's (a saved activation), not the caller's (a parameter). Arguments that
-    share a storage still do. workspace: of a library call, bytes. block: bytes a storage is rounded up to.
-    Raises NotImplementedError for an operation without a meta implementation.
-    """
-    ledger = Ledger(workspace, block)
-    outputs = perform(call, stand_ins(arguments, owned, ledger), ledger)
-    ledger.settle()
-    end = ledger.held
-    del outputs
-    return Rehearsed(ledger.peak, end)
-
-
 def perform(call: Callable[..., Any], arguments: list[Any], ledger: Ledger) -> Sequence[Any]:
-    """Run a wrapper's `call` on stand-ins, which it takes out of the list; its outputs, as stand-ins."""
+    """Run a wrapper's `call` on stand-ins, which it takes out of the list; its outputs, as stand-ins.
+
+    The ledger's `held` and `peak` tell what it held. Raises NotImplementedError for an operation without a meta
+    implementation.
+    """
     function = getattr(call, "__func__", call)
     staged = types.FunctionType(function.__code__, _stage(function.__globals__, ledger), function.__name__)
     outputs: Sequence[Any] = staged(call.__self__, arguments) if hasattr(call, "__self__") else staged(arguments)
@@ -105,7 +83,10 @@ def perform(call: Callable[..., Any], arguments: list[Any], ledger: Ledger) -> S
 
 
 def stand_ins(arguments: Sequence[Any], owned: Sequence[bool], ledger: Ledger) -> list[Any]:
-    """Meta tensors for the arguments, those that share a storage sharing one; the ledger owns some."""
+    """Meta tensors for the arguments (fake or meta tensors; sizes stay), those that share a storage sharing one.
+
+    owned[i]: argument i's storage is the step's (a saved activation) and counted, not the caller's (a parameter).
+    """
     bases: dict[int, torch.Tensor] = {}
     made: list[Any] = []
     for value, mine in zip(arguments, owned, strict=True):
@@ -165,8 +146,12 @@ class _Extern:
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def call(*args: Any, out: Any = None, **kwargs: Any) -> Any:
-            op = getattr(torch.ops.aten, name).default
-            return self._ledger.run(op, args, kwargs, op(*args, **kwargs) if out is None else out)
+            op = getattr(getattr(torch.ops.aten, name, None), "default", None)  # "bias_addmm" is none of ATen's
+            if out is not None:
+                return self._ledger.run(op, args, kwargs, out)
+            if op is None:
+                raise NotImplementedError(f"no ATen operation tells what {name} makes")
+            return self._ledger.run(op, args, kwargs, op(*args, **kwargs))
 
         return call
 
