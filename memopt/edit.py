@@ -87,8 +87,8 @@ class Placer:
         before: dict[int, list[Copy]] = {}
         reads: dict[int, dict[str, str]] = {}
         for at, step in enumerate(self.graph.steps):
-            if not any(self.graph.storage_of(name) in self.spans for name in step.reads):
-                continue
+            if not any(self.graph.storage_of(name) in self.spans for name in step.reads) or self.graph.is_view(step):
+                continue  # who reads a view gets a view of the copy
             if placed := self.place(step.reads, at):
                 before[at] = placed
             if renamed := self.renamed(step.reads, at):
@@ -170,10 +170,17 @@ def _copied(
         copy.step,
         name=copy.name,
         phase=reader.phase,
+        workspace=workspace_again(graph, copy.step),
         advances=False,
         reads=tuple(renamed.get(n, n) for n in copy.step.reads),
         writes=tuple(renamed[n] for n in copy.step.writes),
     )
+
+
+def workspace_again(graph: StepGraph, step: Step) -> int:
+    """Bytes a copy of the step takes while it runs. A draw made again puts the generator back as it was: besides what
+    it took at first it holds that state, as large as the one it starts from, which it reads first."""
+    return step.workspace + (graph.bytes_of(step.reads[:1]) if step.advances else 0)
 
 
 def live_steps(steps: Sequence[Step], outputs: Sequence[str]) -> tuple[Step, ...]:

@@ -47,7 +47,8 @@ class Step:
     key: operation, argument shapes, strides, dtypes and constants in one string: equal keys cost the same.
     flops: floating-point operations; workspace: bytes the operation takes and gives back while it runs.
     pure: running it again on equal inputs gives bit-equal outputs and changes nothing else.
-    advances: moves the random generator on, so it runs even if nobody reads it; a copy of it does not advance.
+    advances: moves the random generator on, so it runs even if nobody reads it; a copy of it does not advance. If pure,
+    what it reads first is the generator's state before it.
     fusable: pointwise, a reduction or a fill: a fusing compiler merges it with its neighbours. fused: such a merger;
     its outputs take the place of the inputs it reads last, and those nobody reads are not made (memopt/fusion.py).
     """
@@ -133,6 +134,10 @@ class StepGraph:
         old = {self.tensors[name].storage for name in step.reads}
         new = dict.fromkeys(self.tensors[name].storage for name in step.writes)
         return tuple(name for name in new if name not in old)
+
+    def is_view(self, step: Step) -> bool:
+        """Whether the step only looks at what it reads: it creates nothing and changes nothing."""
+        return step.pure and bool(step.writes) and not self.created(step)
 
     def bytes_of(self, tensors: Iterable[str]) -> int:
         """Bytes of the distinct storages behind these tensors."""

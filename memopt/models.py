@@ -47,7 +47,7 @@ def load(spec: str) -> Workload:
     ValueError in one sentence for an unknown name (with the known ones) and for whatever is wrong with a file.
     """
     if spec in PRESETS:
-        return _from_preset(spec, PRESETS[spec])
+        return from_preset(spec, PRESETS[spec])
     path, colon, factory = spec.rpartition(":")
     if colon and path.endswith(".py"):
         return load_factory(path, factory)
@@ -59,7 +59,7 @@ def load(spec: str) -> Workload:
     )
 
 
-def _from_preset(name: str, preset: Preset) -> Workload:
+def from_preset(name: str, preset: Preset) -> Workload:
     config = dict(preset.config)
     if preset.task == "text-classifier":
         build, inputs = partial(_lstm, config), partial(_classified_text, name, config)

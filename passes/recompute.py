@@ -44,20 +44,16 @@ def cost(steps: Iterable[Step], seconds: Mapping[str, float]) -> float:
 def remakeable(graph: StepGraph) -> dict[str, tuple[Step, ...]]:
     """Storage -> the one step that creates it, in the order of the graph.
 
-    Left out: what the caller holds, what an impure step touches by writing, and what later steps write into (only
-    views may).
+    Left out: what the caller holds, and what an impure step touches by writing; other steps only look at it.
     """
     held = {*graph.input_storages, *graph.output_storages}
     found: dict[str, tuple[Step, ...]] = {}
     spoilt: set[str] = set()
     for step in graph.steps[: graph.boundary]:
-        made = graph.created(step)
-        for name in made:
-            found[name] = (step,)
+        found.update((name, (step,)) for name in graph.created(step))
+    for step in graph.steps:
         if not step.pure:
             spoilt.update(graph.storage_of(write) for write in step.writes)
-    for step in graph.steps[graph.boundary :]:
-        spoilt.update(graph.storage_of(write) for write in step.writes)
     return {name: made for name, made in found.items() if name not in held and name not in spoilt}
 
 
@@ -76,7 +72,8 @@ def needed(graph: StepGraph, blocks: Blocks, makers: Mapping[str, tuple[Step, ..
            region: tuple[int, int]) -> Iterator[str]:  # fmt: skip
     """Values read in the region and, within each one's own block, what making them again reads; in graph order."""
     found: dict[str, None] = {}
-    stack = [graph.storage_of(r) for step in graph.steps[region[0] : region[1] + 1] for r in step.reads]
+    steps = (step for step in graph.steps[region[0] : region[1] + 1] if not graph.is_view(step))
+    stack = [graph.storage_of(r) for step in steps for r in step.reads]
     while stack:
         value = stack.pop()
         if value in found or value not in makers:

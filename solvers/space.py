@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from memopt.edit import Remake
+from memopt.edit import Remake, workspace_again
 from memopt.plans import Problem
 from memopt.solvers.region import Maker, Walk, Work
 from memopt.timeline import rounded
@@ -82,7 +82,8 @@ class Space:
         reads = tuple(dict.fromkeys(number[graph.storage_of(r)] for r in step.reads))
         makes = tuple(number[name] for name in graph.created(step))
         at = graph.position[step.name]
-        return Maker(at, reads, makes, int(self.workspace[at]), self.problem.seconds.get(step.name, 0.0), step.fused)
+        workspace = rounded(workspace_again(graph, step), self.problem.block)
+        return Maker(at, reads, makes, workspace, self.problem.seconds.get(step.name, 0.0), step.fused)
 
     def _index_reads(self) -> None:
         """Per region the reads its offers may serve; per value and region the first and last such read."""
@@ -90,7 +91,7 @@ class Space:
         self.covered: dict[int, dict[int, tuple[int, int]]] = {v: {} for v in self.makers}
         for at, step in enumerate(graph.steps):
             k = bisect_right(starts, at) - 1
-            if k < 0 or at > self.regions[k].last:
+            if k < 0 or at > self.regions[k].last or graph.is_view(step):
                 continue
             region = self.regions[k]
             read = dict.fromkeys(self.number[graph.storage_of(r)] for r in step.reads)

@@ -18,7 +18,7 @@ RATE = 2e13  # floating-point operations a second of the same device
 
 @dataclass
 class Op:
-    """One recorded operation: what its backward reads, and which inputs want a gradient."""
+    """One recorded operation: what its backward reads (turned: through views it takes), what wants a gradient."""
 
     name: str
     inputs: tuple[str, ...]
@@ -26,6 +26,7 @@ class Op:
     saves: tuple[str, ...]
     flops: int
     view: bool = False
+    turned: bool = False
 
 
 @dataclass
@@ -62,14 +63,16 @@ class Tape:
         self.seconds[name] = 0.0 if free else max(flops / RATE, moved / BANDWIDTH) + 2e-6
 
     def op(self, name: str, inputs: tuple[str, ...], sizes: tuple[int, ...], saves: str = "inputs", *,
-           flops: int = 0, workspace: int = 0, pure: bool = True) -> tuple[str, ...]:  # fmt: skip
-        """saves: 'inputs', 'outputs', 'both' or 'none'; the backward step reads those and the gradient."""
+           flops: int = 0, workspace: int = 0, pure: bool = True, turned: bool = False) -> tuple[str, ...]:  # fmt: skip
+        """saves: 'inputs', 'outputs', 'both' or 'none'; the backward step reads those and the gradient.
+
+        turned: it reads them through views it takes, as that of a product (flops) always does."""
         outs = tuple(name if i == 0 else f"{name}.{i}" for i in range(len(sizes)))
         for out, size in zip(outs, sizes, strict=True):
             self.declare(out, size)
         self.step(name, inputs, outs, flops=flops, workspace=workspace, pure=pure)
         kept = {"inputs": inputs, "outputs": outs, "both": (*inputs, *outs), "none": ()}[saves]
-        self.ops.append(Op(name, inputs, outs, kept, flops))
+        self.ops.append(Op(name, inputs, outs, kept, flops, turned=turned or flops > 0))
         return outs
 
     def view(self, name: str, of: str) -> str:
@@ -99,8 +102,16 @@ class Tape:
             out = f"{op.name}.d{i}"
             self.declare(out, self.nbytes(name), kind)
             saved = tuple(s for s in op.saves if s != name) if op.flops else op.saves
+            if op.turned:
+                saved = tuple(self.turn(f"{out}.t{j}", of) for j, of in enumerate(saved))
             self.step(out, (*grads, *saved), (out,), "backward", flops=op.flops)
             self.accumulate(name, out)
+
+    def turn(self, name: str, of: str) -> str:
+        """A view the backward takes of a saved value, as the gradient of a weight does of the product's input."""
+        self.declare(name, self.nbytes(of), of=of)
+        self.step(name, (of,), (name,), "backward", free=True)
+        return name
 
     def accumulate(self, name: str, grad: str) -> None:
         if name in self.grads:
@@ -237,7 +248,15 @@ def random_step(seed: int, steps: int = 7) -> tuple[StepGraph, dict[str, float]]
         else:
             sizes = tuple(rng.randint(1, 100) for _ in range(rng.choice((1, 1, 1, 2))))
             saves = rng.choice(("inputs", "outputs", "both", "none"))
-            last = t.op(f"n{i}", reads, sizes, saves, pure=rng.random() > 0.1, workspace=rng.randint(0, 30))[0]
+            last = t.op(
+                f"n{i}",
+                reads,
+                sizes,
+                saves,
+                pure=rng.random() > 0.1,
+                workspace=rng.randint(0, 30),
+                turned=rng.random() < 0.5,
+            )[0]
             t.seconds[f"n{i}"] = float(rng.randint(1, 20))
         made.append(last)
     (loss,) = t.op("loss", (last,), (4,))

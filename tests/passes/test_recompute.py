@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 from memopt.edit import edit
@@ -50,6 +51,18 @@ def test_impure_values_inputs_and_outputs_are_never_offered() -> None:
         assert not values & (impure | {*graph.input_storages, *graph.output_storages})
 
 
+def test_a_value_the_backward_only_views_is_offered() -> None:
+    """x.t() of a saved x, as in every weight's gradient, is no write: forward values must not be kept for it."""
+    graph, seconds = llama(4)
+    late = [step for step in graph.steps[graph.boundary :] if graph.is_view(step)]
+    viewed = {
+        graph.storage_of(r) for step in late for r in step.reads if graph.producer.get(r, 0) in range(1, graph.boundary)
+    }
+    kept = set(graph.output_storages) | set(graph.input_storages)
+    assert viewed - kept
+    assert viewed - kept <= {offer.value for offer in Recompute().propose(graph, seconds)}
+
+
 def test_shared_tables_are_offered_to_every_layer() -> None:
     graph, seconds = llama(6)
     assert sum(offer.value == "rotary.cos" for offer in Recompute().propose(graph, seconds)) >= 6
@@ -61,3 +74,13 @@ def test_longest_leaves_slow_steps_alone() -> None:
     offers = Recompute(longest=longest).propose(graph, seconds)
     assert offers
     assert max(offer.seconds for offer in offers) <= longest
+
+
+def test_a_draw_made_again_holds_two_states_of_the_generator() -> None:
+    graph, seconds = llama(2)
+    offer = next(offer for offer in Recompute().propose(graph, seconds) if offer.value == "l0.norm1")
+    draw = replace(offer.unpack[0], advances=True, workspace=3)
+    drawn = replace(graph, steps=tuple(draw if step.name == draw.name else step for step in graph.steps))
+    after = edit(drawn, (replace(offer, unpack=(draw,)),))
+    (copy,) = (step for step in after.steps if step.name == f"{draw.name}__1")
+    assert copy.workspace == 3 + graph.bytes_of(draw.reads[:1])

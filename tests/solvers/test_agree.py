@@ -73,7 +73,7 @@ def test_solve_finds_most_optima() -> None:
 
 
 def test_brute_refuses_what_it_cannot_finish() -> None:
-    graph, seconds = random_step(1)
+    graph, seconds = random_step(2)
     offers = Recompute().propose(graph, seconds) * 10
     with pytest.raises(ValueError, match="at most 16"):
         brute(Problem(graph, offers, 0, seconds))
