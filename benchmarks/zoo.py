@@ -30,10 +30,10 @@ ZOO: Mapping[str, Preset] = {
     "llama": _cut("llama-tiny", 16, 128, num_hidden_layers=8),
     "bert": _cut("bert-tiny", 16, 128, num_hidden_layers=8),
     "vit": _cut("vit-tiny", 32, num_hidden_layers=8, image_size=64),
-    "resnet-50": _cut("resnet-50", 16, embedding_size=16, hidden_sizes=[64, 128, 256, 512], num_labels=10,
+    "resnet-50": _cut("resnet-50", 64, embedding_size=16, hidden_sizes=[64, 128, 256, 512], num_labels=10,
                       image_size=64),
     "t5": _cut("t5-tiny", 16, 64, num_layers=6),
-    "lstm": _cut("lstm-tiny", 64, 64, layers=6, dropout=0.1),
+    "lstm": _cut("lstm-tiny", 64, 32, layers=4, dropout=0.1),
     "unet": _cut("unet-tiny", 8, depth=3, size=64),
 }  # fmt: skip
 
