@@ -80,10 +80,11 @@ class _Recorder:
     prepare: Prepare
     lowering: str
     loss_only: bool
+    exact: bool
     captures: list[Capture] = field(default_factory=list)
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        return lower(module, inputs, self.names, self.record, self.lowering, True, self.loss_only)
+        return lower(module, inputs, self.names, self.record, self.lowering, True, self.loss_only, exact=self.exact)
 
     def record(self, program: Program) -> Program:
         prefix = f"g{len(self.captures)}/" if self.captures else ""
@@ -98,22 +99,24 @@ def survey(
     prepare: Prepare,
     lowering: str = "eager",
     gradients: str = "loss",
+    exact: bool = True,
 ) -> Survey:
     """Run the model's forward under fake tensors and record every graph of it that trains.
 
     model, args, kwargs: real or fake; nothing of theirs is touched. gradients: "loss" or "all" (memopt.outputs).
+    exact: as in `memopt.lowering.lower`.
     Raises CaptureError naming the user's line when the forward cannot be traced, and when nothing asks for a gradient.
     """
     _refuse_sparse(model)
     mode = _mode_of(model) or FakeTensorMode(allow_non_fake_inputs=True)
     twin = faked(model, mode)
     args, kwargs = tree_map_only(torch.Tensor, lambda t: fake_tensor(t, mode), (tuple(args), dict(kwargs)))
-    recorder = _Recorder(tensor_names(twin), prepare, lowering, gradients == "loss")
+    recorder = _Recorder(tensor_names(twin), prepare, lowering, gradients == "loss", exact)
     outputs, notes = _dry_run(twin, args, kwargs, mode, recorder)
     if not recorder.captures:
         raise CaptureError(_nothing_to_train(model, outputs))
     if recorder.loss_only and len(recorder.captures) > 1:  # outputs of one graph may feed the next
-        return replace(survey(twin, args, kwargs, prepare, lowering, "all"), model=model)
+        return replace(survey(twin, args, kwargs, prepare, lowering, "all", exact), model=model)
     return Survey(tuple(recorder.captures), model, outputs, recorder.loss_only, notes)
 
 

@@ -17,6 +17,7 @@ from torch import fx
 from memopt.facts import hint
 from memopt.outputs import detach_beside_loss, refuse_gradients
 from memopt.program import Program, normalised, split
+from memopt.recurrent import as_untraced
 from memopt.runtime.executor import Executor
 
 Transform = Callable[[Program], Program]
@@ -32,12 +33,15 @@ def lower(
     dry: bool = False,
     loss_only: bool = False,
     seen: Callable[[bool], None] = lambda held: None,
+    exact: bool = True,
 ) -> Callable[..., Any]:
     """A callable for Dynamo that runs the graph with its joint program transformed.
 
     names: id(tensor) -> the user's name of that parameter or buffer. dry: the graph will run on fake tensors only, to
-    find what comes after it; nothing is generated or compiled. loss_only, seen: see `memopt.outputs`.
+    find what comes after it; nothing is generated or compiled. loss_only, seen: see `memopt.outputs`. exact: in the
+    eager lowering, round as untraced torch does (`memopt.recurrent`).
     """
+    as_untraced(module, fused=exact and lowering == "eager")
     detached = detach_beside_loss(module) if loss_only else None
     described = _described(module, inputs, names)
 

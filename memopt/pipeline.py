@@ -61,6 +61,11 @@ class Request:
     accumulate: int = 1
     time_limit: float = 20.0
 
+    @property
+    def exact(self) -> bool:
+        """Whether kernels are to be those of untraced torch on CPU (`memopt.lowering.lower`)."""
+        return self.numerics == "exact" and self.device.kind == "cpu"
+
 
 @dataclass(frozen=True)
 class Planned:

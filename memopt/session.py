@@ -80,7 +80,7 @@ class Session:
     def capture(self, call: Call) -> Survey:
         """Every graph of the step for these inputs. Raises CaptureError."""
         clean = prepare(self.request.lowering, self.request.off)
-        return survey(self.model, *call, clean, self.request.lowering, self.gradients)
+        return survey(self.model, *call, clean, self.request.lowering, self.gradients, self.request.exact)
 
     def adopt(self, found: Survey, capture_seconds: float, call: Call | None = None) -> Planned:
         """Price and plan a survey; remember it as the latest. Raises BudgetError; call: inputs it may try halved."""
@@ -145,7 +145,15 @@ class Session:
         started = time.perf_counter()
         loss_only = self.gradients == "loss" and all(found.loss_only for found in self.surveys.values())
         run = lower(
-            module, inputs, tensor_names(self.model), self.transform, self.request.lowering, False, loss_only, self.seen
+            module,
+            inputs,
+            tensor_names(self.model),
+            self.transform,
+            self.request.lowering,
+            False,
+            loss_only,
+            self.seen,
+            self.request.exact,
         )
         if self.latest is not None:
             timings = {**self.latest.result.timings, "lower": time.perf_counter() - started}

@@ -20,7 +20,7 @@ LEVELS = {
     1: "plans edit cost timeline devices fusion",
     2: "program facts listing unwrapped passbase kernels solvers",
     3: "passes blame capture hosts optim runtime lowering fences inductor compose outputs models workload factory nets "
-    "text",
+    "text recurrent",
     4: "pipeline dumps refusal profiling tuning session report table planfile html chart page formula carry sizing",
     5: "api workbench",
     6: "cli options __main__ backend integrations",
