@@ -93,9 +93,18 @@ def compiled(module: fx.GraphModule, inputs: Sequence[Any], partition: Partition
     return _compile(module, inputs, partition, _generated)
 
 
-def interpreted(module: fx.GraphModule, inputs: Sequence[Any], partition: Partition) -> Callable[..., Any]:
-    """The graph as Inductor would get it, run op by op: for fake tensors. Nothing is generated."""
-    return _compile(module, inputs, partition, lambda graph, _, **__: Executor(graph))
+def interpreted(
+    module: fx.GraphModule, inputs: Sequence[Any], partition: Partition, untrained: Callable[..., fx.GraphModule]
+) -> Callable[..., Any]:
+    """The graph as Inductor would get it, run op by op: for fake tensors. Nothing is generated.
+
+    untrained: is shown a graph that has no backward.
+    """
+
+    def inner(graph: fx.GraphModule, _: Any, is_inference: bool = False, **__: Any) -> Executor:
+        return Executor(untrained(graph) if is_inference else graph)
+
+    return _compile(module, inputs, partition, inner)
 
 
 def _compile(module: fx.GraphModule, inputs: Sequence[Any], partition: Partition, inner: Any) -> Callable[..., Any]:
