@@ -106,6 +106,11 @@ class _Recorder:
     storages: list[Any] = field(default_factory=list)
     known: set[int] = field(default_factory=set)
 
+    @property
+    def trained(self) -> int:
+        """How many runs of graphs that have a backward."""
+        return sum(capture.trains for capture in self.captures)
+
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         self.latest = None
         run = lower(module, inputs, self.names, self.record, self.lowering, True, self.loss_only)
@@ -169,10 +174,9 @@ def survey(
     recorder = _Recorder(tensor_names(twin), prepare, lowering, gradients == "loss")
     recorder.know((args, kwargs, list(twin.parameters()), list(twin.buffers())))
     outputs, notes = _dry_run(twin, args, kwargs, mode, recorder)
-    trained = sum(capture.trains for capture in recorder.captures)
-    if not trained:
+    if not recorder.trained:
         raise CaptureError(_nothing_to_train(model, outputs))
-    if recorder.loss_only and trained > 1:  # outputs of one graph may feed the next
+    if recorder.loss_only and recorder.trained > 1:  # outputs of one graph may feed the next
         return replace(survey(twin, args, kwargs, prepare, lowering, "all"), model=model)
     kept = None if notes else frozenset(key for key in recorder.numbers(tree_leaves(outputs)) if key is not None)
     return Survey(tuple(recorder.captures), model, outputs, recorder.loss_only, notes, kept)
@@ -187,7 +191,7 @@ def _dry_run(
         with _quiet(), _settings(), mode, torch.enable_grad(), torch.random.fork_rng(devices=[]), as_in_eager(kwargs):
             return call(*args, **kwargs), ()
     except (DataDependentOutputException, DynamicOutputShapeException) as stopped:
-        if not recorder.captures:
+        if not recorder.trained:
             raise CaptureError(sentence(stopped)) from stopped
         where = user_line(stopped)
         return None, (f"the model depends on data{where} ({stopped}); what comes behind that line is not in the plan",)

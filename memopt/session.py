@@ -27,6 +27,7 @@ from memopt.refusal import Call, Refused, Spelling, infeasible
 from memopt.report import PlanResult
 from memopt.runtime.guard import Guard
 from memopt.runtime.resident import resident_tensors
+from memopt.seams import parts_of
 from memopt.table import to_text
 from memopt.units import format_size
 from memopt.unwrapped import unwrapped
@@ -88,10 +89,11 @@ class Session:
         costs = self.costs(found)
         request = replace(self.request, budget=max(self.request.budget - self.missed, 1))
         planned = make_plan(found, request, costs, capture_seconds, self.progress, self.plan_file)
-        if self.request.lowering == "inductor" and self.measure and len(found.captures) == 1:
+        if self.request.lowering == "inductor" and self.measure:
             from memopt.tuning import tuned  # loads Inductor
 
-            planned = tuned(planned, found.captures[0].program, self.request.time_limit, self.request.device.kind)
+            runs = tuple(zip((capture.program for capture in found.captures), parts_of(found), strict=True))
+            planned = tuned(planned, runs, self.request.time_limit, self.request.device.kind)
         planned = planned.missing(self.missed)
         if planned.result.infeasible:
             self.refused = self.advised(planned.result, found, costs, call)

@@ -260,3 +260,24 @@ def test_what_the_caller_holds_is_not_let_go_between_parts() -> None:
         memopt.plan(Broken(kept), (x,), budget="4GB", lowering="eager").plan.peak for kept in (False, True)
     )
     assert returned >= passed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["loop", "medley"])
+def test_generated_code_is_rehearsed_graph_after_graph(name: str) -> None:
+    """Inductor: half way to the floor the budget is held, and the peak is foretold up to the loss and its gradient."""
+
+    def compiled(budget: int) -> Any:
+        model, x, optimizer = built(name)
+        memopt.compile(model, budget, optimizer=optimizer, example_inputs=(x,), lowering="inductor")
+        return model, x, optimizer
+
+    free = compiled(2**32)[0].memopt._session.latest.released.peak
+    with pytest.raises(memopt.BudgetError) as refused:
+        compiled(1)
+    budget = max((free + refused.value.floor_bytes) // 2, refused.value.floor_bytes)
+    model, x, optimizer = compiled(budget)
+    took = measure_step(lambda: model(x)[0], optimizer, resident=[model, x], warmup=1, repeats=0)
+    planned = model.memopt._session.latest.released
+    assert took.peak_bytes <= budget + 64
+    assert abs(took.peak_bytes - planned.plan.peak) <= 64
