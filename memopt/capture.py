@@ -31,7 +31,7 @@ from memopt.blame import sentence, user_line
 from memopt.errors import CaptureError, MemoptError
 from memopt.hosts import as_in_eager, quiet_loggers
 from memopt.lowering import lower, signature
-from memopt.program import Program
+from memopt.program import Program, argument_places
 
 # recompile_limit: shapes a model may be planned for; torch's default of 8 would run the ninth without a plan.
 # allow_rnn: nn.LSTM and its like are traced, not broken out of the graph.
@@ -55,26 +55,47 @@ Prepare = Callable[[Program], Program]
 
 @dataclass(frozen=True)
 class Capture:
-    """One graph of the step. program: prepared (cleanups done). signature: of the program as captured."""
+    """One run of a graph of the step. program: prepared (cleanups done). signature: of the program as captured.
+
+    given, returned: storages of the graph's arguments and results (None: no tensor), as numbers that are equal where
+    storages are; fresh: those of its arguments that no graph made, nor the caller gave.
+    """
 
     program: Program
     signature: str
+    given: tuple[int | None, ...] = ()
+    returned: tuple[int | None, ...] = ()
+    fresh: frozenset[int] = frozenset()
+
+    @property
+    def trains(self) -> bool:
+        """Whether the graph has a backward."""
+        return bool(self.program.outputs[1])
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What the dry run found. model: as given. outputs: its fake output. notes: what was not seen, said out loud."""
+    """What the dry run found. model: as given. outputs: its fake output. notes: what was not seen, said out loud.
+
+    captures: the runs of its graphs, in order; a graph that runs for several layers is there several times. kept:
+    storages (as in Capture) the caller gets; None if that is not known, and all results count as kept.
+    """
 
     captures: tuple[Capture, ...]
     model: nn.Module
     outputs: Any
     loss_only: bool
     notes: tuple[str, ...] = ()
+    kept: frozenset[int] | None = None
 
 
 @dataclass(repr=False)
 class _Recorder:
-    """A Dynamo backend that differentiates each graph, records it and lets the fake run go on."""
+    """A Dynamo backend that differentiates each graph, records its runs and lets the fake run go on.
+
+    storages: every one seen, held so that no number is used again; known: numbers of those the caller gave or a graph
+    made.
+    """
 
     names: Mapping[int, str]
     prepare: Prepare
@@ -82,14 +103,56 @@ class _Recorder:
     loss_only: bool
     exact: bool
     captures: list[Capture] = field(default_factory=list)
+    latest: Capture | None = None
+    storages: list[Any] = field(default_factory=list)
+    known: set[int] = field(default_factory=set)
+
+    @property
+    def trained(self) -> int:
+        """How many runs of graphs that have a backward."""
+        return sum(capture.trains for capture in self.captures)
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        return lower(module, inputs, self.names, self.record, self.lowering, True, self.loss_only, exact=self.exact)
+        self.latest = None
+        run = lower(module, inputs, self.names, self.record, self.lowering, True, self.loss_only, exact=self.exact)
+        return run if self.latest is None else self.watched(run, self.latest)
 
     def record(self, program: Program) -> Program:
-        prefix = f"g{len(self.captures)}/" if self.captures else ""
-        self.captures.append(Capture(self.prepare(replace(program, prefix=prefix)), signature(program)))
+        self.latest = Capture(self.prepare(program), signature(program))
         return program
+
+    def watched(self, run: Callable[..., Any], graph: Capture) -> Callable[..., Any]:
+        """`run`, each call of which is a capture."""
+
+        def call(*args: Any) -> Any:
+            place = len(self.captures)
+            given = self.numbers(args)
+            fresh = frozenset(key for key in given if key is not None) - self.known
+            self.captures.append(replace(graph, program=self.named(graph.program, args), given=given, fresh=fresh))
+            outputs = run(*args)
+            self.captures[place] = replace(self.captures[place], returned=self.numbers(outputs))
+            self.known.update(key for key in self.captures[place].returned if key is not None)
+            return outputs
+
+        return call
+
+    def named(self, program: Program, args: Sequence[Any]) -> Program:
+        """The program under the names of this run: another layer's parameters, another prefix."""
+        names = dict(program.names)
+        for node, at in argument_places(program).items():
+            if at < len(args) and id(args[at]) in self.names:
+                names[node.name] = self.names[id(args[at])]
+        return replace(program, names=names, prefix=f"g{len(self.captures)}/" if self.captures else "")
+
+    def numbers(self, values: Sequence[Any]) -> tuple[int | None, ...]:
+        """The storages' numbers; None for what is no tensor."""
+        found = [v.untyped_storage() if isinstance(v, torch.Tensor) else None for v in values]
+        self.storages += [storage for storage in found if storage is not None]
+        return tuple(None if storage is None else storage._cdata for storage in found)
+
+    def know(self, values: Any) -> None:
+        """These are the caller's."""
+        self.known.update(key for key in self.numbers(tree_leaves(values)) if key is not None)
 
 
 def survey(
@@ -112,12 +175,14 @@ def survey(
     twin = faked(model, mode)
     args, kwargs = tree_map_only(torch.Tensor, lambda t: fake_tensor(t, mode), (tuple(args), dict(kwargs)))
     recorder = _Recorder(tensor_names(twin), prepare, lowering, gradients == "loss", exact)
+    recorder.know((args, kwargs, list(twin.parameters()), list(twin.buffers())))
     outputs, notes = _dry_run(twin, args, kwargs, mode, recorder)
-    if not recorder.captures:
+    if not recorder.trained:
         raise CaptureError(_nothing_to_train(model, outputs))
-    if recorder.loss_only and len(recorder.captures) > 1:  # outputs of one graph may feed the next
+    if recorder.loss_only and recorder.trained > 1:  # outputs of one graph may feed the next
         return replace(survey(twin, args, kwargs, prepare, lowering, "all", exact), model=model)
-    return Survey(tuple(recorder.captures), model, outputs, recorder.loss_only, notes)
+    kept = None if notes else frozenset(key for key in recorder.numbers(tree_leaves(outputs)) if key is not None)
+    return Survey(tuple(recorder.captures), model, outputs, recorder.loss_only, notes, kept)
 
 
 def _dry_run(
@@ -129,7 +194,7 @@ def _dry_run(
         with _quiet(), _settings(), mode, torch.enable_grad(), torch.random.fork_rng(devices=[]), as_in_eager(kwargs):
             return call(*args, **kwargs), ()
     except (DataDependentOutputException, DynamicOutputShapeException) as stopped:
-        if not recorder.captures:
+        if not recorder.trained:
             raise CaptureError(sentence(stopped)) from stopped
         where = user_line(stopped)
         return None, (f"the model depends on data{where} ({stopped}); what comes behind that line is not in the plan",)

@@ -7,34 +7,27 @@ from dataclasses import replace
 from math import prod
 
 from memopt.graph import Step, StepGraph, Storage, TensorInfo, verify
+from memopt.joints import Joiner, Part
 from memopt.optim.photograph import OptimizerPhase
-from memopt.program import TANGENTS
 
 RETURN = "return"  # the step that hands the forward's outputs to the caller
 LET_GO = "let_go"  # the step in which autograd lets go of the loss's gradient, which it holds until the backward ends
 
 
-def whole_step(
-    parts: Sequence[StepGraph], gradients: Mapping[str, str], optimizer: OptimizerPhase, accumulated: bool = False
-) -> StepGraph:
+def whole_step(parts: Sequence[Part], optimizer: OptimizerPhase, accumulated: bool = False) -> StepGraph:
     """One StepGraph of the step.
 
-    parts: photographs in the order their forwards run. gradients: parameter name -> tensor of its gradient in the
-    parts. optimizer: its steps read parameters by name and gradients as `grad:<name>`. accumulated: the gradients of
-    earlier micro-batches are alive from the start, and this one's are added to them after the backward.
+    parts: in the order their forwards run. optimizer: its steps read parameters by name and gradients as
+    `grad:<name>`. accumulated: the gradients of earlier micro-batches are alive from the start, and this one's are
+    added to them after the backward.
     """
-    tensors: dict[str, TensorInfo] = dict(optimizer.tensors)
-    storages: dict[str, Storage] = dict(optimizer.storages)
-    for part in reversed(parts):
-        tensors.update(part.tensors)
-        storages.update(part.storages)
-    own = {f"grad:{name}": made for name, made in gradients.items()}
-    inputs = dict.fromkeys(name for part in parts for name in part.inputs)
-    inputs.update(dict.fromkeys(name for name in optimizer.given if name not in own))
-    outputs = dict.fromkeys([*(name for part in parts for name in part.outputs), *optimizer.outputs])
-    steps = [step for part in parts for step in part.steps if step.phase == "forward"]
-    steps += [step for part in reversed(parts) for step in part.steps if step.phase == "backward"]
-    if seeds := tuple(name for step in steps if is_tangents(step) for name in step.writes if loss_like(tensors[name])):
+    step = _joined(parts)
+    own = {f"grad:{name}": made for name, made in step.gradients().items()}
+    tensors, storages = {**optimizer.tensors, **step.tensors}, {**optimizer.storages, **step.storages}
+    inputs = {**step.inputs, **dict.fromkeys(name for name in optimizer.given if name not in own)}
+    outputs = dict.fromkeys([*step.outputs, *own.values(), *optimizer.outputs])
+    steps = step.steps
+    if seeds := tuple(name for name in step.seeds if loss_like(tensors[name])):
         steps.append(Step(LET_GO, LET_GO, "backward", seeds, (), pure=False))
     if accumulated:
         for name in [name for name in own if name not in tensors]:  # no optimizer's phase declared them
@@ -45,9 +38,15 @@ def whole_step(
     return verify(StepGraph(tuple(inputs), tuple(steps), tuple(outputs), tensors, storages))
 
 
-def is_tangents(step: Step) -> bool:
-    """Whether the step brings the gradients of a program's outputs to life."""
-    return step.op == TANGENTS
+def _joined(parts: Sequence[Part]) -> Joiner:
+    """Forwards in call order, backwards in reverse."""
+    step = Joiner()
+    for part in parts:
+        step.forward(part)
+    step.leave(parts)
+    for part in reversed(parts):
+        step.backward(part)
+    return step
 
 
 def loss_like(tensor: TensorInfo) -> bool:

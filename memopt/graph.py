@@ -21,6 +21,9 @@ PHASES: tuple[Phase, ...] = ("forward", "backward", "optimizer")
 KINDS = ("parameter", "buffer", "input", "state", "rng", "gradient", "activation", "temporary")
 
 
+TANGENTS = "tangents"  # the operation of the step that brings the gradients of a graph's outputs to life
+
+
 @dataclass(frozen=True, slots=True)
 class Storage:
     """One block of memory. nbytes: bytes asked of the allocator (not yet rounded); kind: one of `KINDS`."""

@@ -28,7 +28,6 @@ from memopt.fences import KERNEL
 from memopt.fusion import Fences
 from memopt.program import copied
 from memopt.runtime.executor import Executor
-from memopt.runtime.rehearse import Ledger, Workspace, perform, stand_ins
 
 Partition = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
 
@@ -81,11 +80,17 @@ def _kernels(scheduled: Any) -> set[int]:
 def _generated(graph: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
     """`compile_fx_inner` under the fences marked on the graph."""
     marks = {node.name: node.meta[KERNEL] for node in graph.graph.nodes if KERNEL in node.meta}
-    patches = _patches(None, tuple(marks.items()))
+    patches = _patches(None, (*marks.items(), _donated()))
     if any(fences is Fences.TIGHT for _, fences in marks.values()):
         patches["allow_buffer_reuse"] = False
     with config.patch(patches), V.set_choices_handler(PlannedKernels()):
         return compile_fx_inner(graph, inputs, **options)
+
+
+def _donated() -> tuple[int, ...]:
+    """Which inputs of the graph being compiled may be written into: the code depends on it, Inductor's key does not."""
+    context = TracingContext.try_get()
+    return tuple(getattr(context.fw_metadata, "bw_donated_idxs", None) or ()) if context is not None else ()
 
 
 def compiled(module: fx.GraphModule, inputs: Sequence[Any], partition: Partition) -> Callable[..., Any]:
@@ -93,9 +98,18 @@ def compiled(module: fx.GraphModule, inputs: Sequence[Any], partition: Partition
     return _compile(module, inputs, partition, _generated)
 
 
-def interpreted(module: fx.GraphModule, inputs: Sequence[Any], partition: Partition) -> Callable[..., Any]:
-    """The graph as Inductor would get it, run op by op: for fake tensors. Nothing is generated."""
-    return _compile(module, inputs, partition, lambda graph, _, **__: Executor(graph))
+def interpreted(
+    module: fx.GraphModule, inputs: Sequence[Any], partition: Partition, untrained: Callable[..., fx.GraphModule]
+) -> Callable[..., Any]:
+    """The graph as Inductor would get it, run op by op: for fake tensors. Nothing is generated.
+
+    untrained: is shown a graph that has no backward.
+    """
+
+    def inner(graph: fx.GraphModule, _: Any, is_inference: bool = False, **__: Any) -> Executor:
+        return Executor(untrained(graph) if is_inference else graph)
+
+    return _compile(module, inputs, partition, inner)
 
 
 def _compile(module: fx.GraphModule, inputs: Sequence[Any], partition: Partition, inner: Any) -> Callable[..., Any]:
@@ -141,7 +155,8 @@ def generate(
     twin.graph.output_node().meta["user_visible_output_idxs"] = list(range(visible))
     mode = next(value.fake_mode for value in values if isinstance(value, FakeTensor))
     context = TracingContext(mode)
-    donated = [at for at, node in enumerate(holders) if backward and mine(node.name)]
+    # AOTAutograd donates saved values only: a tangent may be let go of by the code, but not written into.
+    donated = [at for at, n in enumerate(holders) if backward and mine(n.name) and not n.name.startswith("tangents")]
     context.fw_metadata = cast(Any, SimpleNamespace(bw_donated_idxs=donated))  # all that Inductor reads of it here
     returns = tuple(node.name if isinstance(node, fx.Node) else "" for node in outputs_of(twin))
     with tracing(context), V.set_fake_mode(mode), TracingContext.report_output_strides() as found:
@@ -161,34 +176,3 @@ def _laid_out(value: Any, strides: tuple[int, ...] | None) -> Any:
         return value
     with value.fake_mode:
         return torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device)
-
-
-@dataclass(frozen=True)
-class Halves:
-    """Both halves of a step, to be rehearsed one after the other as they will run.
-
-    kept: outputs of the forward that the caller holds through the backward; seeds: tangents it holds.
-    """
-
-    forward: Half
-    backward: Half
-    kept: frozenset[str]
-    seeds: frozenset[str]
-
-    def rehearsed(self, workspace: Workspace, block: int) -> tuple[int, int]:
-        """Peak bytes of the forward and of the backward, without what the caller gave to the forward."""
-        ledger = Ledger(workspace, block)
-        given = stand_ins(self.forward.values, [False] * len(self.forward.values), ledger)
-        outputs = dict(zip(self.forward.returns, perform(self.forward.call, list(given), ledger), strict=True))
-        front, ledger.peak = ledger.peak, 0
-        held = [value for name, value in outputs.items() if name in self.kept]
-        arguments = [
-            outputs[name] if name in outputs else stand_ins([value], [True], ledger)[0]  # else a tangent
-            for name, value in zip(self.backward.names, self.backward.values, strict=True)
-        ]
-        held += [value for name, value in zip(self.backward.names, arguments, strict=True) if name in self.seeds]
-        outputs.clear()
-        ledger.settle()
-        ledger.peak = ledger.held
-        perform(self.backward.call, arguments, ledger)
-        return front, ledger.peak

@@ -21,6 +21,7 @@ from memopt.recurrent import as_untraced
 from memopt.runtime.executor import Executor
 
 Transform = Callable[[Program], Program]
+Untrained = Callable[[fx.GraphModule], fx.GraphModule]
 LOWERINGS = ("auto", "inductor", "eager")
 
 
@@ -50,7 +51,12 @@ def lower(
         changed = transform(program)
         return split(program if dry else changed)
 
-    run = (_inductor if lowering == "inductor" else _eager)(module, inputs, partition, dry)
+    def untrained(graph: fx.GraphModule) -> fx.GraphModule:
+        """A graph without a backward: part of the step all the same."""
+        changed = transform(_program(graph, len(graph.graph.output_node().args[0]), described))  # type: ignore[arg-type]
+        return graph if dry else changed.module
+
+    run = (_inductor if lowering == "inductor" else _eager)(module, inputs, partition, untrained, dry)
     return run if detached is None else refuse_gradients(run, *detached, seen)
 
 
@@ -81,21 +87,30 @@ def _program(joint: fx.GraphModule, forward_outputs: int, described: Sequence[tu
     return normalised(Program(joint, forward_outputs, kinds, names))
 
 
-def _eager(module: fx.GraphModule, inputs: Sequence[Any], partition: Any, dry: bool) -> Callable[..., Any]:
+def _eager(
+    module: fx.GraphModule, inputs: Sequence[Any], partition: Any, untrained: Untrained, dry: bool
+) -> Callable[..., Any]:
     from torch._functorch.aot_autograd import aot_module_simplified
 
     def run(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Executor:
         return Executor(gm)
 
+    def alone(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Executor:
+        return Executor(untrained(gm))
+
     return aot_module_simplified(
-        module, inputs, fw_compiler=run, bw_compiler=run, inference_compiler=run, partition_fn=partition
+        module, inputs, fw_compiler=run, bw_compiler=run, inference_compiler=alone, partition_fn=partition
     )
 
 
-def _inductor(module: fx.GraphModule, inputs: Sequence[Any], partition: Any, dry: bool) -> Callable[..., Any]:
+def _inductor(
+    module: fx.GraphModule, inputs: Sequence[Any], partition: Any, untrained: Untrained, dry: bool
+) -> Callable[..., Any]:
     from memopt import inductor  # loads torch._inductor, which takes seconds
 
-    return (inductor.interpreted if dry else inductor.compiled)(module, inputs, partition)
+    if dry:
+        return inductor.interpreted(module, inputs, partition, untrained)
+    return inductor.compiled(module, inputs, partition)
 
 
 def signature(program: Program) -> str:

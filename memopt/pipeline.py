@@ -22,13 +22,15 @@ from memopt.errors import Binding, VerifyError
 from memopt.facts import storage_bytes
 from memopt.fences import fenced
 from memopt.fusion import Fences, Fused, expanded, fused, fused_seconds, unfused
-from memopt.graph import StepGraph, Storage, TensorInfo, verify
+from memopt.graph import TANGENTS, StepGraph, Storage, TensorInfo, verify
+from memopt.joints import Part
 from memopt.optim.photograph import OptimizerPhase, photograph_optimizer
 from memopt.passes import CLEANUPS, TRADES
 from memopt.planfile import PlanFile, check_identity
 from memopt.plans import Plan, Problem, Status, simulated
 from memopt.program import Program, insert, photograph
 from memopt.report import SCHEMA, PlanResult
+from memopt.seams import parts_of, runs_untraced
 from memopt.solvers import solve
 from memopt.timeline import at_peak, by_kind, peak
 
@@ -69,8 +71,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Planned:
-    """result: what is shown. problem: what was solved, on the contracted graph. signatures: of the captured programs.
+    """result: what is shown. problem: what was solved, on the contracted graph.
 
+    signatures, names: of the programs of the step's runs, in order (`Program.names`).
     lowered_released: as `PlanResult.lowered`, when the caller lets go of the outputs beside the loss. fences: how far
     the compiler is held to the plan's kernels.
     """
@@ -79,6 +82,7 @@ class Planned:
     problem: Problem
     contracted: Fused
     signatures: tuple[str, ...]
+    names: tuple[Mapping[str, str], ...]
     lowered_released: Mapping[str, int] = field(default_factory=dict)
     fences: Fences = Fences.FREE
 
@@ -101,16 +105,24 @@ class Planned:
         lifted = replace(result, budget=result.budget + missed, plan=plan, lowered=phases)
         return replace(self, result=lifted, lowered_released=free)
 
-    def prefix(self, signature: str) -> str:
-        """What stands before the step names of the program with this signature."""
-        return _prefix(self.signatures.index(signature))
+    def places(self, signature: str) -> tuple[int, ...]:
+        """Which runs of the step are of the graph with this signature; none if it is not part of the plan."""
+        return tuple(place for place, known in enumerate(self.signatures) if known == signature)
 
-    def remakes(self, signature: str) -> tuple[Remake, ...] | None:
-        """The remakes of the program with this signature; None if it is not part of the plan."""
-        if signature not in self.signatures:
-            return None
-        prefix = _prefix(self.signatures.index(signature))
-        return tuple(r for r in self.expanded(self.result.plan) if _owner(r) == prefix)
+    def named(self, program: Program, place: int) -> Program:
+        """The program of this run, under the names of the plan."""
+        return replace(program, prefix=_prefix(place), names=self.names[place])
+
+    def remakes(self, place: int) -> tuple[Remake, ...]:
+        """The remakes of this run."""
+        return tuple(r for r in self.expanded(self.result.plan) if _owner(r.value) == _prefix(place))
+
+    def decisions(self, place: int) -> tuple[tuple[str, ...], ...]:
+        """What this run makes again and where: its steps and their reads. Equal for runs that may share their code."""
+        prefix = _prefix(place)
+        mine = [step for step in edit(self.whole, self.remakes(place)).steps if _owner(step.name) == prefix]
+        own = (tuple(n.removeprefix(prefix) for n in (s.name, *s.reads) if _owner(n) == prefix) for s in mine)
+        return tuple(own)
 
     @property
     def whole(self) -> StepGraph:
@@ -130,8 +142,9 @@ def _prefix(index: int) -> str:
     return f"g{index}/" if index else ""
 
 
-def _owner(remake: Remake) -> str:
-    head, slash, _ = remake.value.partition("/")
+def _owner(name: str) -> str:
+    """The prefix of a step's or a value's name."""
+    head, slash, _ = name.partition("/")
     return head + slash if slash and head[0] == "g" and head[1:].isdigit() else ""
 
 
@@ -165,7 +178,8 @@ def make_plan(
     """
     started = time.perf_counter()
     phase = optimizer_phase(survey, request)
-    whole = step_graph(survey, request, phase, costs)
+    parts = parts_of(survey)
+    whole = step_graph(survey, parts, request, phase, costs)
     seconds = _seconds(whole, request, costs)
     contracted = fused(whole) if request.lowering == "inductor" else unfused(whole)
     graph, seconds = contracted.graph, fused_seconds(contracted, seconds)
@@ -186,10 +200,11 @@ def make_plan(
         timings={"capture": capture_seconds, "plan": time.perf_counter() - started, "lower": 0.0},
         binding=binding(after, request.device.allocator_block) if plan.status is Status.INFEASIBLE else None,
         classes={trade.name: trade.numerics.value for trade in TRADES},
-        notes=_notes(survey, phase),
+        notes=_notes(survey, parts, phase),
         identity=identity(survey),
     )
-    return Planned(result, problem, contracted, tuple(capture.signature for capture in survey.captures))
+    signatures = tuple(capture.signature for capture in survey.captures)
+    return Planned(result, problem, contracted, signatures, tuple(c.program.names for c in survey.captures))
 
 
 def _solved(problem: Problem, request: Request, progress: Progress) -> Plan:
@@ -208,11 +223,11 @@ def identity(survey: Survey) -> dict[str, str]:
     return {"graph": graphs, "torch": torch.__version__, "schema": str(SCHEMA)}
 
 
-def step_graph(survey: Survey, request: Request, phase: OptimizerPhase, costs: Costs) -> StepGraph:
+def step_graph(
+    survey: Survey, parts: Sequence[Part], request: Request, phase: OptimizerPhase, costs: Costs
+) -> StepGraph:
     """The photograph of the whole step: the captured programs, the optimizer, and what no program reads."""
-    parts = [verify(photograph(capture.program)) for capture in survey.captures]
-    gradients = _gradients(survey.captures)
-    graph = whole_step(parts, gradients, phase, request.accumulate > 1)
+    graph = whole_step(parts, phase, request.accumulate > 1)
     return with_workspaces(with_inputs(graph, _unread(survey)), costs.workspaces)
 
 
@@ -220,20 +235,20 @@ def optimizer_phase(survey: Survey, request: Request) -> OptimizerPhase:
     """The optimizer's steps over the parameters that get a gradient."""
     if not request.has_optimizer:
         return OptimizerPhase((), {}, {}, (), ())
-    trained = _gradients(survey.captures)
+    trained = _trained(survey.captures)
     params = [(name, p) for name, p in survey.model.named_parameters() if name in trained]
     foreach = True if request.device.kind == "cuda" else None
     return photograph_optimizer(params, request.optimizer, foreach=foreach)
 
 
-def _gradients(captures: Sequence[Capture]) -> dict[str, str]:
-    """Parameter name -> name of its gradient's tensor. A parameter of several graphs: the graph that runs first."""
-    found: dict[str, str] = {}
-    for program in (capture.program for capture in reversed(captures)):
+def _trained(captures: Sequence[Capture]) -> set[str]:
+    """Names of the parameters that get a gradient."""
+    found: set[str] = set()
+    for program in (capture.program for capture in captures):
         holders = [n for n in program.graph.find_nodes(op="placeholder") if program.kinds.get(n.name) != "tangent"]
         for holder, gradient in zip(holders, program.outputs[1], strict=False):
             if gradient is not None and program.kinds.get(holder.name) == "parameter":
-                found[program.name(holder)] = program.name(gradient)
+                found.add(program.name(holder))
     return found
 
 
@@ -268,10 +283,14 @@ def binding(graph: StepGraph, block: int) -> Binding:
     return Binding(step.name, step.op, step.source, snapshot.bytes, tuple(by_kind(graph, snapshot).items()))
 
 
-def _notes(survey: Survey, phase: OptimizerPhase) -> tuple[str, ...]:
+def _notes(survey: Survey, parts: Sequence[Part], phase: OptimizerPhase) -> tuple[str, ...]:
     notes = [*survey.notes, *([phase.assumed] if phase.assumed else [])]
     if len(survey.captures) > 1:
         notes.append(f"the model breaks into {len(survey.captures)} graphs; one budget is shared among them")
+    if runs_untraced(parts):
+        notes.append(
+            "between its graphs the model runs untraced operations; what they hold by themselves is not planned"
+        )
     return tuple(notes)
 
 
@@ -291,11 +310,12 @@ def apply_plan(program: Program, whole: StepGraph, remakes: Sequence[Remake]) ->
 
 
 def _shape(graph: StepGraph, like: StepGraph) -> list[tuple[str, tuple[str, ...], int]]:
-    """(name, reads, bytes created) of the steps that `like` has too, and of the optimizer's none."""
+    """(name, reads, bytes created) of the steps that `like` has too; of the optimizer's none, nor of tangents, which
+    are what later parts hand over."""
     return [
         (step.name, step.reads, sum(graph.storages[name].nbytes for name in graph.created(step)))
         for step in graph.steps
-        if step.phase != "optimizer" and (graph is like or step.name in like.position)
+        if step.phase != "optimizer" and step.op != TANGENTS and (graph is like or step.name in like.position)
     ]
 
 

@@ -17,12 +17,11 @@ from torch import fx
 
 from memopt.edit import Copy, Placer, Remake
 from memopt.facts import facts, is_getitem, tensor_inputs, tensor_values
-from memopt.graph import Phase, Step, StepGraph, Storage, TensorInfo
+from memopt.graph import TANGENTS, Phase, Step, StepGraph, Storage, TensorInfo
 
 # A copy of a node whose target is a key calls the value instead: how a random draw is replayed (memopt.runtime.rng).
 AGAIN: dict[Any, Any] = {}
 
-TANGENTS = "tangents"  # the step that brings the gradients of the outputs to life
 WRITE_BACK = "write_back"  # the step in which the caller copies new values into mutated inputs and lets go of them
 
 
@@ -70,6 +69,13 @@ class Program:
     def copy(self) -> Program:
         """A program whose graph can be edited without touching this one's. Facts and fake values are shared."""
         return replace(self, module=fx.GraphModule(self.module, copied(self.graph)))
+
+
+def argument_places(program: Program) -> dict[fx.Node, int]:
+    """Placeholder of the forward -> which argument of the captured graph it stands for."""
+    holders = program.graph.find_nodes(op="placeholder")
+    given = [node for node in holders if program.kinds.get(node.name) != "tangent"]
+    return {node: getattr(node.meta.get("desc"), "idx", at) for at, node in enumerate(given)}
 
 
 def copied(graph: fx.Graph) -> fx.Graph:

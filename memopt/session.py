@@ -17,16 +17,17 @@ from memopt.capture import Capture, Survey, dynamo_settings, entry, survey, tens
 from memopt.dumps import PLANNED, dump_program, plan_made
 from memopt.errors import MemoptError
 from memopt.hosts import as_in_eager, without_full_mask
-from memopt.lowering import lower, signature
+from memopt.lowering import Transform, lower, signature
 from memopt.pipeline import Costs, Planned, Progress, Request, make_plan, prepare, silent
 from memopt.planfile import PlanFile
 from memopt.plans import MeasuredStep
 from memopt.profiling import measured_costs
-from memopt.program import Program
+from memopt.program import Program, copied
 from memopt.refusal import Call, Refused, Spelling, infeasible
 from memopt.report import PlanResult
 from memopt.runtime.guard import Guard
 from memopt.runtime.resident import resident_tensors
+from memopt.seams import parts_of
 from memopt.table import to_text
 from memopt.units import format_size
 from memopt.unwrapped import unwrapped
@@ -62,6 +63,7 @@ class Session:
     spelling: Spelling = field(default_factory=Spelling)
     missed: int = 0
     corrections: int = 0
+    turns: dict[str, int] = field(default_factory=dict)
 
     def plan_for(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Planned:
         """The plan for inputs of these shapes: made at first sight, under fake tensors. Raises BudgetError."""
@@ -87,10 +89,11 @@ class Session:
         costs = self.costs(found)
         request = replace(self.request, budget=max(self.request.budget - self.missed, 1))
         planned = make_plan(found, request, costs, capture_seconds, self.progress, self.plan_file)
-        if self.request.lowering == "inductor" and self.measure and len(found.captures) == 1:
+        if self.request.lowering == "inductor" and self.measure:
             from memopt.tuning import tuned  # loads Inductor
 
-            planned = tuned(planned, found.captures[0].program, self.request.time_limit, self.request.device.kind)
+            runs = tuple(zip((capture.program for capture in found.captures), parts_of(found), strict=True))
+            planned = tuned(planned, runs, self.request.time_limit, self.request.device.kind)
         planned = planned.missing(self.missed)
         if planned.result.infeasible:
             self.refused = self.advised(planned.result, found, costs, call)
@@ -141,23 +144,43 @@ class Session:
         return resident_tensors(self.model, self.request.optimizer, gradients, self.inputs)
 
     def backend(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        """The Dynamo backend: differentiate, insert the plan's remakes, lower."""
+        """The Dynamo backend: differentiate, insert the plan's remakes, lower.
+
+        A graph that runs several times in a step (for each layer of a loop that breaks) is lowered once for every
+        set of decisions the plan has for its runs.
+        """
         started = time.perf_counter()
-        loss_only = self.gradients == "loss" and all(found.loss_only for found in self.surveys.values())
-        run = lower(
-            module,
-            inputs,
-            tensor_names(self.model),
-            self.transform,
-            self.request.lowering,
-            False,
-            loss_only,
-            self.seen,
-            self.request.exact,
-        )
+        spare = fx.GraphModule(module, copied(module.graph))
+        mine: list[tuple[Planned, str]] = []
+        run = self.lowered(module, inputs, lambda program: self.transform(program, mine))
+        if mine and len(mine[0][0].places(mine[0][1])) > 1:
+            run = self.dispatched(run, spare, inputs, *mine[0])
         if self.latest is not None:
             timings = {**self.latest.result.timings, "lower": time.perf_counter() - started}
             self.latest = replace(self.latest, result=replace(self.latest.result, timings=timings))
+        return run
+
+    def lowered(self, module: fx.GraphModule, inputs: Sequence[Any], transform: Transform) -> Callable[..., Any]:
+        loss_only = self.gradients == "loss" and all(found.loss_only for found in self.surveys.values())
+        names, request = tensor_names(self.model), self.request
+        return lower(module, inputs, names, transform, request.lowering, False, loss_only, self.seen, request.exact)
+
+    def dispatched(
+        self, first: Callable[..., Any], spare: fx.GraphModule, inputs: Sequence[Any], planned: Planned, mark: str
+    ) -> Callable[..., Any]:
+        """The graph lowered for each of its runs in a step; a call goes to the one whose turn it is."""
+        places = planned.places(mark)
+        made = {planned.decisions(places[0]): first}
+        for place in places[1:]:
+            if (decided := planned.decisions(place)) not in made:
+                twin = fx.GraphModule(spare, copied(spare.graph))
+                made[decided] = self.lowered(twin, inputs, lambda p, place=place: self.applied(p, planned, place))  # type: ignore[misc]
+        turns = [made[planned.decisions(place)] for place in places]
+
+        def run(*args: Any) -> Any:
+            turn = self.turns[mark] = self.turns.get(mark, -1) + 1
+            return turns[turn % len(turns)](*args)
+
         return run
 
     def seen(self, held: bool) -> None:
@@ -171,16 +194,26 @@ class Session:
             return None if self.latest is None else self.latest.result
         return self.latest.released
 
-    def transform(self, program: Program) -> Program:
-        """The program the plan asks for. A graph no survey saw is planned by itself, within the whole budget."""
+    def transform(self, program: Program, mine: list[tuple[Planned, str]]) -> Program:
+        """The program the plan asks for. A graph no survey saw is planned by itself, within the whole budget.
+
+        mine: gets the plan the program is part of, and its signature.
+        """
         mark = signature(program)
-        clean = prepare(self.request.lowering, self.request.off)
-        planned = next((p for p in reversed(self.plans.values()) if p.remakes(mark) is not None), None)
+        planned = next((p for p in reversed(self.plans.values()) if p.places(mark)), None)
+        if planned is None and not program.outputs[1]:
+            return program
         if planned is None:
+            clean = prepare(self.request.lowering, self.request.off)
             alone = Survey((Capture(clean(program), mark),), self.model, None, self.gradients == "loss")
             planned = self.plans[mark] = self.adopt(alone, 0.0)
-        prepared = clean(replace(program, prefix=planned.prefix(mark)))
-        changed = planned.applied(prepared, planned.remakes(mark) or (), planned.fences)
+        mine.append((planned, mark))
+        return self.applied(program, planned, planned.places(mark)[0])
+
+    def applied(self, program: Program, planned: Planned, place: int) -> Program:
+        """The program as the plan wants it in one of its runs."""
+        prepared = prepare(self.request.lowering, self.request.off)(planned.named(program, place))
+        changed = planned.applied(prepared, planned.remakes(place), planned.fences)
         dump_program(PLANNED, changed)
         return changed
 
@@ -243,6 +276,7 @@ def attach(session: Session) -> nn.Module:
         if session.begin_step(args, kwargs):
             compiled = _compiled(session)
             session.plan_for(args, kwargs)
+        session.turns.clear()
         with torch._dynamo.config.patch(dynamo_settings()), as_in_eager(kwargs):
             return compiled(*args, **kwargs)
 

@@ -18,6 +18,7 @@ from memopt.graph import StepGraph
 from memopt.optim.photograph import OptimizerPhase
 from memopt.passes import TRADES
 from memopt.pipeline import Planned, make_plan, optimizer_phase, prepare, step_graph
+from memopt.seams import parts_of
 from memopt.session import Session
 
 log = logging.getLogger("memopt")
@@ -59,7 +60,7 @@ class Elsewhere:
         except (CaptureError, ValueError) as stopped:
             log.info("no photograph at batch %d, sequence %d: %s", batch, seq, stopped)
             return None
-        whole = step_graph(found, session.request, self.phase, session.costs(found))
+        whole = step_graph(found, parts_of(found), session.request, self.phase, session.costs(found))
         return fused(whole).graph if session.request.lowering == "inductor" else whole
 
     def formula(self, planned: Planned, base: Point, vary: Axes = BOTH_OR_ONE) -> Formula | None:

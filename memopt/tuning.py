@@ -8,18 +8,21 @@ allocated meanwhile. What is returned holds the budget by rehearsal, or is infea
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from memopt.compose import LET_GO, without_outputs
 from memopt.edit import edit
 from memopt.fusion import Fences
 from memopt.graph import StepGraph
-from memopt.inductor import Halves, generate
+from memopt.inductor import Half, generate
+from memopt.joints import Part
 from memopt.pipeline import Planned
 from memopt.plans import Plan, Problem, Status
 from memopt.profiling import SECONDS
 from memopt.program import Program, split
+from memopt.relay import Leg, rehearsed
 from memopt.report import PlanResult
 from memopt.runtime.opcost import OpCosts
 from memopt.runtime.rehearse import Workspace, nothing
@@ -27,6 +30,8 @@ from memopt.solvers import solve
 from memopt.timeline import phase_peaks, rounded
 
 log = logging.getLogger("memopt")
+
+Run = tuple[Program, Part]  # one run of a graph: its program, and what it passes to the others
 
 TRIES = 5  # lowerings at most; each costs a compilation
 ABOVE = (1.0, 1.02, 1.05, 1.1, 1.18, 1.3)  # of the solver's floor: where else to look before a step is refused
@@ -50,13 +55,13 @@ class Try:
 
 @dataclass
 class Tuner:
-    """The lowerings of one step within one budget. program: the one program of the step. needs: of library calls.
+    """The lowerings of one step within one budget. runs: the programs of the step. needs: of library calls.
 
     tries: in the order made.
     """
 
     planned: Planned
-    program: Program
+    runs: Sequence[Run]
     time_limit: float
     needs: Workspace = nothing
     tries: list[Try] = field(default_factory=list)
@@ -66,7 +71,7 @@ class Tuner:
         return self.planned.problem.budget
 
     def lower(self, plan: Plan, fences: Fences) -> Try:
-        made = Try(plan, fences, *lowered_phases(self.planned, self.program, plan, fences, self.needs))
+        made = Try(plan, fences, *lowered_phases(self.planned, self.runs, plan, fences, self.needs))
         self.tries.append(made)
         log.info("lowering %d: solver says %d bytes, code %s, %s", len(self.tries), plan.peak, made.phases, fences.name)
         return made
@@ -104,14 +109,14 @@ class Tuner:
                 break
 
 
-def tuned(planned: Planned, program: Program, time_limit: float, kind: str = "cpu") -> Planned:
+def tuned(planned: Planned, runs: Sequence[Run], time_limit: float, kind: str = "cpu") -> Planned:
     """The plan corrected until its code, rehearsed, holds the budget and wastes little of it.
 
-    program: the one program of the step. kind: of device, where library calls are tried for what they need.
-    An infeasible outcome has that status, and the least peak found as floor.
+    runs: the programs of the step in the order they run. kind: of device, where library calls are tried for what they
+    need. An infeasible outcome has that status, and the least peak found as floor.
     """
     with OpCosts(kind, seconds_limit=SECONDS) as meter:
-        tuner = Tuner(planned, program, time_limit, meter.workspace)
+        tuner = Tuner(planned, runs, time_limit, meter.workspace)
         tuner.approach()
         if min(t.peak for t in tuner.tries) > tuner.budget:
             tuner.explore()
@@ -137,43 +142,61 @@ def _with(planned: Planned, problem: Problem, best: Try, budget: int) -> Planned
 
 
 def lowered_phases(
-    planned: Planned, program: Program, plan: Plan, fences: Fences, needs: Workspace = nothing
+    planned: Planned, legs: Sequence[Run], plan: Plan, fences: Fences, needs: Workspace = nothing
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Peak bytes of each phase when the program with this plan runs as Inductor's code.
+    """Peak bytes of each phase when the programs with this plan run as Inductor's code.
 
     Twice: when the caller holds the outputs beside the loss through the backward, and when it has let them go.
     """
     graph = planned.whole
-    forward, backward = split(planned.applied(program, planned.expanded(plan), fences))
     edited, block = edit(planned.problem.graph, plan.chosen), planned.problem.block
     static = sum(rounded(graph.storages[name].nbytes, block) for name in graph.input_storages)
-    mine = _ownership(graph, program)
-    first = generate(forward, False, program.forward_outputs, mine)
-    second = generate(backward, True, 0, mine, first.strides)
+    made = compiled_legs(replace(planned, result=replace(planned.result, plan=plan)), legs, fences)
 
     def phases(whole: StepGraph, after: StepGraph) -> dict[str, int]:
-        peaks = Halves(first, second, *_held(whole, program)).rehearsed(needs, block)
+        peaks = rehearsed(made, frozenset(whole.outputs), _seeds(whole), needs, block)
         return phase_peaks(after, block) | {"forward": static + peaks[0], "backward": static + peaks[1]}
 
     return phases(graph, edited), phases(without_outputs(graph), without_outputs(edited))
 
 
-def _held(graph: StepGraph, program: Program) -> tuple[frozenset[str], frozenset[str]]:
-    """Outputs of the forward, and gradients of them, that the caller holds through the backward: names of nodes."""
-    kept = (node.name for node in program.outputs[0] if node is not None and program.name(node) in graph.outputs)
-    seeds = (name for step in graph.steps if step.op == LET_GO for name in step.reads)
-    return frozenset(kept), frozenset(name.removeprefix(program.prefix) for name in seeds)
+def compiled_legs(planned: Planned, runs: Sequence[Run], fences: Fences) -> tuple[Leg, ...]:
+    """Inductor's code of every run; runs of one graph whose decisions are the same share it."""
+    known: dict[Any, tuple[Half, Half | None]] = {}
+    made = []
+    for place, (program, part) in enumerate(runs):
+        key = planned.signatures[place], planned.decisions(place) if fences is Fences.FREE else place
+        if key not in known:
+            changed = planned.applied(program, planned.remakes(place), fences)
+            known[key] = _halves(changed, _ownership(planned.whole, changed, part))
+        made.append(Leg(part, *known[key]))
+    return tuple(made)
 
 
-def _ownership(graph: StepGraph, program: Program) -> Callable[[str], bool]:
-    """Whether an input of a half, by name, is the step's to free or write into: no parameter, input or kept output."""
-    kept, seeds = _held(graph, program)
-    others = {*graph.input_storages, *(graph.storage_of(program.prefix + name) for name in kept)}
+def _halves(program: Program, mine: Callable[[str], bool]) -> tuple[Half, Half | None]:
+    if not program.outputs[1]:
+        return generate(program.module, False, program.forward_outputs, mine), None
+    forward, backward = split(program)
+    first = generate(forward, False, program.forward_outputs, mine)
+    return first, generate(backward, True, 0, mine, first.strides)
+
+
+def _seeds(graph: StepGraph) -> frozenset[str]:
+    """Gradients of outputs that the caller holds through the backward."""
+    return frozenset(name for step in graph.steps if step.op == LET_GO for name in step.reads)
+
+
+def _ownership(graph: StepGraph, program: Program, part: Part) -> Callable[[str], bool]:
+    """Whether an input of a half, by name, is the step's to free or write into: no parameter, input or output."""
+    seeds = _seeds(graph)
+    outputs = (program.name(node) for node in program.outputs[0] if node is not None)
+    own = part.graph
+    others = {*own.input_storages, *(own.storage_of(name) for name in outputs if name in own.outputs)}
 
     def mine(name: str) -> bool:
-        if name in program.kinds:
-            return program.kinds[name] == "tangent" and name not in seeds
         tensor = program.prefix + name
-        return tensor not in graph.tensors or graph.storage_of(tensor) not in others
+        if name in program.kinds:
+            return program.kinds[name] == "tangent" and tensor not in seeds
+        return tensor not in own.tensors or own.storage_of(tensor) not in others
 
     return mine

@@ -17,10 +17,10 @@ FOLDERS = {"memopt": ROOT / "memopt", "memopt.passes": ROOT / "passes", "memopt.
 # A module has the level of its longest listed prefix, so that one line serves a whole folder.
 LEVELS = {
     0: "graph units errors presets files",
-    1: "plans edit cost timeline devices fusion",
+    1: "plans edit cost timeline devices fusion joints",
     2: "program facts listing unwrapped passbase kernels solvers",
-    3: "passes blame capture hosts optim runtime lowering fences inductor compose outputs models workload factory nets "
-    "text recurrent",
+    3: "passes blame capture hosts optim runtime lowering fences inductor relay compose seams outputs recurrent "
+    "models workload factory nets text",
     4: "pipeline dumps refusal profiling tuning session report table planfile html chart page formula carry sizing",
     5: "api workbench",
     6: "cli options __main__ backend integrations",

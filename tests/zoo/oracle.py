@@ -18,8 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from memopt import lowering
-from memopt.graph import StepGraph
-from memopt.program import TANGENTS, WRITE_BACK
+from memopt.graph import TANGENTS, StepGraph
+from memopt.joints import ADD, LEAVE, RECEIVE
+from memopt.program import WRITE_BACK
 from memopt.runtime.executor import Executor
 from memopt.timeline import live_after
 
@@ -84,4 +85,4 @@ def plain(step: str) -> str:
 
 
 def planned_only(step: str) -> bool:
-    return plain(step) in (TANGENTS, WRITE_BACK, "return", "accumulate", "let_go")
+    return plain(step) in (TANGENTS, WRITE_BACK, RECEIVE, LEAVE, ADD, "return", "accumulate", "let_go")
