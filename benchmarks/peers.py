@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 import torch._functorch.config as functorch_config
+import torch._inductor.config as inductor_config
 from torch import Tensor, nn
 
 from benchmarks.beds import Inputs
+from benchmarks.checkpoints import BLOCKS, EVERY_SECOND, checkpointed
 from memopt.api import make_request
 from memopt.errors import BudgetError
 from memopt.report import PlanResult
@@ -26,26 +28,33 @@ SMALLEST = 1  # bytes asked by the row that wants memopt's own smallest peak
 
 @dataclass(frozen=True)
 class Variant:
-    """One row. checkpoint: Hugging Face's. compiled: torch.compile. share: its activation_memory_budget.
+    """One row. checkpoint: as in benchmarks/checkpoints.py. compiled: torch.compile.
 
-    budget: memopt's, bytes of the whole step (SMALLEST: as small as it gets); 0 for a peer. peer: the row it meets.
+    share: its activation_memory_budget. fp8: its flag that saves activations of a MiB and more as float8_e5m2. budget: memopt's, bytes of the whole step
+    (SMALLEST: as small as it gets); 0 for a peer. peer: the row it meets.
     """
 
     name: str
-    checkpoint: bool = False
+    checkpoint: str = ""
     compiled: bool = False
     share: float | None = None
+    fp8: bool = False
     budget: int = 0
     peer: str = ""
     lowering: str = "inductor"
 
 
+FP8 = {"size_in_mb": 1, "allowed_dtypes": "torch.float32;torch.bfloat16"}  # by default 100 MB, and bfloat16 alone
 SHARES = (0.8, 0.5, 0.2, 0.1)
+COMPILED = "torch.compile"
+BISECTED = Variant("torch.compile, budget bisected to half", compiled=True)
 PEERS = (
     Variant("eager"),
-    Variant("HF checkpointing", checkpoint=True),
-    Variant("torch.compile", compiled=True),
-    Variant("torch.compile + HF checkpointing", checkpoint=True, compiled=True),
+    Variant("HF checkpointing", checkpoint=BLOCKS),
+    Variant("selective checkpointing", checkpoint=EVERY_SECOND),
+    Variant(COMPILED, compiled=True),
+    Variant("torch.compile + HF checkpointing", checkpoint=BLOCKS, compiled=True),
+    Variant("torch.compile, saved as fp8", compiled=True, fp8=True),
     *(Variant(f"torch.compile, budget {share}", compiled=True, share=share) for share in SHARES),
 )
 
@@ -68,13 +77,13 @@ def set_up(variant: Variant, model: nn.Module, inputs: Inputs, optimizer: Any = 
     """
     if variant.budget:
         return _memopt(variant, model, inputs, optimizer)
-    if variant.checkpoint:
-        inner: Any = model.model
-        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpointed(model, variant.checkpoint)
     if not variant.compiled:
         return lambda: model(**inputs), {}
     if variant.share is not None:
         functorch_config.activation_memory_budget = variant.share
+    if variant.fp8:
+        inductor_config.post_grad_fusion_options["activation_quantization_aten_pass"] = FP8
     compiled = torch.compile(model)
     return lambda: compiled(**inputs), {}
 
@@ -108,13 +117,17 @@ def _attached(variant: Variant, model: nn.Module, inputs: Inputs, optimizer: Any
     attach(session)
     told = {
         "budget": variant.budget,
+        "lowering": variant.lowering,
         "planned": result.plan.peak,
         "floor": result.plan.floor,
         "added_seconds": result.plan.seconds,
+        "step_seconds": result.step_seconds,
+        "gap": result.gap,
         "lower_bound": result.plan.lower_bound,
         "status": result.plan.status.value,
         "solver": result.plan.solver,
         "remakes": len(result.plan.chosen),
+        "levers": {lever.lever: lever.bytes for lever in result.levers},
         "plan_seconds": result.timings.get("plan", 0.0),
     }
     return lambda: model(**inputs), told

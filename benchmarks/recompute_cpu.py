@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.beds import BEDS
 from benchmarks.cpu.picture import draw
 from benchmarks.cpu.race import Race
-from benchmarks.cpu.summary import HEAD, Row, cells, markdown, marks, shown
+from benchmarks.cpu.summary import HEAD, Row, cells, markdown, marks, promised, shown
 from benchmarks.peers import PEERS
 from benchmarks.record import RESULTS, ROOT, read_lines, surroundings, write_lines
 
@@ -47,7 +47,13 @@ def main(words: Sequence[str] | None = None) -> int:
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     """The options, checked."""
     parser = argparse.ArgumentParser(prog="recompute_cpu", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--bed", nargs="+", choices=BEDS, default=["llama", "gpt2"], help="models to run")
+    parser.add_argument(
+        "--bed",
+        nargs="+",
+        choices=BEDS,
+        default=[name for name in BEDS if not name.endswith("-tiny")],
+        help="models to run",
+    )
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds of timing")
     parser.add_argument("--quick", action="store_true", help=f"meet only {', '.join(QUICK)}; 3 rounds")
     parser.add_argument("--threads", type=int, default=2, help="threads of each variant")
@@ -85,7 +91,10 @@ def tables(results: Path) -> str:
             made = head["surroundings"]
             where = f"torch {made['torch']}, {made['threads']} threads, {made['processor']}, commit {made['commit']}"
             picture = f"![step time over peak](benchmarks/results/{path.with_suffix('.svg').name})"
-            parts.append(f"{bed.text} ({where}; {head['rounds']} rounds):\n\n{markdown(rows)}\n\n{picture}")
+            parts.append(
+                f"{bed.text} ({where}; {head['rounds']} rounds):\n\n{markdown(rows)}\n\n{picture}\n\n"
+                f"<details><summary>promised and measured</summary>\n\n{promised(rows)}\n\n</details>"
+            )
     return "\n\n".join(parts)
 
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch._functorch.config as functorch_config
 
-from benchmarks.beds import Bed, Inputs, LossOnly, llama
+from benchmarks.beds import Bed, Inputs, LossOnly, llama, tokens
 from benchmarks.cpu.worker import step_of
 from benchmarks.record import RESULTS, surroundings, write_lines
 from memopt.api import make_request
@@ -39,7 +39,7 @@ Row = dict[str, Any]
 
 def stack(layers: int) -> Bed:
     """A Llama of this depth whose step takes a fraction of a second on two cores."""
-    return Bed(f"Llama, {layers} layers, hidden 64, B=2 S=64", llama(layers, 64, 176, 4, 256), 256, 2, 64)
+    return Bed(f"Llama, {layers} layers, hidden 64, B=2 S=64", llama(layers, 64, 176, 4, 256), tokens(256, 2, 64))
 
 
 def session_for(model: LossOnly, budget: int | str) -> Session:

@@ -8,17 +8,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from benchmarks.cpu.worker import Job
-from benchmarks.peers import PEERS, Variant, ours, smallest
+from benchmarks.peers import BISECTED, COMPILED, PEERS, Variant, ours, smallest
 
 ROOT = Path(__file__).resolve().parents[2]
+PROBES = 3  # compilations spent on bisecting torch's budget, besides those of the fixed shares
 PAUSE = 0.05  # seconds between two workers' steps: the OpenMP threads of the one before have stopped spinning by then
 
 
@@ -39,6 +40,10 @@ class Worker:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """End the process, if it has not ended; nothing may be asked of it from here on."""
         self.process.kill()
         self.process.communicate()
         self.errors.close()
@@ -67,6 +72,13 @@ class Worker:
         return {"error": "\n".join(last) or f"ended with {self.process.returncode}"}
 
 
+def between(ran: Mapping[float, int], goal: int) -> float:
+    """The share to try next: half way from the largest that fits (0 if none) to the least above it that ran (1)."""
+    low = max((share for share, peak in ran.items() if peak <= goal), default=0.0)
+    high = min((share for share in ran if share > low), default=1.0)
+    return (low + high) / 2
+
+
 @dataclass
 class Race:
     """All rows of one bed. tell: called with a line of progress."""
@@ -83,21 +95,48 @@ class Race:
         with ExitStack() as stack, tempfile.TemporaryDirectory() as place:
             for variant in self.peers:
                 self._start(stack, variant, place)
-            met = [self.workers[peer.name] for peer in self.peers if self.workers[peer.name].alive]
+            self._bisect(stack, place)
+            met = [worker for worker in self.workers.values() if worker.alive]
             for variant in [ours(w.variant.name, w.row["peak"], lowering) for w in met] + [smallest(lowering)]:
                 self._start(stack, variant, place)
             for turn in range(rounds):
                 self._round(turn)
             return [self._row(worker) for worker in self.workers.values()]
 
+    def _bisect(self, stack: ExitStack, place: str) -> None:
+        """torch's budget once more: the largest share found whose real peak is within half of what torch.compile takes
+        beyond the resident bytes. Begins between the shares that have run; what is worse is let go again."""
+        whole = self.workers.get(COMPILED)
+        ran = {w.variant.share: w.row["peak"] for w in self.workers.values() if w.alive and w.variant.share is not None}
+        if whole is None or not whole.alive or not ran:
+            return
+        goal, best = whole.row["resident"] + whole.row["transient"] // 2, 0.0
+        for _ in range(PROBES):
+            share = between(ran, goal)
+            worker = self._worker(stack, replace(BISECTED, share=share), place)
+            ran[share] = worker.row["peak"] if worker.alive else goal + 1
+            self.tell(f"{self.bed}: budget {share:.3f}: {'fits' if ran[share] <= goal else 'does not fit'}")
+            if ran[share] <= goal and share > best:
+                best, worker.row["share"] = share, share
+                self._enter(BISECTED.name, worker)
+            else:
+                worker.stop()
+
     def _start(self, stack: ExitStack, variant: Variant, place: str) -> None:
-        job = Job(self.bed, variant, str(Path(place) / "gradients.pt"), self.threads)
-        worker = self.workers[variant.name] = stack.enter_context(Worker(job))
-        self.times[variant.name] = []
+        self._enter(variant.name, self._worker(stack, variant, place))
+
+    def _worker(self, stack: ExitStack, variant: Variant, place: str) -> Worker:
+        return stack.enter_context(Worker(Job(self.bed, variant, str(Path(place) / "gradients.pt"), self.threads)))
+
+    def _enter(self, name: str, worker: Worker) -> None:
+        """Have the worker take part under this name, instead of one that did."""
+        if name in self.workers:
+            self.workers[name].stop()
+        self.workers[name], self.times[name] = worker, []
         if worker.alive:
-            self.tell(f"{self.bed}: {variant.name}: {worker.row['transient'] / 2**20:.0f} MiB over what is resident")
+            self.tell(f"{self.bed}: {name}: {worker.row['transient'] / 2**20:.0f} MiB over what is resident")
         else:
-            self.tell(f"{self.bed}: {variant.name}: failed: {worker.row['error'].splitlines()[-1]}")
+            self.tell(f"{self.bed}: {name}: failed: {worker.row['error'].splitlines()[-1]}")
 
     def _round(self, turn: int) -> None:
         """Every variant once; each round begins one further on, so that nobody always follows the same neighbour."""

@@ -32,7 +32,7 @@ class Job:
     name: str = ""
     budget: str = ""
     peer: str = ""
-    checkpoint: bool = False
+    checkpoint: str = ""
     compiled: bool = False
     share: float | None = None
     lowering: str = "inductor"
@@ -45,10 +45,10 @@ def plan_of_rows(job: Job, budget: str, done: Sequence[Row], tiny: bool) -> Iter
     yield replace(peer, name="eager")
     if not tiny:
         yield replace(job, name=f"memopt at {budget}", budget=budget)
-    yield replace(peer, name="HF checkpointing", checkpoint=True)
+    yield replace(peer, name="HF checkpointing", checkpoint="blocks")
     if not tiny:
         yield replace(peer, name="torch.compile", compiled=True)
-        yield replace(peer, name="torch.compile + HF checkpointing", compiled=True, checkpoint=True)
+        yield replace(peer, name="torch.compile + HF checkpointing", compiled=True, checkpoint="blocks")
     for row in [row for row in done if not row["budget"] and "peak" in row]:
         yield replace(job, name=f"memopt at {row['name']}", budget=str(row["peak"]), peer=row["name"])
     yield replace(job, name="memopt, smallest", budget="smallest")

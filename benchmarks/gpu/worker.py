@@ -27,7 +27,9 @@ def variant_of(job: Job, capacity: int) -> Variant:
     if job.budget:
         asked = int(job.budget) if job.budget.isdecimal() else job.budget
         budget = SMALLEST if job.budget == "smallest" else resolve_budget(asked, capacity=capacity)
-    return Variant(job.name, job.checkpoint, job.compiled, job.share, budget, job.peer, job.lowering)
+    return Variant(
+        job.name, job.checkpoint, job.compiled, job.share, budget=budget, peer=job.peer, lowering=job.lowering
+    )
 
 
 def row_of(job: Job) -> dict[str, Any]:
