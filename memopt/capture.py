@@ -38,14 +38,16 @@ from memopt.program import Program, argument_places
 DYNAMO = {"recompile_limit": 64, "allow_rnn": True}
 
 
-def dynamo_settings() -> dict[str, Any]:
-    """Dynamo's configuration while a model is surveyed and while it runs; the same, or the graphs would differ."""
+@contextmanager
+def dynamo_set() -> Iterator[None]:
+    """Dynamo's configuration while a model is surveyed and while it runs; the same, or the graphs would differ.
+
+    torch 2.11 cannot write functions into its compilation metrics, and would log that, with a stack, each time.
+    """
     ignored = getattr(torch._dynamo.config, IGNORED, None)
-    return DYNAMO if ignored is None else {**DYNAMO, IGNORED: {*ignored, *quiet_loggers()}}
-
-
-def _settings() -> Any:
-    return torch._dynamo.config.patch(dynamo_settings())
+    settings = DYNAMO if ignored is None else {**DYNAMO, IGNORED: {*ignored, *quiet_loggers()}}
+    with torch._dynamo.config.patch(settings), _critical_only("torch._dynamo.metrics_context"):
+        yield
 
 
 IGNORED = "ignore_logging_functions"
@@ -191,7 +193,7 @@ def _dry_run(
     """The fake outputs, and what was not seen. A branch on data ends the run; what came before it is known."""
     call = torch.compile(entry(twin), backend=recorder, dynamic=False)
     try:
-        with _quiet(), _settings(), mode, torch.enable_grad(), torch.random.fork_rng(devices=[]), as_in_eager(kwargs):
+        with _quiet(), dynamo_set(), mode, torch.enable_grad(), torch.random.fork_rng(devices=[]), as_in_eager(kwargs):
             return call(*args, **kwargs), ()
     except (DataDependentOutputException, DynamicOutputShapeException) as stopped:
         if not recorder.trained:
@@ -213,13 +215,18 @@ def _quiet() -> Iterator[None]:
 
     Dynamo looks at .grad of what crosses a graph break, which warns; a failing fake operation logs its whole stack.
     """
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    with warnings.catch_warnings(), _critical_only("torch._subclasses.fake_tensor"):
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+        yield
+
+
+@contextmanager
+def _critical_only(name: str) -> Iterator[None]:
+    logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
-            yield
+        yield
     finally:
         logger.setLevel(level)
 

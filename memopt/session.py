@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_flatten
 
-from memopt.capture import Capture, Survey, dynamo_settings, entry, survey, tensor_names
+from memopt.capture import Capture, Survey, dynamo_set, entry, survey, tensor_names
 from memopt.dumps import PLANNED, dump_program, plan_made
 from memopt.errors import MemoptError
 from memopt.hosts import as_in_eager, without_full_mask
@@ -277,7 +277,7 @@ def attach(session: Session) -> nn.Module:
             compiled = _compiled(session)
             session.plan_for(args, kwargs)
         session.turns.clear()
-        with torch._dynamo.config.patch(dynamo_settings()), as_in_eager(kwargs):
+        with dynamo_set(), as_in_eager(kwargs):
             return compiled(*args, **kwargs)
 
     model._compiled_call_impl = call
