@@ -8,7 +8,6 @@ budget can be shared by all parts of the step.
 from __future__ import annotations
 
 import copy
-import logging
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,28 +28,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from memopt.blame import sentence, user_line
 from memopt.errors import CaptureError, MemoptError
-from memopt.hosts import as_in_eager, quiet_loggers
+from memopt.frames import dynamo_set, forget, only_critical
+from memopt.hosts import as_in_eager
 from memopt.lowering import lower, signature
 from memopt.program import Program, argument_places
-
-# recompile_limit: shapes a model may be planned for; torch's default of 8 would run the ninth without a plan.
-# allow_rnn: nn.LSTM and its like are traced, not broken out of the graph.
-DYNAMO = {"recompile_limit": 64, "allow_rnn": True}
-
-
-@contextmanager
-def dynamo_set() -> Iterator[None]:
-    """Dynamo's configuration while a model is surveyed and while it runs; the same, or the graphs would differ.
-
-    torch 2.11 cannot write functions into its compilation metrics, and would log that, with a stack, each time.
-    """
-    ignored = getattr(torch._dynamo.config, IGNORED, None)
-    settings = DYNAMO if ignored is None else {**DYNAMO, IGNORED: {*ignored, *quiet_loggers()}}
-    with torch._dynamo.config.patch(settings), _critical_only("torch._dynamo.metrics_context"):
-        yield
-
-
-IGNORED = "ignore_logging_functions"
 
 Prepare = Callable[[Program], Program]
 
@@ -106,6 +87,7 @@ class _Recorder:
     exact: bool
     captures: list[Capture] = field(default_factory=list)
     latest: Capture | None = None
+    graphs: list[tuple[Callable[..., Any], Capture]] = field(default_factory=list)
     storages: list[Any] = field(default_factory=list)
     known: set[int] = field(default_factory=set)
 
@@ -117,16 +99,20 @@ class _Recorder:
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         self.latest = None
         run = lower(module, inputs, self.names, self.record, self.lowering, True, self.loss_only, exact=self.exact)
-        return run if self.latest is None else self.watched(run, self.latest)
+        if self.latest is None:
+            return run
+        self.graphs.append((run, self.latest))
+        return self.watched(len(self.graphs) - 1)
 
     def record(self, program: Program) -> Program:
         self.latest = Capture(self.prepare(program), signature(program))
         return program
 
-    def watched(self, run: Callable[..., Any], graph: Capture) -> Callable[..., Any]:
-        """`run`, each call of which is a capture."""
+    def watched(self, at: int) -> Callable[..., Any]:
+        """The graph at this place, each call of which is a capture."""
 
         def call(*args: Any) -> Any:
+            run, graph = self.graphs[at]
             place = len(self.captures)
             given = self.numbers(args)
             fresh = frozenset(key for key in given if key is not None) - self.known
@@ -178,7 +164,11 @@ def survey(
     args, kwargs = tree_map_only(torch.Tensor, lambda t: fake_tensor(t, mode), (tuple(args), dict(kwargs)))
     recorder = _Recorder(tensor_names(twin), prepare, lowering, gradients == "loss", exact)
     recorder.know((args, kwargs, list(twin.parameters()), list(twin.buffers())))
-    outputs, notes = _dry_run(twin, args, kwargs, mode, recorder)
+    try:
+        outputs, notes = _dry_run(twin, args, kwargs, mode, recorder)
+    finally:
+        forget(recorder)
+        recorder.graphs.clear()  # Dynamo leaves some of what it compiled in the globals of the user's modules
     if not recorder.trained:
         raise CaptureError(_nothing_to_train(model, outputs))
     if recorder.loss_only and recorder.trained > 1:  # outputs of one graph may feed the next
@@ -215,20 +205,9 @@ def _quiet() -> Iterator[None]:
 
     Dynamo looks at .grad of what crosses a graph break, which warns; a failing fake operation logs its whole stack.
     """
-    with warnings.catch_warnings(), _critical_only("torch._subclasses.fake_tensor"):
+    with warnings.catch_warnings(), only_critical("torch._subclasses.fake_tensor"):
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
         yield
-
-
-@contextmanager
-def _critical_only(name: str) -> Iterator[None]:
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _refuse_sparse(model: nn.Module) -> None:
