@@ -111,7 +111,7 @@ class Relay:
             return False
         home: int = waiting.untyped_storage()._cdata
         others = (other.untyped_storage()._cdata for other in self.arrived.values() if other is not None)
-        return sum(other == home for other in others) > 1
+        return len([other for other in others if other == home]) > 1
 
 
 def rehearsed(

@@ -108,13 +108,15 @@ class Engine:
         return moved
 
     def lowest(self) -> State:
-        """The state of least peak found: everything remade, nothing remade, the model's least bytes; then repaired."""
+        """The state of least peak found: everything remade, nothing remade, the model's least bytes; then repaired, and
+        what that peak does not need kept again."""
         space = self.space
         found = [space.state(space.none()), space.state(space.all())]
         reached = self.reach(None)
         if reached is not None:
             found.append(reached)
-        return self.repair(min(found, key=lambda s: (s.peak, s.seconds)), 0)
+        low = self.repair(min(found, key=lambda s: (s.peak, s.seconds)), 0)
+        return self.fill(low, low.peak)
 
     # -- moves ------------------------------------------------------------------------------------------------------
 
