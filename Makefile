@@ -9,7 +9,7 @@ SOURCES := memopt passes kernels solvers
 .PHONY: help demo test check gpu bench bench-planners bench-table plan sizes clean
 
 help: ## print this
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 # Set up once: again only when the dependencies change, or a step failed half way (then no stamp was left).
 $(READY): pyproject.toml constraints.txt

@@ -8,20 +8,19 @@ stderr.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from rich.console import Console
 
+from benchmarks.planners.ahead import tell, works
 from benchmarks.planners.bench import LIMIT, Row, baseline, budgets, header, row
-from benchmarks.planners.export import Work, load, save
-from benchmarks.planners.graphs import SOURCES, captured
+from benchmarks.planners.export import Work
+from benchmarks.planners.graphs import SOURCES
 from benchmarks.planners.marks import marks
 from benchmarks.planners.registry import PLANNERS, SLOW
 from benchmarks.planners.table import detailed, markdown
@@ -29,42 +28,6 @@ from benchmarks.record import RESULTS, read_lines, surroundings, write_lines
 
 GRAPHS = Path(__file__).resolve().parent / "graphs"  # not committed: 2.5 MB that any machine makes anew
 MINUTES = 14.0
-
-
-def tell(text: str) -> None:
-    """Progress."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def exported(name: str, folder: Path) -> Path:
-    """The graph's file, captured if it is not there."""
-    path = folder / f"{name}.json.gz"
-    if not path.exists():
-        save(captured(name, tell), path)
-    return path
-
-
-def works(names: Sequence[str], folder: Path, until: float) -> Iterator[Work]:
-    """The works as they are ready; captured ahead in a process of its own. Those not ready in time are named."""
-    missing = [name for name in names if not (folder / f"{name}.json.gz").exists()]
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        ahead: dict[str, Future[Path]] = {name: pool.submit(exported, name, folder) for name in missing}
-        for name in names:
-            if name in ahead and not finished(ahead[name], until):
-                tell(f"{name}: left out, no time to capture it")
-                ahead[name].cancel()
-                continue
-            yield load(folder / f"{name}.json.gz")
-
-
-def finished(job: Future[Path], until: float) -> bool:
-    """Whether the job ended in time. Raises what it raised."""
-    try:
-        job.result(max(0.0, until - time.monotonic()))
-    except TimeoutError:
-        return False
-    return True
 
 
 def planned(work: Work, names: Sequence[str], until: float) -> Iterator[Row]:

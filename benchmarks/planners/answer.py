@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,7 +10,8 @@ from benchmarks.planners.export import Work
 from benchmarks.planners.schedule import Schedule
 from benchmarks.planners.simulator import simulate
 
-ASKS = 6  # times a planner whose estimate the simulator refutes is asked again
+ASKS = 6  # times a planner that plans on estimates is asked
+MORE = 0.02  # of the budget, by which the next question is larger where the answer left room or there was none
 
 
 @dataclass(frozen=True)
@@ -24,19 +26,25 @@ class Answer:
 
 
 def settled(work: Work, budget: int, ask: Callable[[float], Schedule | None]) -> Schedule | None:
-    """The planner's answer once the simulator agrees that it holds the budget.
+    """The planner's fastest answer that the simulator agrees holds the budget.
 
-    A planner that reckons in blocks or slots may be off by what it does not see; it is asked again with that taken
-    off its budget, so that nobody loses by the step graph being finer than its own model. What never fits is returned
-    as it came out at last.
+    A planner that reckons in blocks or slots is off by what it does not see, either way. It is asked again with the
+    difference added to its budget, and for a little more where it sees no plan, so that nobody loses by the step graph
+    being finer than its own model. Where nothing it says holds, the lowest is returned.
     """
-    target, last = float(budget), None
+    target, found = float(budget), list[tuple[bool, float, Schedule]]()
+    fitted, failed = 0.0, math.inf
     for _ in range(ASKS):
-        found = ask(target)
-        if found is None:
-            break
-        last, over = found, simulate(work.graph, work.seconds, found, work.block).peak - budget
-        if over <= 0:
-            break
-        target -= over
-    return last
+        schedule = ask(target)
+        if schedule is None:
+            if found:
+                break
+            target += MORE * budget
+            continue
+        score = simulate(work.graph, work.seconds, schedule, work.block)
+        over = score.peak > budget
+        found.append((over, score.peak if over else score.seconds, schedule))
+        fitted, failed = (fitted, min(failed, target)) if over else (max(fitted, target), failed)
+        step = budget - score.peak if over else max(budget - score.peak, MORE * budget)
+        target = (fitted + failed) / 2 if fitted > 0 and failed < math.inf else target + step
+    return min(found, key=lambda f: f[:2])[2] if found else None

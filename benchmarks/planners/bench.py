@@ -14,7 +14,7 @@ from benchmarks.planners.export import Work
 from benchmarks.planners.keep_all import unchanged
 from benchmarks.planners.memopt_plan import floor
 from benchmarks.planners.registry import planner
-from benchmarks.planners.schedule import check
+from benchmarks.planners.schedule import ScheduleError, check
 from benchmarks.planners.simulator import Score, simulate, up
 from benchmarks.planners.sqrt_blocks import every_block, sqrt_blocks
 
@@ -73,7 +73,10 @@ def row(work: Work, keep: Score, label: str, budget: int, name: str, limit: floa
                 "solve_seconds": round(solved, 3), "note": answer.note}  # fmt: skip
     if answer.schedule is None:
         return out
-    found = score(work, answer)
+    try:
+        found = score(work, answer)
+    except ScheduleError as refused:
+        return out | {"note": f"refused: {refused}"}
     added = found.seconds - keep.seconds
     out |= {"peak": found.peak, "fits": found.peak <= budget, "added_seconds": added}
     return out | {"relative": added / keep.seconds, "runs": len(answer.schedule)}

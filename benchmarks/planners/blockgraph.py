@@ -13,7 +13,8 @@ from memopt.graph import Step
 @dataclass(frozen=True)
 class Node:
     """A forward node of stage `stage`. nbytes: of its values. scratch: what running it takes besides. needs: nodes it
-    reads. steps: what running it again runs; shared: those of them a run of the stage's inner node has just run."""
+    reads. steps: what running it again runs; shared: those of them that a run of the node before it, the stage's inner
+    one, has just run, and spared the seconds that saves."""
 
     stage: int
     nbytes: int
@@ -21,7 +22,8 @@ class Node:
     scratch: int
     needs: tuple[int, ...]
     steps: tuple[str, ...]
-    shared: frozenset[str]
+    shared: frozenset[str] = frozenset()
+    spared: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,14 @@ def node(chain: Chain, at: int, values: frozenset[str], before: frozenset[str], 
     steps = closure(chain, at, values, stop)
     graph = chain.work.graph
     read = {graph.storage_of(name) for step in steps for name in step.reads}
-    fresh = [step for step in steps if step.name not in before]
     scratch = max(0, alone(chain, at, chain.saved(at)) - chain.bytes_of(chain.saved(at)))
     names = tuple(step.name for step in steps)
     needs = tuple(sorted({owner[name] for name in read if name in owner}))
-    return Node(at, chain.bytes_of(values), chain.seconds(fresh), scratch, needs, names, before & frozenset(names))
+    shared = [step for step in steps if step.name in before]
+    twice = frozenset(step.name for step in shared)
+    return Node(
+        at, chain.bytes_of(values), chain.seconds(steps), scratch, needs, names, twice, chain.seconds(shared)
+    )  # fmt: skip
 
 
 def closure(chain: Chain, at: int, values: frozenset[str], stop: frozenset[str]) -> list[Step]:
@@ -97,6 +102,6 @@ def names(graph: BlockGraph, again: Iterable[tuple[int, int]]) -> Iterator[str]:
     for k in reversed(range(len(graph.late))):
         for i, of in enumerate(graph.nodes):
             if (k, i) in chosen:
-                inner = (k, i - 1) in chosen and i > 0 and graph.nodes[i - 1].stage == of.stage
+                inner = (k, i - 1) in chosen
                 yield from (name for name in of.steps if not (inner and name in of.shared))
         yield from (step.name for step in graph.chain.backward(k))

@@ -109,15 +109,29 @@ class Play:
         pure = (step for step in graph.steps[: graph.boundary] if step.pure)
         return frozenset(name for step in pure for name in graph.created(step) if name not in fixed)
 
+    def last_needed(self) -> dict[str, int]:
+        """Storage -> position after which it may go. What cannot be made again (a generator's state) stays while
+        something that is made from it may have to be."""
+        last = {name: uses[-1] for name, uses in self.graph.uses.items()}
+        needed = dict(last)
+        for step in reversed(self.graph.steps[: self.graph.boundary]):
+            latest = max((needed[made] for made in self.graph.created(step) if made in self.free), default=-1)
+            for read in {self.graph.storage_of(name) for name in step.reads}:
+                needed[read] = max(needed[read], latest)
+        return {name: last[name] if name in self.free else at for name, at in needed.items()}
+
     def trace(self) -> Schedule:
         """Play the whole step."""
-        last = {name: uses[-1] for name, uses in self.graph.uses.items()}
+        last = self.last_needed()
         keep = {*self.graph.input_storages, *self.graph.output_storages}
+        ending: dict[int, list[str]] = {}
+        for name, at in last.items():
+            ending.setdefault(at, []).append(name)
         for at, step in enumerate(self.graph.steps):
             if is_anchor(self.graph, step) or step.phase == "forward" or any(n not in self.where for n in step.writes):
                 self.perform(step)
-            for name in dict.fromkeys(self.graph.touched(step)):
-                if last[name] == at and name not in keep and name in self.held:
+            for name in ending.get(at, ()):
+                if name not in keep and name in self.held:
                     self.let_go(name)
         return tuple(self.runs)
 

@@ -7,7 +7,7 @@ Common subexpressions are left alone (`cse` off): every planner plans on the sam
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch._functorch.config as functorch_config
 from torch import fx
@@ -20,10 +20,10 @@ from memopt.program import Program
 SHARES = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.15, 0.1, 0.05, 0.0)
 
 
-def partitions(program: Program, limit: float, shares: Sequence[float] = SHARES) -> Iterator[Partition]:
-    """One partition a share, until `limit` seconds are over. Raises what the partitioner raises."""
+def partitions(program: Program, limit: float) -> Iterator[Partition]:
+    """One partition for each of SHARES, until `limit` seconds are over. Raises what the partitioner raises."""
     until = time.perf_counter() + limit
-    for share in shares:
+    for share in SHARES:
         if time.perf_counter() > until:
             return
         yield partition(program, share)

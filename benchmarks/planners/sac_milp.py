@@ -10,10 +10,12 @@ treated runs again at once when the backward reaches it, as torch's checkpoint d
 from __future__ import annotations
 
 import logging
+import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, cast
 
+import psutil
 import pulp
 import torch.distributed._tools.sac_ilp as sac_ilp
 from torch.distributed._tools.ilp_utils import ModStats, parse_module_info
@@ -33,16 +35,28 @@ def sac_milp(work: Work, budget: int) -> Answer:
     """torch's choice of modules and operations; None if its program finds none."""
     chain = chain_of(work)
     solver = _with_solver()
-    schedule = settled(work, budget, lambda target: planned(chain, target))
+    try:
+        schedule = settled(work, budget, lambda target: planned(chain, target))
+    finally:
+        _end_solvers()
     return Answer(schedule, note=f"solved by {solver}")
 
 
 def _with_solver() -> str:
     """PuLP 4 has no CBC: HiGHS then stands in for it, under the name torch imports. The solver's name."""
-    if pulp.PULP_CBC_CMD().available():
-        return "CBC"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # PuLP's, about the class torch uses
+        if hasattr(pulp, "PULP_CBC_CMD") and pulp.PULP_CBC_CMD().available():
+            return "CBC"
     setattr(sac_ilp, "PULP_CBC_CMD", pulp.HiGHS)  # noqa: B010
     return "HiGHS"
+
+
+def _end_solvers() -> None:
+    """CBC is a process, and goes on for the 180 s torch gives it when this one is stopped before."""
+    for child in psutil.Process().children():
+        if child.name() == "cbc":
+            child.kill()
 
 
 def planned(chain: Chain, budget: float) -> Schedule | None:
@@ -50,11 +64,13 @@ def planned(chain: Chain, budget: float) -> Schedule | None:
     logging.getLogger(sac_ilp.__name__).setLevel(logging.CRITICAL)  # it logs an error when nothing fits
     graph = parse_module_info(module_info(chain))
     fqns = [name(at) for at in range(len(chain.stages))]
-    found, _, peak = sac_ilp.sac_milp(graph, max(budget - unmodelled(chain), 1) / 2**30, ac_units=fqns)
-    if peak < 0:
-        return None
-    chosen = {at: discard for at in range(len(chain.stages)) if (discard := found.get(name(at))) is not None}
-    again = {at: discarded(chain, at, discard) for at, discard in chosen.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        found, _, peak = sac_ilp.sac_milp(graph, max(budget - unmodelled(chain), 1) / 2**30, ac_units=fqns)
+        if peak < 0:
+            return None
+        chosen = {at: discard for at in range(len(chain.stages)) if (discard := found.get(name(at))) is not None}
+        again = {at: discarded(chain, at, discard) for at, discard in chosen.items()}
     return built(chain, again)
 
 
