@@ -25,7 +25,7 @@ class Answer:
     note: str = ""
 
 
-def settled(work: Work, budget: int, ask: Callable[[float], Schedule | None]) -> Schedule | None:
+def settled(work: Work, budget: int, ask: Callable[[float], Schedule | None], asks: int = ASKS) -> Schedule | None:
     """The planner's fastest answer that the simulator agrees holds the budget.
 
     A planner that reckons in blocks or slots is off by what it does not see, either way. It is asked again with the
@@ -34,7 +34,7 @@ def settled(work: Work, budget: int, ask: Callable[[float], Schedule | None]) ->
     """
     target, found = float(budget), list[tuple[bool, float, Schedule]]()
     fitted, failed = 0.0, math.inf
-    for _ in range(ASKS):
+    for _ in range(asks):
         schedule = ask(target)
         if schedule is None:
             if found:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from benchmarks.planners.stages import Chain, Sizes, alone, resident, sizes_of
+from benchmarks.planners.stages import Chain, Sizes, alone, resident
 from memopt.graph import Step
 
 
@@ -47,7 +47,7 @@ class BlockGraph:
 
 def block_graph(chain: Chain) -> BlockGraph:
     """Two nodes a stage (inner, handed on; none where it would be empty) and its backward."""
-    sizes, owner, nodes = sizes_of(chain), dict[str, int](), list[Node]()
+    sizes, owner, nodes = chain.sizes, dict[str, int](), list[Node]()
     for at, size in enumerate(sizes):
         given = chain.crossing(at)
         inner = chain.saved(at) - given

@@ -24,7 +24,7 @@ from benchmarks.planners.stages import chain_of, joined, schedule_of
 
 NODES = 60  # of the block graph, three a stage
 LIMIT = 6.0  # seconds of all searches in integers for one budget; the later ones get LEAST each
-LEAST = 0.5
+LEAST, ASKS = 0.5, 4
 GAP = 0.005
 TIE = 1e-7  # of the forward: no run for nothing
 THRESHOLDS = (0.9, 0.7, 0.5, 0.3, 0.1)
@@ -52,7 +52,7 @@ def checkmate(work: Work, budget: int) -> Answer:
         first.append(bound)
         return None if choice is None else schedule_of(graph.chain, tuple(names(graph, choice)))
 
-    schedule = settled(work, budget, ask)
+    schedule = settled(work, budget, ask, ASKS)
     return Answer(schedule, first[0], note=f"{len(graph.nodes) + len(graph.late)} nodes")
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from benchmarks.planners.answer import Answer, settled
 from benchmarks.planners.export import Work
 from benchmarks.planners.schedule import Schedule
-from benchmarks.planners.stages import Chain, chain_of, resident, schedule_of, sizes_of
+from benchmarks.planners.stages import Chain, chain_of, resident, schedule_of
 
 SLOTS = 500
 KEEP = -1  # the choice to keep all the first stage saves; else: the stage the forwards pass to
@@ -59,16 +59,16 @@ def planned(chain: Chain, budget: float) -> Schedule | None:
     room = budget - resident(chain) - chain.bytes_of(chain.fixed)
     if room <= 0:
         return None
-    table = fill(slots_of(chain, room / SLOTS), SLOTS)
-    last = len(chain.stages) - 1
+    slots, last = slots_of(chain, room / SLOTS), len(chain.stages) - 1
+    table = fill(slots, SLOTS)
     if not np.isfinite(table.time[0, last, SLOTS]):
         return None
-    return schedule_of(chain, tuple(names(chain, operations(table, slots_of(chain, room / SLOTS), 0, last, SLOTS))))
+    return schedule_of(chain, tuple(names(chain, operations(table, slots, 0, last, SLOTS))))
 
 
 def slots_of(chain: Chain, unit: float) -> Slots:
     """The chain measured in slots of `unit` bytes."""
-    count, sizes = range(len(chain.stages)), sizes_of(chain)
+    count, sizes = range(len(chain.stages)), chain.sizes
 
     def slots(values: Iterator[int]) -> list[int]:
         return [math.ceil(value / unit) for value in values]

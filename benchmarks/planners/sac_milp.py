@@ -24,10 +24,11 @@ from torch.distributed._tools.sac_estimator import SACStats
 from benchmarks.planners.answer import Answer, settled
 from benchmarks.planners.export import Work
 from benchmarks.planners.schedule import Schedule
-from benchmarks.planners.stages import Chain, Sizes, chain_of, schedule_of, sequence, sizes_of
+from benchmarks.planners.stages import Chain, Sizes, chain_of, schedule_of, sequence
 from memopt.graph import Step
 
 ROOT = "model"
+ASKS = 3  # each takes a second or more
 Curve = list[tuple[float, float]]  # (share of bytes discarded, share of seconds run again), ascending
 
 
@@ -36,7 +37,7 @@ def sac_milp(work: Work, budget: int) -> Answer:
     chain = chain_of(work)
     solver = _with_solver()
     try:
-        schedule = settled(work, budget, lambda target: planned(chain, target))
+        schedule = settled(work, budget, lambda target: planned(chain, target), ASKS)
     finally:
         _end_solvers()
     return Answer(schedule, note=f"solved by {solver}")
@@ -94,7 +95,7 @@ def parameters(chain: Chain, steps: Sequence[Step]) -> int:
 
 def module_info(chain: Chain) -> Any:
     """What torch's `aggregate_stats` would return."""
-    count, sizes = len(chain.stages), sizes_of(chain)
+    count, sizes = len(chain.stages), chain.sizes
     fqns = [name(at) for at in range(count)]
     order = {
         "fw_pre_order": [ROOT, *fqns],

@@ -31,6 +31,19 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Sizes:
+    """Of one stage, bytes. passing: most held while its forward runs and only what it hands on is kept; keeping: while
+    it runs and all saved values are kept (neither counts the stage's own input). late: most held while its backward
+    runs, less saved values of this stage and the earlier ones, what is fixed and what is resident. start: gradients
+    held just before it. The optimizer is in none."""
+
+    passing: int
+    keeping: int
+    late: int
+    start: int
+
+
+@dataclass(frozen=True)
 class Chain:
     """The stages in the order of the forward, and the work they were made of."""
 
@@ -90,17 +103,34 @@ class Chain:
 
     def crossing(self, at: int) -> frozenset[str]:
         """What stage `at` hands to the next: read by its forward, not fixed."""
-        if at + 1 >= len(self.stages):
-            return frozenset()
-        graph = self.work.graph
-        read = {graph.storage_of(name) for step in self.forward(at + 1) for name in step.reads}
-        return frozenset(name for name in read if self.of.get(name) == at) - self.fixed
+        return self._crossing[at]
 
     def saved(self, at: int) -> frozenset[str]:
         """What the backward reads of stage `at`, and what it hands on; not what is fixed."""
-        graph = self.work.graph
-        read = {graph.storage_of(name) for step in graph.steps[graph.boundary :] for name in step.reads}
-        return frozenset(n for n in read if self.of.get(n) == at) - self.fixed | self.crossing(at)
+        return self._saved[at]
+
+    @cached_property
+    def _crossing(self) -> tuple[frozenset[str], ...]:
+        graph, found = self.work.graph, list[frozenset[str]]()
+        for at in range(1, len(self.stages)):
+            read = {graph.storage_of(name) for step in self.forward(at) for name in step.reads}
+            found.append(frozenset(name for name in read if self.of.get(name) == at - 1) - self.fixed)
+        return (*found, frozenset())
+
+    @cached_property
+    def _saved(self) -> tuple[frozenset[str], ...]:
+        graph, mine = self.work.graph, [set(given) for given in self._crossing]
+        for step in graph.steps[graph.boundary :]:
+            for storage in (graph.storage_of(name) for name in step.reads):
+                if storage in self.of and storage not in self.fixed:
+                    mine[self.of[storage]].add(storage)
+        return tuple(frozenset(names) for names in mine)
+
+    @cached_property
+    def sizes(self) -> tuple[Sizes, ...]:
+        """Of each stage, measured on the unchanged step: forwards by themselves, backwards by what is held besides
+        saved values."""
+        return tuple(measured(self))
 
     def bytes_of(self, storages: Iterable[str]) -> int:
         return sum(self.size(name) for name in storages)
@@ -132,35 +162,17 @@ def joined(chain: Chain, most: int) -> Chain:
     return Chain(chain.work, tuple(stages))
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Of one stage, bytes. passing: most held while its forward runs and only what it hands on is kept; keeping: while
-    it runs and all saved values are kept (neither counts the stage's own input). late: most held while its backward
-    runs, less saved values of this stage and the earlier ones, what is fixed and what is resident. start: gradients
-    held just before it. The optimizer is in none."""
-
-    passing: int
-    keeping: int
-    late: int
-    start: int
-
-
-def sizes_of(chain: Chain) -> tuple[Sizes, ...]:
-    """Measured on the unchanged step: forwards by themselves, backwards by what is held besides saved values."""
-    work, count = chain.work, len(chain.stages)
-    schedule = unchanged(work)
+def measured(chain: Chain) -> Iterator[Sizes]:
+    """The sizes of each stage."""
+    work, below = chain.work, chain.bytes_of(chain.fixed) + resident(chain)
+    schedule, end = unchanged(work), optimizer_of(chain)
     held = simulate(work.graph, work.seconds, schedule, work.block).held
-    free = [b for b in allocations(work.graph, schedule, work.block) if b.born >= work.graph.boundary]
-    saved = [chain.bytes_of(chain.saved(at)) for at in range(count)]
-    base = chain.bytes_of(chain.fixed) + resident(chain)
-    out = []
+    late = [b for b in allocations(work.graph, schedule, work.block) if b.born >= work.graph.boundary]
     for at, stage in enumerate(chain.stages):
-        below = base + sum(saved[: at + 1])
-        works = range(stage.begin, min(stage.end, optimizer_of(chain)))
-        late = max((held[i] for i in works), default=below) - below
-        start = sum(b.nbytes for b in free if b.born < stage.begin <= b.last)
-        out.append(Sizes(alone(chain, at, chain.crossing(at)), alone(chain, at, chain.saved(at)), late, start))
-    return tuple(out)
+        below += chain.bytes_of(chain.saved(at))
+        most = max(held[stage.begin : min(stage.end, end)], default=below) - below
+        start = sum(b.nbytes for b in late if b.born < stage.begin <= b.last)
+        yield Sizes(alone(chain, at, chain.crossing(at)), alone(chain, at, chain.saved(at)), most, start)
 
 
 def optimizer_of(chain: Chain) -> int:
