@@ -23,7 +23,7 @@ from benchmarks.planners.schedule import Schedule
 from benchmarks.planners.stages import chain_of, joined, schedule_of
 
 NODES = 60  # of the block graph, three a stage
-LIMIT = 6.0  # seconds of all searches in integers for one budget; the later ones get LEAST each
+LIMIT = 4.0  # seconds of all searches in integers for one budget; the later ones get LEAST each
 LEAST, ASKS = 0.5, 4
 GAP = 0.005
 TIE = 1e-7  # of the forward: no run for nothing
