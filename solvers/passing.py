@@ -15,7 +15,7 @@ from memopt.plans import Plan, Problem, simulated
 from memopt.solvers.chain import Links, Segments
 
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)  # blocks a segment
-FEW = 3  # lengths simulated where only the floor is asked
+FEW, MANY = 3, 2_000  # lengths that are simulated of a step with more offers than that; all of them of another
 
 
 def uniform(count: int, length: int) -> Segments:
@@ -34,23 +34,22 @@ def estimate(links: Links, chosen: Segments) -> int:
 
 def remakes_in_passing(problem: Problem, links: Links, chosen: Segments) -> tuple[Remake, ...]:
     """The segments as remakes: every value of a segment once, from the segment's first late read to its own region."""
-    space, out = links.space, dict[tuple[int, tuple[int, int]], None]()
+    space, until = links.space, dict[tuple[int, int], int]()  # (first late read, value) -> last late read
     final = len(links.regions) - 1
     for first, last in chosen:
         top = space.regions[links.regions[last]].first
         for at in range(first, last + 1):
-            span = top, space.regions[links.regions[at]].last
             inside = sorted(links.inside[at]) if at != final else []
-            crossing = links.crossing[at] if at > first else ()
-            out.update(dict.fromkeys((v, span) for v in (*inside, *crossing)))
+            for v in (*inside, *(links.crossing[at] if at > first else ())):
+                until[top, v] = max(until.get((top, v), 0), space.regions[links.regions[at]].last)
     offer = {space.number[r.value]: r for r in problem.remakes}
     steps = problem.graph.steps
-    return tuple(replace(offer[v], span=(steps[a].name, steps[b].name)) for v, (a, b) in out)
+    return tuple(replace(offer[v], span=(steps[a].name, steps[b].name)) for (a, v), b in until.items())
 
 
-def in_passing(problem: Problem, links: Links, most: int = len(LENGTHS)) -> tuple[Plan, ...]:
+def in_passing(problem: Problem, links: Links) -> tuple[Plan, ...]:
     """Simulated plans of equal segments, those of least estimated bytes first; they do not depend on the budget."""
-    count = len(links.regions)
+    count, most = len(links.regions), FEW if len(problem.remakes) > MANY else len(LENGTHS)
     found = [uniform(count, length) for length in LENGTHS if length <= count]
     found.sort(key=lambda chosen: estimate(links, chosen))
     return tuple(simulated(problem, remakes_in_passing(problem, links, s), "segments") for s in found[:most])
