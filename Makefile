@@ -6,10 +6,10 @@ READY := $(VENV)/.ready
 SOURCES := memopt passes kernels solvers
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check gpu bench bench-table plan sizes clean
+.PHONY: help demo test check gpu bench bench-planners bench-table plan sizes clean
 
 help: ## print this
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 # Set up once: again only when the dependencies change, or a step failed half way (then no stamp was left).
 $(READY): pyproject.toml constraints.txt
@@ -36,6 +36,9 @@ gpu: $(READY) ## the tests and benchmarks that need a CUDA device
 
 bench: $(READY) ## memopt against its peers on this CPU: a table and a picture
 	$(BIN)/python benchmarks/recompute_cpu.py
+
+bench-planners: $(READY) ## every memory planner on the same step graphs, scored by one simulator; no GPU, 15 minutes
+	$(BIN)/python -m benchmarks.planners
 
 bench-table: $(READY) ## put the last results of make bench into the README
 	$(BIN)/python benchmarks/recompute_cpu.py --table

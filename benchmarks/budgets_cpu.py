@@ -22,13 +22,14 @@ import torch
 from torch import Tensor, nn
 
 import memopt
-from benchmarks.record import RESULTS, surroundings, write_lines
+from benchmarks.record import RESULTS, read_lines, surroundings, write_lines
 from benchmarks.zoo import ZOO, workload
 from memopt.runtime.measure import measure_step
 
 SHARES = (0.8, 0.6, 0.4)
 ABOVE_FLOOR = 1.02
 LOWERINGS = ("eager", "inductor")
+ROUNDING = 1e-4  # of the largest entry: fp32 sums in another order, through eight layers
 HUGE = "90%"  # of this machine: more than any step here needs
 Row = dict[str, Any]
 
@@ -85,6 +86,7 @@ class Subject:
             "added_seconds": plan.plan.seconds,
             "gap": plan.gap,
             "plan_seconds": plan.timings["plan"],
+            "corrections": result._session.corrections,
         }
 
 
@@ -106,7 +108,7 @@ def _rows(subject: Subject, row: Row, shares: Sequence[float]) -> Iterator[Row]:
         try:
             yield row | subject.at(budget)
         except memopt.BudgetError as refused:
-            yield row | {"refused": True, "floor": refused.floor_bytes}
+            yield row | {"refused": refused.floor_bytes}
 
 
 def _promised(subject: Subject, budget: str) -> int:
@@ -131,17 +133,19 @@ def faults(rows: Sequence[Row]) -> list[str]:
 def _faults(row: Row) -> Iterator[str]:
     if "error" in row:
         yield row["error"]
-    elif row.get("refused"):
+    elif "refused" in row:
         if row["budget"] >= row["floor"]:
-            yield f"refused {row['budget']} bytes, above the floor it names, {row['floor']}"
+            yield f"refused {row['budget']} bytes, above the floor of {row['floor']}; now the floor is {row['refused']}"
     else:
         share = 0.01 if row["lowering"] == "eager" else 0.03
         if row["measured"] > row["budget"]:
             yield f"measured {row['measured']} bytes, over the budget of {row['budget']}"
         if abs(row["measured"] - row["predicted"]) > share * row["measured"] + 2**20:
             yield f"measured {row['measured']} bytes, predicted {row['predicted']}"
-        if row["lowering"] == "eager" and not row["equal"]:
-            yield f"not bit-identical to plain PyTorch: gradients differ by {row['difference']:.1e} of the largest"
+        if row["corrections"]:
+            yield f"planned again {row['corrections']} times, as real steps broke the budget"
+        if not (row["equal"] if row["lowering"] == "eager" else row["difference"] <= ROUNDING):
+            yield f"gradients differ from plain PyTorch's by {row['difference']:.1e} of the largest"
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -158,10 +162,19 @@ def main(words: Sequence[str] | None = None) -> int:
             made = _apart(name, lowering, asked.share)
             print(*(shown(row) for row in made), sep="\n", flush=True)
             rows += made
-    write_lines(asked.results / "budgets_cpu.jsonl", [{"surroundings": surroundings()}, *rows])
+            keep(asked.results / "budgets_cpu.jsonl", made)
     found = faults(rows)
     print(f"{len(rows)} rows, {len(found)} promises broken", *found, sep="\n  ")
     return 1 if found else 0
+
+
+def keep(path: Path, made: Sequence[Row]) -> None:
+    """Put the rows of one model and lowering into the results, in place of older ones; each says where it was made."""
+    known = read_lines(path) if path.exists() else []
+    fresh = {(row["model"], row["lowering"]) for row in made}
+    others = [row for row in known if (row["model"], row["lowering"]) not in fresh]
+    rows = others + [row | {"surroundings": surroundings()} for row in made]
+    write_lines(path, sorted(rows, key=lambda row: (list(ZOO).index(row["model"]), row["lowering"])))
 
 
 def _apart(name: str, lowering: str, shares: Sequence[float]) -> list[Row]:
@@ -179,8 +192,8 @@ def shown(row: Row) -> str:
     if "error" in row:
         return head + row["error"]
     head += f"{row['budget']:>12,}"
-    if row.get("refused"):
-        return head + f"  refused: the floor is {row['floor']:,}, {row['floor'] / row['free']:.0%}"
+    if "refused" in row:
+        return head + f"  refused: the floor is {row['refused']:,}, {row['refused'] / row['free']:.0%}"
     numbers = "equal" if row["equal"] else f"within {row['difference']:.1e}"
     return (
         head + f"  predicted {row['predicted']:>12,}  measured {row['measured']:>12,}  {numbers}  gap {row['gap']:.1%}"

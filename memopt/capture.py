@@ -8,7 +8,6 @@ budget can be shared by all parts of the step.
 from __future__ import annotations
 
 import copy
-import logging
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,26 +28,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from memopt.blame import sentence, user_line
 from memopt.errors import CaptureError, MemoptError
-from memopt.hosts import as_in_eager, quiet_loggers
+from memopt.frames import dynamo_set, forget, only_critical
+from memopt.hosts import as_in_eager
 from memopt.lowering import lower, signature
 from memopt.program import Program, argument_places
-
-# recompile_limit: shapes a model may be planned for; torch's default of 8 would run the ninth without a plan.
-# allow_rnn: nn.LSTM and its like are traced, not broken out of the graph.
-DYNAMO = {"recompile_limit": 64, "allow_rnn": True}
-
-
-def dynamo_settings() -> dict[str, Any]:
-    """Dynamo's configuration while a model is surveyed and while it runs; the same, or the graphs would differ."""
-    ignored = getattr(torch._dynamo.config, IGNORED, None)
-    return DYNAMO if ignored is None else {**DYNAMO, IGNORED: {*ignored, *quiet_loggers()}}
-
-
-def _settings() -> Any:
-    return torch._dynamo.config.patch(dynamo_settings())
-
-
-IGNORED = "ignore_logging_functions"
 
 Prepare = Callable[[Program], Program]
 
@@ -104,6 +87,7 @@ class _Recorder:
     exact: bool
     captures: list[Capture] = field(default_factory=list)
     latest: Capture | None = None
+    graphs: list[tuple[Callable[..., Any], Capture]] = field(default_factory=list)
     storages: list[Any] = field(default_factory=list)
     known: set[int] = field(default_factory=set)
 
@@ -115,16 +99,20 @@ class _Recorder:
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         self.latest = None
         run = lower(module, inputs, self.names, self.record, self.lowering, True, self.loss_only, exact=self.exact)
-        return run if self.latest is None else self.watched(run, self.latest)
+        if self.latest is None:
+            return run
+        self.graphs.append((run, self.latest))
+        return self.watched(len(self.graphs) - 1)
 
     def record(self, program: Program) -> Program:
         self.latest = Capture(self.prepare(program), signature(program))
         return program
 
-    def watched(self, run: Callable[..., Any], graph: Capture) -> Callable[..., Any]:
-        """`run`, each call of which is a capture."""
+    def watched(self, at: int) -> Callable[..., Any]:
+        """The graph at this place, each call of which is a capture."""
 
         def call(*args: Any) -> Any:
+            run, graph = self.graphs[at]
             place = len(self.captures)
             given = self.numbers(args)
             fresh = frozenset(key for key in given if key is not None) - self.known
@@ -176,7 +164,11 @@ def survey(
     args, kwargs = tree_map_only(torch.Tensor, lambda t: fake_tensor(t, mode), (tuple(args), dict(kwargs)))
     recorder = _Recorder(tensor_names(twin), prepare, lowering, gradients == "loss", exact)
     recorder.know((args, kwargs, list(twin.parameters()), list(twin.buffers())))
-    outputs, notes = _dry_run(twin, args, kwargs, mode, recorder)
+    try:
+        outputs, notes = _dry_run(twin, args, kwargs, mode, recorder)
+    finally:
+        forget(recorder)
+        recorder.graphs.clear()  # Dynamo leaves some of what it compiled in the globals of the user's modules
     if not recorder.trained:
         raise CaptureError(_nothing_to_train(model, outputs))
     if recorder.loss_only and recorder.trained > 1:  # outputs of one graph may feed the next
@@ -191,7 +183,7 @@ def _dry_run(
     """The fake outputs, and what was not seen. A branch on data ends the run; what came before it is known."""
     call = torch.compile(entry(twin), backend=recorder, dynamic=False)
     try:
-        with _quiet(), _settings(), mode, torch.enable_grad(), torch.random.fork_rng(devices=[]), as_in_eager(kwargs):
+        with _quiet(), dynamo_set(), mode, torch.enable_grad(), torch.random.fork_rng(devices=[]), as_in_eager(kwargs):
             return call(*args, **kwargs), ()
     except (DataDependentOutputException, DynamicOutputShapeException) as stopped:
         if not recorder.trained:
@@ -213,15 +205,9 @@ def _quiet() -> Iterator[None]:
 
     Dynamo looks at .grad of what crosses a graph break, which warns; a failing fake operation logs its whole stack.
     """
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
-            yield
-    finally:
-        logger.setLevel(level)
+    with warnings.catch_warnings(), only_critical("torch._subclasses.fake_tensor"):
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+        yield
 
 
 def _refuse_sparse(model: nn.Module) -> None:

@@ -69,7 +69,7 @@ def _windows(graph: StepGraph) -> Iterable[list[Step]]:
     """Runs of fusable steps of one phase; any other step is a window of its own."""
     run: list[Step] = []
     for step in graph.steps:
-        fusable = step.fusable or _view(graph, step)
+        fusable = step.fusable or graph.is_view(step)
         if run and (not fusable or run[-1].phase != step.phase):
             yield run
             run = []
@@ -79,10 +79,6 @@ def _windows(graph: StepGraph) -> Iterable[list[Step]]:
             yield [step]
     if run:
         yield run
-
-
-def _view(graph: StepGraph, step: Step) -> bool:
-    return step.pure and bool(step.writes) and not graph.created(step)
 
 
 def _groups(graph: StepGraph, window: Sequence[Step]) -> list[list[Step]]:

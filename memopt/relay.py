@@ -92,12 +92,26 @@ class Relay:
         return made
 
     def hand_over(self, leg: Leg, made: Mapping[str, Any]) -> None:
-        """First gradients wait for their tangent, further ones are added to them; a parameter's stay."""
+        """First gradients wait for their tangent, further ones are added to them; a parameter's stay.
+
+        Added in place, unless what waits is shared: as `memopt.joints.Joiner.add` says it.
+        """
         for sent in leg.part.sent:
+            gradient = made.get(sent.gradient)
             if not sent.target:
-                self.kept.append(made[sent.gradient])
+                self.kept.append(gradient)
             elif sent.target not in self.arrived:
-                self.arrived[sent.target] = made[sent.gradient] if sent.fits else None
+                self.arrived[sent.target] = gradient if sent.fits else None
+            elif self.shared(self.arrived[sent.target]):
+                self.arrived[sent.target] = stand_ins([gradient], [True], self.ledger)[0]
+
+    def shared(self, waiting: Any) -> bool:
+        """Whether several gradients wait in the storage of this one."""
+        if waiting is None:
+            return False
+        home: int = waiting.untyped_storage()._cdata
+        others = (other.untyped_storage()._cdata for other in self.arrived.values() if other is not None)
+        return len([other for other in others if other == home]) > 1
 
 
 def rehearsed(

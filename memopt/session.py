@@ -7,15 +7,17 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_flatten
 
-from memopt.capture import Capture, Survey, dynamo_settings, entry, survey, tensor_names
+from memopt.capture import Capture, Survey, entry, survey, tensor_names
 from memopt.dumps import PLANNED, dump_program, plan_made
-from memopt.errors import MemoptError
+from memopt.errors import BudgetError, MemoptError
+from memopt.frames import dynamo_set
 from memopt.hosts import as_in_eager, without_full_mask
 from memopt.lowering import Transform, lower, signature
 from memopt.pipeline import Costs, Planned, Progress, Request, make_plan, prepare, silent
@@ -25,12 +27,12 @@ from memopt.profiling import measured_costs
 from memopt.program import Program, copied
 from memopt.refusal import Call, Refused, Spelling, infeasible
 from memopt.report import PlanResult
-from memopt.runtime.guard import Guard
 from memopt.runtime.resident import resident_tensors
 from memopt.seams import parts_of
 from memopt.table import to_text
 from memopt.units import format_size
 from memopt.unwrapped import unwrapped
+from memopt.watch import StepWatch, end_with_update
 
 log = logging.getLogger("memopt")
 
@@ -43,7 +45,8 @@ class Session:
 
     measure: price operations by running each once on this device; False where nothing may be allocated. advise: find
     the ways out of a refusal, which takes further plans; spelling: how they are written. missed: bytes by which real
-    steps exceeded what was predicted of them; corrections: how often that led to another plan.
+    steps exceeded what was predicted of them; corrections: how often that led to another plan. plans, surveys: by what
+    `input_key` gives; current: the key of the latest step.
     """
 
     model: nn.Module
@@ -54,8 +57,7 @@ class Session:
     measure: bool = True
     plans: dict[Any, Planned] = field(default_factory=dict)
     surveys: dict[Any, Survey] = field(default_factory=dict)
-    latest: Planned | None = None
-    guard: Guard | None = None
+    current: Any = None
     outputs_held: bool = True
     refused: PlanResult | None = None
     inputs: Any = ()
@@ -65,18 +67,27 @@ class Session:
     corrections: int = 0
     turns: dict[str, int] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.watch = StepWatch(self.resident, self.request.device.kind)
+
+    @property
+    def latest(self) -> Planned | None:
+        """The plan of the latest step, or of the latest inputs planned for."""
+        return self.plans.get(self.current)
+
     def plan_for(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Planned:
         """The plan for inputs of these shapes: made at first sight, under fake tensors. Raises BudgetError."""
         kwargs = without_full_mask(self.model, kwargs)
         key = input_key(self.model, args, kwargs)
         if key not in self.plans:
             started = time.perf_counter()
-            self.progress("capture", None)
             call = tuple(args), dict(kwargs)
-            found = self.capture(call)
+            if key not in self.surveys:
+                self.progress("capture", None)
+                self.surveys[key] = self.capture(call)
             captured = time.perf_counter() - started
-            self.plans[key] = self.adopt(found, captured, call)
-            self.surveys[key] = found
+            self.plans[key] = self.adopt(self.surveys[key], captured, call)
+        self.current = key
         return self.plans[key]
 
     def capture(self, call: Call) -> Survey:
@@ -85,7 +96,7 @@ class Session:
         return survey(self.model, *call, clean, self.request.lowering, self.gradients, self.request.exact)
 
     def adopt(self, found: Survey, capture_seconds: float, call: Call | None = None) -> Planned:
-        """Price and plan a survey; remember it as the latest. Raises BudgetError; call: inputs it may try halved."""
+        """Price and plan a survey. Raises BudgetError; call: inputs it may try halved."""
         costs = self.costs(found)
         request = replace(self.request, budget=max(self.request.budget - self.missed, 1))
         planned = make_plan(found, request, costs, capture_seconds, self.progress, self.plan_file)
@@ -98,8 +109,6 @@ class Session:
         if planned.result.infeasible:
             self.refused = self.advised(planned.result, found, costs, call)
             raise infeasible(self.refused)
-        self.latest = planned
-        self.guard = Guard(planned.result.plan.peak, log, resident=self.resident, device=self.request.device.kind)
         plan_made(lambda: to_text(planned.result), planned.result.to_json)
         return planned
 
@@ -111,27 +120,45 @@ class Session:
         refused = Refused(result, found, self.request, costs, call, self.capture, self.spelling)
         return replace(result, ways_out=refused.ways_out())
 
-    def begin_step(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-        """Let the guard watch; True if what it saw of the step before calls for another plan."""
-        if self.guard is None:
-            return False
-        self.inputs = (args, kwargs)
-        self.guard.begin_step()
-        self.inputs = ()
-        return self.correct()
+    def step(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """A training step begins: have its plan ready and watch it. True if plans were made anew.
 
-    def correct(self) -> bool:
-        """Whether the latest measured step broke the budget: then plan again with what it exceeded set aside."""
-        measured = self.guard.measured if self.guard else None
-        if measured is None or self.result is None or self.corrections == CORRECTIONS:
+        Raises BudgetError at the first sight of inputs that do not fit; what already runs is never stopped by one.
+        """
+        self.watch.end()
+        anew = self.exceeded() and self.replanned(args, kwargs)
+        planned = self.plan_for(args, kwargs)
+        self.inputs = (args, kwargs)
+        self.watch.begin(self.current, planned.result.plan.peak)
+        self.inputs = ()
+        return anew
+
+    def exceeded(self) -> bool:
+        """Whether the last step watched took more than the budget: then what it exceeded its plan by is set aside."""
+        key, measured = self.watch.take() or (None, None)
+        planned = self.plans.get(key)
+        if measured is None or planned is None or self.corrections == CORRECTIONS:
             return False
         if measured.peak_bytes <= self.request.budget:
             return False
-        self.missed += measured.peak_bytes - self.result.peak
+        self.missed += measured.peak_bytes - self.seen_from(planned).plan.peak
         self.corrections += 1
-        self.plans.clear()
         took, budget = format_size(measured.peak_bytes), format_size(self.request.budget)
         log.warning("a step took %s of %s: planning again", took, budget)
+        return True
+
+    def replanned(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Plan again; False, and the plans as they were, where no plan holds what was missed as well."""
+        kept, guards, advise = self.plans, self.watch.guards, self.advise
+        self.plans, self.watch.guards, self.advise = {}, {}, False
+        try:
+            self.plan_for(args, kwargs)
+        except BudgetError as refused:
+            self.plans, self.watch.guards, self.corrections = kept, guards, CORRECTIONS
+            log.warning("no plan takes that much less; the step goes on as planned, above its budget: %s", refused)
+            return False
+        finally:
+            self.advise = advise
         return True
 
     def costs(self, found: Survey) -> Costs:
@@ -143,8 +170,8 @@ class Session:
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         return resident_tensors(self.model, self.request.optimizer, gradients, self.inputs)
 
-    def backend(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        """The Dynamo backend: differentiate, insert the plan's remakes, lower.
+    def backend(self, module: fx.GraphModule, inputs: Sequence[Any], key: Any = None) -> Callable[..., Any]:
+        """The Dynamo backend: differentiate, insert the plan's remakes, lower. key: of the plan to go by.
 
         A graph that runs several times in a step (for each layer of a loop that breaks) is lowered once for every
         set of decisions the plan has for its runs.
@@ -152,12 +179,12 @@ class Session:
         started = time.perf_counter()
         spare = fx.GraphModule(module, copied(module.graph))
         mine: list[tuple[Planned, str]] = []
-        run = self.lowered(module, inputs, lambda program: self.transform(program, mine))
+        run = self.lowered(module, inputs, lambda program: self.transform(program, key, mine))
         if mine and len(mine[0][0].places(mine[0][1])) > 1:
             run = self.dispatched(run, spare, inputs, *mine[0])
         if self.latest is not None:
             timings = {**self.latest.result.timings, "lower": time.perf_counter() - started}
-            self.latest = replace(self.latest, result=replace(self.latest.result, timings=timings))
+            self.plans[self.current] = replace(self.latest, result=replace(self.latest.result, timings=timings))
         return run
 
     def lowered(self, module: fx.GraphModule, inputs: Sequence[Any], transform: Transform) -> Callable[..., Any]:
@@ -190,23 +217,27 @@ class Session:
     @property
     def result(self) -> PlanResult | None:
         """The latest plan, with the peak it leads to when the caller lets go of the outputs beside the loss."""
-        if self.latest is None or self.outputs_held:
-            return None if self.latest is None else self.latest.result
-        return self.latest.released
+        return None if self.latest is None else self.seen_from(self.latest)
 
-    def transform(self, program: Program, mine: list[tuple[Planned, str]]) -> Program:
+    def seen_from(self, planned: Planned) -> PlanResult:
+        """The plan as it turns out for this caller, who holds the outputs beside the loss or lets go of them."""
+        return planned.result if self.outputs_held else planned.released
+
+    def transform(self, program: Program, key: Any, mine: list[tuple[Planned, str]]) -> Program:
         """The program the plan asks for. A graph no survey saw is planned by itself, within the whole budget.
 
         mine: gets the plan the program is part of, and its signature.
         """
         mark = signature(program)
-        planned = next((p for p in reversed(self.plans.values()) if p.places(mark)), None)
+        known = (self.plans.get(key), *reversed(self.plans.values()))
+        planned = next((p for p in known if p is not None and p.places(mark)), None)
         if planned is None and not program.outputs[1]:
             return program
         if planned is None:
             clean = prepare(self.request.lowering, self.request.off)
             alone = Survey((Capture(clean(program), mark),), self.model, None, self.gradients == "loss")
             planned = self.plans[mark] = self.adopt(alone, 0.0)
+            self.current = mark
         mine.append((planned, mark))
         return self.applied(program, planned, planned.places(mark)[0])
 
@@ -219,12 +250,17 @@ class Session:
 
 
 def input_key(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Equal for calls that trace to the same graphs: structure, shapes, dtypes, training mode, what is frozen."""
+    """Equal for calls that trace to the same graphs: structure, layouts, dtypes, training mode, what is frozen."""
     leaves, spec = tree_flatten((tuple(args), dict(kwargs)))
-    shapes = tuple((tuple(x.shape), x.dtype) if isinstance(x, torch.Tensor) else repr(x) for x in leaves)
+    shapes = tuple(_layout(x) if isinstance(x, torch.Tensor) else repr(x) for x in leaves)
     frozen = tuple(parameter.requires_grad for parameter in model.parameters())
-    autocast = tuple(map(torch.is_autocast_enabled, ("cpu", "cuda")))
+    autocast = tuple((torch.is_autocast_enabled(on), torch.get_autocast_dtype(on)) for on in ("cpu", "cuda"))
     return str(spec), shapes, model.training, frozen, autocast
+
+
+def _layout(tensor: torch.Tensor) -> Any:
+    strides = tensor.stride() if tensor.layout is torch.strided else None
+    return tuple(tensor.shape), strides, tensor.dtype, tensor.requires_grad
 
 
 class Handle:
@@ -244,8 +280,9 @@ class Handle:
 
     @property
     def measured(self) -> MeasuredStep | None:
-        """The latest step the guard measured."""
-        return self._session.guard.measured if self._session and self._session.guard else None
+        """The latest measured step of the latest shape."""
+        guard = self._session.watch.guards.get(self._session.current) if self._session else None
+        return None if guard is None else guard.measured
 
     def report(self) -> str:
         """The plan, and what was measured, as text."""
@@ -257,29 +294,39 @@ class Handle:
 
 
 def _compiled(session: Session) -> Callable[..., Any]:
-    """The model behind a new code object: what Dynamo compiled of an earlier one is not found again."""
-    return torch.compile(entry(session.model), backend=unwrapped(session.backend), dynamic=False)
+    """The model for the session's current plan: Dynamo finds nothing that it compiled for another one.
+
+    The code object and the backend are new: the first keeps whole models apart, the second the functions they share.
+    """
+    backend = unwrapped(partial(session.backend, key=session.current))
+    return torch.compile(entry(session.model), backend=backend, dynamic=False)
 
 
 def attach(session: Session) -> nn.Module:
     """Compile the session's model in place: same module, same state_dict keys; inference runs as it did."""
     model = session.model
     plain: Callable[..., Any] = model._call_impl
-    compiled = _compiled(session)
+    compiled: dict[Any, Callable[..., Any]] = {}
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or os.environ.get("MEMOPT_DISABLE") == "1":
+        if torch.compiler.is_compiling() or os.environ.get("MEMOPT_DISABLE") == "1":
             return plain(*args, **kwargs)
-        nonlocal compiled
+        if not torch.is_grad_enabled():
+            session.watch.end()
+            return plain(*args, **kwargs)
         kwargs = without_full_mask(model, kwargs)
-        session.plan_for(args, kwargs)
-        if session.begin_step(args, kwargs):
-            compiled = _compiled(session)
-            session.plan_for(args, kwargs)
+        if session.step(args, kwargs):
+            compiled.clear()
+        key = session.current
+        if key not in compiled:
+            compiled[key] = _compiled(session)
         session.turns.clear()
-        with torch._dynamo.config.patch(dynamo_settings()), as_in_eager(kwargs):
-            return compiled(*args, **kwargs)
+        with dynamo_set(), as_in_eager(kwargs):
+            outputs = compiled[key](*args, **kwargs)
+        session.watch.ran(outputs)
+        return outputs
 
+    end_with_update(session.watch, model)
     model._compiled_call_impl = call
     model.memopt = Handle(session)  # type: ignore[assignment]
     return model

@@ -13,6 +13,7 @@ from memopt.solvers.engine import Engine, path
 from memopt.solvers.greedy import greedy
 from memopt.solvers.milp import milp
 from memopt.solvers.model import Model
+from memopt.solvers.passing import in_passing
 from memopt.solvers.space import Space, State
 from memopt.timeline import peak
 
@@ -113,10 +114,10 @@ def planned(problem: Problem, space: Space, gap: float, time_limit: float, progr
 
 
 def deeper(problem: Problem, space: Space, plan: Plan) -> Plan:
-    """The plan, or one of the chain's levels where that is cheaper within the budget, or lower where nothing holds it.
+    """The plan, or one of the chain's where that is cheaper within the budget, or lower where nothing holds it.
 
-    The levels do not depend on the budget either, so the answer stays monotone. They all remake every value inside
-    a block: a plan far cheaper than that needs only the floor from them.
+    The chain's plans do not depend on the budget either, so the answer stays monotone. They all remake every value
+    inside a block: beside a plan far cheaper than that a few are enough.
     """
     links = links_of(problem, space)
     if links is None:
@@ -125,10 +126,11 @@ def deeper(problem: Problem, space: Space, plan: Plan) -> Plan:
     flat = sum(space.work(k, inside).seconds for k, inside in zip(links.regions, links.inside, strict=True))
     if plan.status is not Status.INFEASIBLE and plan.seconds < CHEAP * flat:
         bottom = simulated(problem, remakes_of(problem, links, lowest(links, top)[0]), "chain")
-        return replace(plan, floor=min(plan.floor, bottom.peak))
-    found = (plan, *levels(problem, links, top))
+        found = (plan, bottom, *in_passing(problem, links))
+    else:
+        found = (plan, *levels(problem, links, top), *in_passing(problem, links))
     best = min(found, key=lambda p: (max(p.peak - problem.budget, 0), p.seconds, p.peak))
-    return replace(best, floor=min(p.peak for p in found))
+    return replace(best, floor=min(plan.floor, *(p.peak for p in found)))
 
 
 def certified(problem: Problem, engine: Engine, plan: Plan, gap: float, until: float) -> Plan:

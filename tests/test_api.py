@@ -205,11 +205,12 @@ def test_a_gradient_beside_the_loss_is_refused_with_the_way_out_which_works() ->
 def test_the_guard_speaks_once_with_figures(caplog: pytest.LogCaptureFixture) -> None:
     model, optimizer = built()
     compiled: Any = memopt.compile(model, "1GB", optimizer=optimizer, lowering="eager", example_inputs=batch(4096))
-    guard = compiled.memopt._session.guard
-    guard.predicted_peak //= 2
     x, y = batch(4096)
+    model(x, y).backward()
+    (guard,) = compiled.memopt._session.watch.guards.values()
+    guard.predicted_peak //= 2
     with caplog.at_level(logging.WARNING, logger="memopt"):
-        for _ in range(6):  # steps 2 and 4 are watched
+        for _ in range(5):  # steps 2 and 4 are watched
             model(x, y).backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import budgets_cpu
 from benchmarks.cpu.race import Race, Worker
 from benchmarks.cpu.summary import Row, markdown, marks, ratios
 from benchmarks.cpu.worker import Job
@@ -187,3 +188,36 @@ def test_a_sweep_of_four_budgets_keeps_its_order() -> None:
     assert not rises([-r["added_seconds"] for r in rows])
     for r in rows:
         assert abs(r["measured"] - r["planned"]) <= 0.001 * r["planned"]
+
+
+HELD = {"model": "gpt2", "lowering": "inductor", "share": "60%", "budget": 9 * MIB, "floor": 5 * MIB, "free": 12 * MIB,
+        "predicted": 8 * MIB, "measured": 8 * MIB, "equal": False, "difference": 1e-6, "corrections": 0}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changed", "fault"),
+    [
+        ({}, ""),
+        ({"measured": 10 * MIB, "predicted": 10 * MIB}, "over the budget"),
+        ({"measured": 80 * MIB, "budget": 99 * MIB}, "predicted"),
+        ({"difference": 0.9}, "gradients differ"),
+        ({"difference": float("nan")}, "gradients differ"),
+        ({"lowering": "eager"}, "gradients differ"),
+        ({"corrections": 1}, "planned again"),
+        ({"refused": 6 * MIB}, "refused"),
+        ({"refused": 6 * MIB, "budget": 4 * MIB}, ""),
+        ({"error": "OSError: x"}, "OSError"),
+    ],
+)
+def test_faults_of_a_budget(changed: Row, fault: str) -> None:
+    found = budgets_cpu.faults([HELD | changed])
+    assert bool(found) == bool(fault)
+    assert all(fault in text for text in found)
+
+
+def test_results_of_other_models_stay(tmp_path: Path) -> None:
+    path = tmp_path / "budgets_cpu.jsonl"
+    budgets_cpu.keep(path, [HELD | {"model": "unet"}])
+    budgets_cpu.keep(path, [HELD])
+    budgets_cpu.keep(path, [HELD | {"measured": 7 * MIB}])
+    assert [(row["model"], row["measured"]) for row in read_lines(path)] == [("gpt2", 7 * MIB), ("unet", 8 * MIB)]

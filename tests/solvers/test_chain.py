@@ -12,7 +12,8 @@ from memopt.graph import verify
 from memopt.passes.recompute import Recompute
 from memopt.plans import Problem, Status
 from memopt.solvers import chain, milp, solve
-from memopt.solvers.chain import links_of, lowest, segments
+from memopt.solvers.chain import levels, links_of, lowest, segments
+from memopt.solvers.passing import in_passing, uniform
 from memopt.solvers.space import Space
 from memopt.timeline import peak
 from tests.synthetic import llama, mlp
@@ -71,3 +72,22 @@ def test_the_planner_stays_monotone_across_both_regimes(model: tuple, deepest: s
     assert [p.peak for p in plans] == sorted((p.peak for p in plans), reverse=True)
     assert all(a.seconds <= b.seconds + 1e-12 for a, b in pairwise(plans))
     assert plans[-1].solver == deepest
+
+
+def test_segments_cover_the_chain_and_are_equal_but_for_the_first() -> None:
+    assert uniform(7, 3) == ((0, 0), (1, 3), (4, 6))
+    assert uniform(6, 3) == ((0, 2), (3, 5))
+    assert uniform(4, 1) == ((0, 0), (1, 1), (2, 2), (3, 3))
+
+
+def test_kept_in_passing_a_segment_costs_one_more_forward() -> None:
+    """The chain's levels make what lies inside a block twice."""
+    problem = problem_of(mlp(24))
+    links = links_of(problem, Space(problem))
+    assert links is not None
+    forward = sum(problem.seconds[step.name] for step in problem.graph.steps[: problem.graph.boundary])
+    for plan in in_passing(problem, links):
+        verify(edit(problem.graph, plan.chosen))
+        assert plan.seconds <= forward
+    low = min(plan.peak for plan in in_passing(problem, links))
+    assert any(plan.seconds > forward and plan.peak > low for plan in levels(problem, links, peak(problem.graph)))

@@ -259,7 +259,7 @@ def test_what_the_caller_holds_is_not_let_go_between_parts() -> None:
     passed, returned = (
         memopt.plan(Broken(kept), (x,), budget="4GB", lowering="eager").plan.peak for kept in (False, True)
     )
-    assert returned >= passed
+    assert returned > passed
 
 
 @pytest.mark.slow

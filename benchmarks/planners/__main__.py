@@ -1,0 +1,103 @@
+"""Every planner on every graph: `python -m benchmarks.planners` (`make bench-planners`), under fifteen minutes.
+
+Graphs are captured once and kept in --graphs; a second process captures the next ones while the first plans. What the
+time does not suffice for is left out and named. Rows go to planners.jsonl, tables and marks to stdout, progress to
+stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+from rich.console import Console
+
+from benchmarks.planners.ahead import tell, works
+from benchmarks.planners.bench import LIMIT, Row, baseline, budgets, header, row
+from benchmarks.planners.export import Work
+from benchmarks.planners.graphs import SOURCES
+from benchmarks.planners.marks import marks
+from benchmarks.planners.registry import PLANNERS, SLOW
+from benchmarks.planners.table import detailed, markdown
+from benchmarks.record import RESULTS, read_lines, surroundings, write_lines
+
+GRAPHS = Path(__file__).resolve().parent / "graphs"  # not committed: 2.5 MB that any machine makes anew
+MINUTES = 12.5  # a capture that is under way then takes up to two more
+
+
+def planned(work: Work, names: Sequence[str], until: float) -> Iterator[Row]:
+    """The rows of one work while there is time."""
+    keep, began = baseline(work), time.monotonic()
+    for label, budget in budgets(work, keep).items():
+        for name in names:
+            left = until - time.monotonic()
+            if left < 1:
+                tell(f"{work.name} at {label}: {name} left out, no time")
+                continue
+            yield row(work, keep, label, budget, name, min(LIMIT, left))
+    tell(f"{work.name}: {', '.join(names)} in {time.monotonic() - began:.0f} s")
+
+
+def run(asked: argparse.Namespace) -> list[Row]:
+    """All headers and rows. The slow planners come last, so that they and not a graph are left out."""
+    until = time.monotonic() + 60 * asked.minutes
+    quick = [name for name in asked.planner if name not in SLOW]
+    slow = [name for name in asked.planner if name in SLOW]
+    kept, heads, found = list[Work](), list[Row](), list[Row]()
+    for work in works(asked.graph, asked.graphs, until):
+        kept.append(work)
+        heads.append(header(work))
+        found += planned(work, quick, until)
+    for work in kept if slow else ():
+        found += planned(work, slow, until)
+    return [*heads, *found]
+
+
+def show(lines: Sequence[Row]) -> int:
+    """Tables and marks; how many marks fail."""
+    heads = [line for line in lines if "planner" not in line and "graph" in line]
+    rows = [line for line in lines if "planner" in line]
+    console = Console(width=150)
+    for head in heads:
+        mine = [r for r in rows if r["graph"] == head["graph"]]
+        console.print(detailed(head, sorted(mine, key=lambda r: (-r["budget"], list(PLANNERS).index(r["planner"])))))
+    found = marks(rows)
+    for mark in found:
+        console.print(str(mark), markup=False, highlight=False)
+    return sum(bool(mark.faults) for mark in found)
+
+
+def arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="benchmarks.planners", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--graph", nargs="+", choices=list(SOURCES), default=list(SOURCES))
+    parser.add_argument("--planner", nargs="+", choices=list(PLANNERS), default=list(PLANNERS))
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--graphs", type=Path, default=GRAPHS, help="folder of the captured graphs")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="what is not done by then is left out")
+    parser.add_argument("--table", action="store_true", help="only print the last results, as Markdown")
+    return parser.parse_args(given)
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    """Run, or only print what was run. 0 also where marks fail: a peer that wins is a result, not an error."""
+    asked = arguments(given)
+    path = asked.results / "planners.jsonl"
+    if asked.table:
+        print("\n".join(markdown([line for line in read_lines(path) if "planner" in line])))
+        return 0
+    started = time.monotonic()
+    lines = run(asked)
+    write_lines(path, [{"surroundings": surroundings(), "seconds": round(time.monotonic() - started)}, *lines])
+    failing = show(lines)
+    tell(f"{failing} marks fail; {time.monotonic() - started:.0f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
