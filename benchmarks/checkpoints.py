@@ -37,7 +37,8 @@ def checkpointed(model: nn.Module, kind: str) -> None:
     if kind == EVERY_SECOND:
         settings["context_fn"] = lambda: create_selective_checkpoint_contexts(_every_second())
     if getattr(inner, "supports_gradient_checkpointing", False):
-        inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+        enable = getattr(inner, "activation_checkpointing_enable", None)  # the older name goes in transformers 6
+        enable(settings) if enable is not None else inner.gradient_checkpointing_enable(settings)
         return
     for block in PARTS[type(inner).__name__](inner):
         block.forward = partial(checkpoint, block.forward, **settings)  # type: ignore[method-assign]

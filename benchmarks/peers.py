@@ -30,8 +30,8 @@ SMALLEST = 1  # bytes asked by the row that wants memopt's own smallest peak
 class Variant:
     """One row. checkpoint: as in benchmarks/checkpoints.py. compiled: torch.compile.
 
-    share: its activation_memory_budget. fp8: its flag that saves activations of a MiB and more as float8_e5m2. budget: memopt's, bytes of the whole step
-    (SMALLEST: as small as it gets); 0 for a peer. peer: the row it meets.
+    share: its activation_memory_budget. fp8: its flag that saves activations of a MiB and more as float8_e5m2.
+    budget: memopt's, bytes of the whole step (SMALLEST: as small as it gets); 0 for a peer. peer: the row it meets.
     """
 
     name: str

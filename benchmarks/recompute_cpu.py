@@ -51,7 +51,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
         "--bed",
         nargs="+",
         choices=BEDS,
-        default=[name for name in BEDS if not name.endswith("-tiny")],
+        default=["llama", "gpt2"],
         help="models to run",
     )
     parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds of timing")

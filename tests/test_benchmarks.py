@@ -6,10 +6,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import budgets_cpu
-from benchmarks.cpu.race import Race, Worker
-from benchmarks.cpu.summary import Row, markdown, marks, ratios
+from benchmarks.beds import BEDS, LossOnly
+from benchmarks.checkpoints import BLOCKS, EVERY_SECOND, checkpointed
+from benchmarks.cpu.race import Race, Worker, between
+from benchmarks.cpu.summary import Row, markdown, marks, promised, ratios
 from benchmarks.cpu.worker import Job
 from benchmarks.gpu.__main__ import has_cuda
 from benchmarks.gpu.__main__ import main as gpu
@@ -19,6 +22,8 @@ from benchmarks.peers import PEERS, Variant
 from benchmarks.recompute_cpu import insert_table, main
 from benchmarks.record import read_lines, write_lines
 from benchmarks.sweep_cpu import faults, rises, sweep
+from memopt.runtime.measure import measure
+from memopt.runtime.resident import resident_tensors
 
 MIB = 2**20
 
@@ -221,3 +226,42 @@ def test_results_of_other_models_stay(tmp_path: Path) -> None:
     budgets_cpu.keep(path, [HELD])
     budgets_cpu.keep(path, [HELD | {"measured": 7 * MIB}])
     assert [(row["model"], row["measured"]) for row in read_lines(path)] == [("gpt2", 7 * MIB), ("unet", 8 * MIB)]
+
+
+def test_bisecting_goes_on_above_the_largest_share_that_fits() -> None:
+    """Real peaks do not fall with the share: what matters is the largest that fits, not the first that does not."""
+    assert between({0.8: 9, 0.5: 4, 0.2: 7}, goal=5) == 0.65
+    assert between({0.5: 4}, goal=5) == 0.75
+    assert between({0.5: 9}, goal=5) == 0.25
+
+
+@pytest.mark.parametrize("bed", ["unet-tiny", "llama-tiny"])
+def test_checkpointed_peers_save_bytes_and_keep_the_gradients(bed: str) -> None:
+    """Saving every second product lies between saving all and saving none."""
+    found = {}
+    for kind in ("", EVERY_SECOND, BLOCKS):
+        model, inputs = BEDS[bed].make()
+        checkpointed(model, kind)
+        took = measure(
+            lambda model=model, inputs=inputs: model(**inputs).backward(),
+            resident=resident_tensors(model, inputs),
+            warmup=0,
+        )
+        found[kind] = took.peak_bytes, [p.grad for p in model.parameters()]
+    assert found[""][0] > found[EVERY_SECOND][0] > found[BLOCKS][0]
+    for _, gradients in found.values():
+        assert all(torch.equal(a, b) for a, b in zip(gradients, found[""][1], strict=True))
+
+
+def test_a_model_without_blocks_is_refused() -> None:
+    with pytest.raises(KeyError):
+        checkpointed(LossOnly(torch.nn.Linear(2, 2)), BLOCKS)
+
+
+def test_what_was_promised_stands_beside_what_was_measured() -> None:
+    mine = row("memopt at eager", 9, [0.5], "eager") | {
+        "budget": 9 * MIB, "planned": 8 * MIB, "gap": 0.01, "levers": {"recompute": 3 * MIB}, "plan_seconds": 1.0,
+        "compile_seconds": 2.0,
+    }  # fmt: skip
+    (line,) = (text for text in promised([row("eager", 9, [1.0]), mine]).splitlines() if text.startswith("| eager"))
+    assert line == "| eager | 9.0 | 8.0 | 9.0 | yes | 0.50 | 99.0% of it | 3 | 1.0 | 2 | 0 |"
