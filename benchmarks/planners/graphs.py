@@ -26,6 +26,7 @@ from memopt.nets import UNet
 from memopt.pipeline import Costs, Request, optimizer_phase, prepare, step_graph
 from memopt.presets import PRESETS
 from memopt.program import Program
+from memopt.seams import parts_of
 from memopt.workbench import bench
 from memopt.workload import Workload, loss_of
 
@@ -103,7 +104,7 @@ def captured(name: str, tell: Callable[[str], None], sweep_seconds: float = SWEE
     source, started = SOURCES[name], time.perf_counter()
     request, found, programs = surveyed(source)
     tell(f"{name}: captured in {time.perf_counter() - started:.0f} s")
-    graph = step_graph(found, request, optimizer_phase(found, request), Costs())
+    graph = step_graph(found, parts_of(found), request, optimizer_phase(found, request), Costs())
     price = Roofline(request.device)
     seconds = {step.name: price.seconds(graph, step) for step in graph.steps}
     work = Work(name, source.about, source.device, graph, seconds, request.device.allocator_block)

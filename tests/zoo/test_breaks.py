@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import memopt
+from memopt.graph import StepGraph
 from memopt.runtime.measure import measure_step
 from memopt.runtime.resident import resident_tensors
 from tests.zoo.oracle import Ledger, predicted, probed
@@ -239,10 +240,10 @@ def test_every_byte_is_foreseen_across_breaks(name: str) -> None:
 
 
 def test_layers_that_share_their_code_may_have_decisions_of_their_own() -> None:
-    """Half way to the floor some of the four blocks keep what others remake; each call runs its own."""
+    """A quarter of the way to the floor some of the four blocks keep what others remake; each call runs its own."""
     free, floor = checked("loop", 2**32).plan.peak, checked("loop", 1)
     assert floor < 0.9 * free
-    chosen = checked("loop", (free + floor) // 2).plan.chosen
+    chosen = checked("loop", (3 * free + floor) // 4).plan.chosen
     blocks = {remake.value.rpartition("/")[0] for remake in chosen}
     assert 0 < len(blocks) < 4
 
@@ -256,28 +257,11 @@ def test_what_runs_between_the_graphs_is_said_out_loud() -> None:
 def test_what_the_caller_holds_is_not_let_go_between_parts() -> None:
     torch._dynamo.reset()
     x = torch.randn(512, 64)
-    passed, returned = (
-        memopt.plan(Broken(kept), (x,), budget="4GB", lowering="eager").plan.peak for kept in (False, True)
-    )
-    assert returned > passed
+    passed, returned = (memopt.plan(Broken(kept), (x,), budget="4GB", lowering="eager").after for kept in (False, True))
+    assert [len(made_in_forward(graph)) for graph in (passed, returned)] == [1, 2]  # the loss; and what is returned
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["loop", "medley"])
-def test_generated_code_is_rehearsed_graph_after_graph(name: str) -> None:
-    """Inductor: half way to the floor the budget is held, and the peak is foretold up to the loss and its gradient."""
-
-    def compiled(budget: int) -> Any:
-        model, x, optimizer = built(name)
-        memopt.compile(model, budget, optimizer=optimizer, example_inputs=(x,), lowering="inductor")
-        return model, x, optimizer
-
-    free = compiled(2**32)[0].memopt._session.latest.released.peak
-    with pytest.raises(memopt.BudgetError) as refused:
-        compiled(1)
-    budget = max((free + refused.value.floor_bytes) // 2, refused.value.floor_bytes)
-    model, x, optimizer = compiled(budget)
-    took = measure_step(lambda: model(x)[0], optimizer, resident=[model, x], warmup=1, repeats=0)
-    planned = model.memopt._session.latest.released
-    assert took.peak_bytes <= budget + 64
-    assert abs(took.peak_bytes - planned.plan.peak) <= 64
+def made_in_forward(graph: StepGraph) -> list[str]:
+    """What the caller holds to the step's end of what the forward makes."""
+    made = {name: graph.steps[at].phase for name, at in graph.producer.items()}
+    return [name for name in graph.outputs if made.get(name) == "forward"]
