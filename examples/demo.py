@@ -55,7 +55,7 @@ def options() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", help='bytes of the whole step ("150MB"); by default --share of plain PyTorch\'s')
-    parser.add_argument("--share", type=float, default=0.52, help="budget as a share of plain PyTorch's peak (0.52)")
+    parser.add_argument("--share", type=float, default=0.5, help="budget as a share of plain PyTorch's peak (0.5)")
     parser.add_argument("--steps", type=int, default=30, help="training steps (30)")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--hidden", type=int, default=256, help="width, a multiple of 64 (256)")

@@ -119,9 +119,10 @@ class Engine:
         return self.lower(self.repair(min(found, key=lambda s: (s.peak, s.seconds)), 0))
 
     def lower(self, state: State) -> State:
-        """The state, or what is found where its own peak is asked for: cheaper, and often lower still."""
+        """The state, or what is found where its own peak is asked for, and repaired: cheaper, and often lower still."""
         for _ in range(DEEPER):
             found = self.reach(state.peak, state)
+            found = None if found is None else self.repair(found, 0)
             if found is None or (found.peak, found.seconds) >= (state.peak, state.seconds):
                 break
             state = found
