@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from benchmarks.gpu.__main__ import has_cuda
 from benchmarks.gpu.__main__ import main as gpu
 from benchmarks.gpu.rows import Job as GpuJob
 from benchmarks.gpu.rows import run_row, told
+from benchmarks.gradients import difference
 from benchmarks.peers import PEERS, Variant
 from benchmarks.recompute_cpu import insert_table, main
 from benchmarks.record import read_lines, write_lines
@@ -196,7 +198,8 @@ def test_a_sweep_of_four_budgets_keeps_its_order() -> None:
 
 
 HELD = {"model": "gpt2", "lowering": "inductor", "share": "60%", "budget": 9 * MIB, "floor": 5 * MIB, "free": 12 * MIB,
-        "predicted": 8 * MIB, "measured": 8 * MIB, "equal": False, "difference": 1e-6, "corrections": 0}  # fmt: skip
+        "predicted": 8 * MIB, "measured": 8 * MIB, "equal": False, "loss_difference": 0.0,
+        "difference": 1e-6, "corrections": 0}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -207,7 +210,8 @@ HELD = {"model": "gpt2", "lowering": "inductor", "share": "60%", "budget": 9 * M
         ({"measured": 80 * MIB, "budget": 99 * MIB}, "predicted"),
         ({"difference": 0.9}, "gradients differ"),
         ({"difference": float("nan")}, "gradients differ"),
-        ({"lowering": "eager"}, "gradients differ"),
+        ({"loss_difference": float("nan")}, "loss differ"),
+        ({"lowering": "eager"}, "bit for bit"),
         ({"corrections": 1}, "planned again"),
         ({"refused": 6 * MIB}, "refused"),
         ({"refused": 6 * MIB, "budget": 4 * MIB}, ""),
@@ -218,6 +222,13 @@ def test_faults_of_a_budget(changed: Row, fault: str) -> None:
     found = budgets_cpu.faults([HELD | changed])
     assert bool(found) == bool(fault)
     assert all(fault in text for text in found)
+
+
+def test_a_gradient_of_rounding_alone_is_no_difference() -> None:
+    large, noise = torch.tensor([1.0, -0.5]), torch.tensor([1e-13])
+    assert difference([large, -noise], [large, noise]) < 1e-6
+    assert difference([large * 1.25, noise], [large, noise]) == 0.25
+    assert math.isnan(difference([large, noise * math.nan], [large, noise]))
 
 
 def test_results_of_other_models_stay(tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.beds import BEDS, Inputs, LossOnly
+from benchmarks.gradients import difference
 from benchmarks.peers import Loss, Variant, set_up
 from memopt.runtime.measure import measure
 from memopt.runtime.phases import phase
@@ -77,21 +77,17 @@ def row_of(job: Job, model: LossOnly, inputs: Inputs) -> tuple[Callable[[], None
 
 
 def _difference(loss: Loss, model: LossOnly, path: Path, write: bool) -> float:
-    """Largest |gradient - eager's| of any parameter, relative to that gradient's largest entry in eager."""
+    """Of the gradients from those eager left at the path."""
     loss().backward()
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     if write:
         torch.save(found, path)
-    wanted: dict[str, Tensor] = torch.load(path, mmap=True)
+    wanted: dict[str, torch.Tensor] = torch.load(path, mmap=True)
     if wanted.keys() != found.keys():
         raise RuntimeError("not the parameters that get a gradient in eager")
-    worst = max(_relative(found[name], wanted[name]) for name in wanted)
+    worst = difference([found[name] for name in wanted], list(wanted.values()))
     model.zero_grad(set_to_none=True)
     return worst
-
-
-def _relative(found: Tensor, wanted: Tensor) -> float:
-    return float((found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30))
 
 
 def _answer_requests(step: Callable[[], None], say: Callable[[dict[str, Any]], None]) -> None:
