@@ -33,6 +33,11 @@ def as_untraced(module: fx.GraphModule, fused: bool) -> None:
     module.recompile()
 
 
+def fused_cells(graph: fx.Graph) -> bool:
+    """Whether a differentiated graph has cells of an LSTM fused into one operation, as only exact numerics do."""
+    return bool(graph.find_nodes(op="call_function", target=torch.ops.memopt.lstm_layer.default))
+
+
 OPERATIONS = (torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu)
 
 

@@ -72,6 +72,7 @@ class Spelling:
     seq: str = "{} instead of {} along dimension 1 of the inputs (the sequence)"
     optimizer: str = "optimizer=torch.optim.SGD(...)"
     allow: str = 'allow=("{}",)'
+    numerics: str = 'numerics="reordered", lowering="eager"'
     on: str = 'passes without "-{}"'
 
 
@@ -81,35 +82,43 @@ COMMAND_LINE = Spelling(
     seq="--seq {}",
     optimizer="--optimizer sgd",
     allow="--allow {}",
+    numerics="--numerics reordered --lowering eager",
     on="--passes without -{}",
 )
 
 
 @dataclass(frozen=True)
 class Refused:
-    """A refused request, planned anew under each change that may help. capture: surveys a call with other inputs.
+    """A refused request, planned anew under each change that may help.
 
-    call: the positional and keyword inputs, or None if they are not known.
+    price: the costs of a survey's operations. capture: surveys a call with other inputs.
+    call: the positional and keyword inputs, or None if they are not known. reordered: surveys that call as it runs with
+    reordered numerics, where that runs other operations; else None.
     """
 
     result: PlanResult
     found: Survey
     request: Request
-    costs: Costs
+    price: Callable[[Survey], Costs]
     call: Call | None
     capture: Callable[[Call], Survey]
+    reordered: Callable[[Call], Survey] | None = None
     spelling: Spelling = Spelling()
 
     def ways_out(self) -> tuple[WayOut, ...]:
         """Each change with the peak and the seconds it leads to; within the budget first, exact before lossy."""
         plan = self.result.plan
         ways = [WayOut(self.spelling.budget.format(round_up(plan.floor)), plan.floor, plan.seconds)]
-        ways += [way for way in (*self._levers(), *self._optimizers(), *self._halves()) if way.peak_bytes < plan.floor]
+        ways += [
+            way
+            for way in (*self._levers(), *self._numerics(), *self._optimizers(), *self._halves())
+            if way.peak_bytes < plan.floor
+        ]
         return tuple(sorted(ways, key=lambda w: (w.peak_bytes > self.result.budget, ORDER[w.numerics], w.peak_bytes)))
 
     def _planned(self, change: str, numerics: str, found: Survey, request: Request) -> WayOut:
         """What this change leads to: the plan's peak if it fits, else the floor it leaves."""
-        plan = make_plan(found, request, self.costs, 0.0, silent).result.plan
+        plan = make_plan(found, request, self.price(found), 0.0, silent).result.plan
         return WayOut(change, plan.peak, plan.seconds, numerics)
 
     def _levers(self) -> Iterator[WayOut]:
@@ -119,6 +128,12 @@ class Refused:
                 word = self.spelling.allow if trade.numerics is Numerics.LOSSY else self.spelling.on
                 request = replace(self.request, off=self.request.off - {trade.name})
                 yield self._planned(word.format(trade.name), trade.numerics.value, self.found, request)
+
+    def _numerics(self) -> Iterator[WayOut]:
+        """A recurrent layer that is one operation when exact, and its cells otherwise."""
+        if self.reordered is not None and self.call is not None:
+            request = replace(self.request, numerics="reordered")
+            yield self._planned(self.spelling.numerics, "reordered", self.reordered(self.call), request)
 
     def _optimizers(self) -> Iterator[WayOut]:
         """One without state, if this one has some."""

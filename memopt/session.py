@@ -25,6 +25,7 @@ from memopt.planfile import PlanFile
 from memopt.plans import MeasuredStep
 from memopt.profiling import measured_costs
 from memopt.program import Program, copied
+from memopt.recurrent import fused_cells
 from memopt.refusal import Call, Refused, Spelling, infeasible
 from memopt.report import PlanResult
 from memopt.runtime.resident import resident_tensors
@@ -90,10 +91,11 @@ class Session:
         self.current = key
         return self.plans[key]
 
-    def capture(self, call: Call) -> Survey:
-        """Every graph of the step for these inputs. Raises CaptureError."""
+    def capture(self, call: Call, exact: bool | None = None) -> Survey:
+        """Every graph of the step for these inputs. exact: None as requested. Raises CaptureError."""
         clean = prepare(self.request.lowering, self.request.off)
-        return survey(self.model, *call, clean, self.request.lowering, self.gradients, self.request.exact)
+        exact = self.request.exact if exact is None else exact
+        return survey(self.model, *call, clean, self.request.lowering, self.gradients, exact)
 
     def adopt(self, found: Survey, capture_seconds: float, call: Call | None = None) -> Planned:
         """Price and plan a survey. Raises BudgetError; call: inputs it may try halved."""
@@ -107,17 +109,20 @@ class Session:
             planned = tuned(planned, runs, self.request.time_limit, self.request.device.kind)
         planned = planned.missing(self.missed)
         if planned.result.infeasible:
-            self.refused = self.advised(planned.result, found, costs, call)
+            self.refused = self.advised(planned.result, found, call)
             raise infeasible(self.refused)
         plan_made(lambda: to_text(planned.result), planned.result.to_json)
         return planned
 
-    def advised(self, result: PlanResult, found: Survey, costs: Costs, call: Call | None) -> PlanResult:
+    def advised(self, result: PlanResult, found: Survey, call: Call | None) -> PlanResult:
         """The refused result with its ways out, unless nobody will read them."""
         if not self.advise:
             return result
         self.progress("ways out", None)
-        refused = Refused(result, found, self.request, costs, call, self.capture, self.spelling)
+        reordered = (
+            partial(self.capture, exact=False) if any(fused_cells(c.program.graph) for c in found.captures) else None
+        )
+        refused = Refused(result, found, self.request, self.costs, call, self.capture, reordered, self.spelling)
         return replace(result, ways_out=refused.ways_out())
 
     def step(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

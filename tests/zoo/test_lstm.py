@@ -243,3 +243,17 @@ def test_the_same_call_gives_the_same_bits() -> None:
     one, two = (backward(*given, y, hy, cy, workspace, y, None, None) for _ in range(2))
     assert all(map(torch.equal, one, two))
     assert all(map(torch.equal, one, backward(*given, *again, y, None, None)))
+
+
+def test_a_refusal_names_reordered_numerics_and_they_hold_what_it_says() -> None:
+    """oneDNN's layer is one operation and cannot be cut; the cells can."""
+    net, x = Net(nn.LSTM(WIDTH, HIDDEN)), torch.randn(64, BATCH, WIDTH)
+    with pytest.raises(memopt.BudgetError) as refused:
+        memopt.compile(copy.deepcopy(net), 1, example_inputs=(x,), numerics="exact")
+    way = next(way for way in refused.value.ways_out if "numerics" in way.change)
+    assert way.numerics == "reordered"
+    assert way.peak_bytes < refused.value.floor_bytes
+    options: dict[str, Any] = eval(f"dict({way.change})")
+    optimizer = torch.optim.AdamW(net.parameters())
+    memopt.compile(net, way.peak_bytes, optimizer=optimizer, example_inputs=(x,), **options)
+    assert measure_step(lambda: net(x), optimizer, resident=[net, x], repeats=0).peak_bytes <= way.peak_bytes
