@@ -39,10 +39,14 @@ Progress = Callable[[str, float | None], None]
 
 @dataclass(frozen=True)
 class Costs:
-    """What is known of operations by key, measured on the device: seconds and workspace bytes. Empty: the roofline."""
+    """What is known of operations by key, measured on the device: seconds and workspace bytes. Empty: the roofline.
+
+    libraries: bytes that libraries hold throughout (memopt.runtime.libraries).
+    """
 
     seconds: Mapping[str, float] = field(default_factory=dict)
     workspaces: Mapping[str, int] = field(default_factory=dict)
+    libraries: int = 0
 
 
 @dataclass(frozen=True)
@@ -228,7 +232,7 @@ def step_graph(
 ) -> StepGraph:
     """The photograph of the whole step: the captured programs, the optimizer, and what no program reads."""
     graph = whole_step(parts, phase, request.accumulate > 1)
-    return with_workspaces(with_inputs(graph, _unread(survey)), costs.workspaces)
+    return with_workspaces(with_inputs(graph, [*_unread(survey), *_libraries(costs)]), costs.workspaces)
 
 
 def optimizer_phase(survey: Survey, request: Request) -> OptimizerPhase:
@@ -262,6 +266,13 @@ def _unread(survey: Survey) -> Iterable[tuple[TensorInfo, Storage]]:
                 dtype = str(tensor.dtype).removeprefix("torch.")
                 yield TensorInfo(name, tuple(tensor.shape), dtype, name), Storage(name, storage_bytes(tensor), kind)
             seen.add(key)
+
+
+def _libraries(costs: Costs) -> Iterable[tuple[TensorInfo, Storage]]:
+    """What libraries hold throughout, as one more buffer."""
+    if costs.libraries:
+        name = "workspaces of libraries"
+        yield TensorInfo(name, (costs.libraries,), "uint8", name), Storage(name, costs.libraries, "buffer")
 
 
 def _seconds(graph: StepGraph, request: Request, costs: Costs) -> dict[str, float]:

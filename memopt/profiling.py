@@ -11,6 +11,7 @@ from memopt.devices import Device
 from memopt.facts import cost_key
 from memopt.pipeline import Costs
 from memopt.program import Program
+from memopt.runtime.libraries import kept_by_libraries
 from memopt.runtime.opcost import OpCosts
 from memopt.runtime.rng import draw
 
@@ -30,7 +31,8 @@ def measured_costs(programs: Iterable[Program], device: Device, measure: bool) -
         draws = {cost_key(node): meter.measure(undrawn(node)) for node in nodes if node.target is draw}
     found.update((key, cost) for key, cost in draws.items() if cost is not None)
     workspaces = {key: cost.workspace for key, cost in found.items() if cost.workspace > 0}
-    return Costs({key: cost.seconds for key, cost in found.items()}, workspaces)
+    libraries = kept_by_libraries(torch.device(device.kind)) if measure else 0
+    return Costs({key: cost.seconds for key, cost in found.items()}, workspaces, libraries)
 
 
 def undrawn(node: fx.Node) -> fx.Node:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from memopt.plans import MeasuredStep
+from memopt.runtime.phases import CudaPeaks
 from memopt.runtime.resident import distinct_bytes
 from memopt.runtime.trace import Recording, make_way, profiler_is_active
 
@@ -22,8 +23,8 @@ def tolerated(predicted: int) -> int:
     return predicted + int(predicted * SHARE) + SLACK
 
 
-def watched_on_cpu(step: int) -> bool:
-    """Steps observed on CPU, counted from 1: the second (the first makes optimizer state) and powers of two after."""
+def thinned(step: int) -> bool:
+    """Steps that bear being slowed, counted from 1: the second (the first makes optimizer state) and powers of two."""
     return step >= 2 and step & (step - 1) == 0
 
 
@@ -31,8 +32,10 @@ class Guard:
     """Compares steps with the plan. Call `begin_step` where each training forward begins: it ends the step before.
 
     predicted_peak: bytes. resident: called when an observation begins, gives the tensors alive then (CPU only, where
-    the profiler does not tell). CUDA: every step, by the allocator's own counters, which are reset at each step. CPU:
-    the steps of `watched_on_cpu`, by the profiler, which slows them; not while the user's own profiler is active.
+    the profiler does not tell). CUDA: every step but the first, which compiles, tunes kernels and makes the optimizer's
+    state, by the allocator's own counters, which are reset at each step; seconds are those of the latest of the steps
+    of `thinned`, as waiting for the device takes time. CPU: the steps of `thinned`, by the profiler, which slows them;
+    not while the user's own profiler is active.
     """
 
     def __init__(
@@ -51,7 +54,9 @@ class Guard:
         self.steps = 0  # begun so far
         self.warned = False
         self._began = 0.0
+        self._seconds = 0.0  # of the latest step timed
         self._before = 0
+        self._cuda = CudaPeaks(self.device)
         self._recording: Recording | None = None
         self._watching = False
 
@@ -65,30 +70,40 @@ class Guard:
         """A training step begins; the one before, if any, has ended."""
         self.end_step()
         self.steps += 1
-        self._began = time.perf_counter()
         if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self._watching = True
-        elif watched_on_cpu(self.steps) and (not profiler_is_active() or make_way()):
+            self._watching = self.steps > 1
+            if self._watching:
+                self._cuda = CudaPeaks(self.device)
+                self._cuda.begin()
+        elif thinned(self.steps) and (not profiler_is_active() or make_way()):
             self._before = distinct_bytes(tensor for tensor in self.resident() if tensor.device.type == "cpu")
             self._recording = Recording(yields=True)
             self._watching = True
+        self._began = self._clock()
 
     def end_step(self) -> None:
         """The step has ended: compare. Does nothing if none is being observed."""
         if not self._watching:
             return
         self._watching = False
-        seconds = time.perf_counter() - self._began
+        if thinned(self.steps):
+            self._seconds = self._clock() - self._began
         peak, reserved = self._peaks()
         if peak is not None:
-            self.measured = MeasuredStep(peak, seconds, {}, reserved)
+            self.measured = MeasuredStep(peak, self._seconds, {}, reserved)
             self._compare(peak)
+
+    def _clock(self) -> float:
+        """Now, seconds; on CUDA once everything launched has run, if the step is to be timed."""
+        if self.device.type == "cuda" and thinned(self.steps):
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
     def _peaks(self) -> tuple[int | None, int]:
         """Peak bytes allocated (None: the recording was taken over by another profiler) and reserved."""
         if self.device.type == "cuda":
-            return torch.cuda.max_memory_allocated(self.device), torch.cuda.max_memory_reserved(self.device)
+            self._cuda.stop()
+            return self._cuda.peak, self._cuda.reserved
         assert self._recording is not None
         trace = self._recording.stop(contested=True)
         self._recording = None

@@ -25,6 +25,7 @@ from memopt.errors import MemoptError
 from memopt.facts import cost_key, facts
 from memopt.runtime import opcache
 from memopt.runtime.opinputs import needed_bytes, real_arguments
+from memopt.runtime.phases import cuda_peaks
 from memopt.runtime.trace import record
 
 logger = logging.getLogger("memopt")
@@ -33,6 +34,7 @@ SAFE = ("aten", "prims", "memopt")  # namespaces whose operations do nothing but
 FAILURES = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, MemoptError)
 FEWEST, REPEATS = 5, 12  # runs timed: no more than the fewest once ENOUGH seconds went into an operation
 ENOUGH = 0.03
+BURST = 8  # runs timed together on CUDA
 LONG = 0.5  # seconds: an operation that takes longer is timed once
 
 
@@ -51,8 +53,9 @@ class OpCost:
 class OpCosts:
     """Measures fx nodes of an ATen graph and remembers, in memory and (after `save`) on disk, by `cost_key`.
 
-    byte_limit: operations with more bytes of arguments and outputs are not run. seconds_limit: measuring stops when
-    so much time was spent in it, all together. cache: file to keep costs in; None for none, by default that of
+    byte_limit: operations with more bytes of arguments and outputs are not run; by default 1 GiB, on CUDA half of what
+    is free: there the largest operations are those with workspaces. seconds_limit: measuring stops when so much time
+    was spent in it, all together. cache: file to keep costs in; None for none, by default that of
     `opcache.cache_file`. As a context manager it saves at the end.
     """
 
@@ -60,12 +63,12 @@ class OpCosts:
         self,
         device: str | torch.device = "cpu",
         *,
-        byte_limit: int = 2**30,
+        byte_limit: int | None = None,
         seconds_limit: float = 60.0,
         cache: Path | str | None = "default",
     ) -> None:
         self.device = torch.device(device)
-        self.byte_limit = byte_limit
+        self.byte_limit = _byte_limit(self.device) if byte_limit is None else byte_limit
         self.seconds_limit = seconds_limit
         self.spent = 0.0
         self.cache = opcache.cache_file(self.device) if cache == "default" else cache and Path(cache)
@@ -78,6 +81,8 @@ class OpCosts:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.save()
+        if self.device.type == "cuda" and torch.cuda.is_available():
+            torch.cuda.empty_cache()  # what operations were tried in would lie scattered among the step's blocks
 
     def save(self) -> None:
         """Add what was measured since the last save to the cache file."""
@@ -137,6 +142,10 @@ class OpCosts:
         return [self.device] if self.device.type == "cuda" else []
 
 
+def _byte_limit(device: torch.device) -> int:
+    return torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else 2**30
+
+
 def called(op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> fx.Node:
     """A node, in a graph of its own, that calls the operation on tensors like these, which it does not keep alive."""
     graph = fx.Graph()
@@ -172,7 +181,7 @@ def _compare(node: fx.Node, cost: OpCost) -> None:
 
 def _cost(run: Callable[[], Any], given: set[int], device: torch.device) -> OpCost:
     first = _seconds(run, device)  # the first run loads libraries and fills caches: neither timed nor recorded
-    seconds = _seconds(run, device) if first > LONG else _least(run, device)
+    seconds = (_seconds if first > LONG else _burst if device.type == "cuda" else _least)(run, device)
     peak, out = _peak_cuda(run, device) if device.type == "cuda" else _peak_cpu(run)
     fresh = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _tensors(out)}
     out_bytes = sum(nbytes for storage, nbytes in fresh.items() if storage not in given)
@@ -186,6 +195,17 @@ def _least(run: Callable[[], Any], device: torch.device) -> float:
     while len(times) < FEWEST or (len(times) < REPEATS and sum(times) < ENOUGH):
         times.append(_seconds(run, device))
     return min(times)
+
+
+def _burst(run: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one of several runs in a row, by the device's clock: as in a step, where nobody waits in between."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record(torch.cuda.current_stream(device))
+    for _ in range(BURST):
+        run()
+    end.record(torch.cuda.current_stream(device))
+    end.synchronize()
+    return float(begin.elapsed_time(end)) / 1e3 / BURST
 
 
 def _seconds(run: Callable[[], Any], device: torch.device) -> float:
@@ -205,11 +225,11 @@ def _peak_cpu(run: Callable[[], Any]) -> tuple[int, Any]:
 
 
 def _peak_cuda(run: Callable[[], Any], device: torch.device) -> tuple[int, Any]:
-    torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    out = run()
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before, out
+    with cuda_peaks(device, phases=False) as peaks:
+        out = run()
+        torch.cuda.synchronize(device)
+    return peaks.peak - before, out
 
 
 def _tensors(values: Any) -> list[Tensor]:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import ClassVar
+from weakref import WeakSet
 
 import torch
 from torch.profiler import record_function
@@ -24,45 +26,69 @@ def phase(name: str) -> Iterator[None]:
         if cuda is None:
             yield
             return
-        cuda.lap()
+        cuda.enter()
         try:
             yield
         finally:
-            cuda.end(name)
+            cuda.leave(name)
 
 
-@dataclass
+@dataclass(eq=False)
 class CudaPeaks:
-    """Peaks of the CUDA allocator, bytes. Each phase resets its counters, so laps are folded in before that."""
+    """Peaks of the CUDA allocator, bytes, since `begin`. Its counters are one for all who watch: whoever resets them
+    first tells everybody what they showed.
+
+    part: the peak since the present phase began.
+    """
 
     device: torch.device
     peak: int = 0
     reserved: int = 0
+    part: int = 0
     phases: dict[str, int] = field(default_factory=dict)
+    watching: ClassVar[WeakSet[CudaPeaks]] = WeakSet()
 
-    def lap(self) -> int:
-        """Fold in the peaks since the last reset, reset, and return the allocated one."""
+    def begin(self) -> None:
+        """Watch from here on."""
+        self.lap()
+        CudaPeaks.watching.add(self)
+
+    def stop(self) -> None:
+        """Watch no more."""
+        self.lap()
+        CudaPeaks.watching.discard(self)
+
+    def lap(self) -> None:
+        """Fold in the peaks since the last reset, for all who watch, and reset."""
         peak = torch.cuda.max_memory_allocated(self.device)
-        self.peak = max(self.peak, peak)
-        self.reserved = max(self.reserved, torch.cuda.max_memory_reserved(self.device))
+        reserved = torch.cuda.max_memory_reserved(self.device)
+        for watcher in CudaPeaks.watching:
+            watcher.peak, watcher.part = max(watcher.peak, peak), max(watcher.part, peak)
+            watcher.reserved = max(watcher.reserved, reserved)
         torch.cuda.reset_peak_memory_stats(self.device)
-        return peak
 
-    def end(self, name: str) -> None:
-        self.phases[name] = max(self.phases.get(name, 0), self.lap())
+    def enter(self) -> None:
+        """A phase begins."""
+        self.lap()
+        self.part = 0
+
+    def leave(self, name: str) -> None:
+        """A phase ends."""
+        self.lap()
+        self.phases[name] = max(self.phases.get(name, 0), self.part)
 
 
 @contextmanager
-def cuda_peaks(device: torch.device) -> Iterator[CudaPeaks]:
-    """Collect the peaks of what runs inside, phases marked by `phase` apart. Resets torch's peak counters."""
-    torch.cuda.reset_peak_memory_stats(device)
+def cuda_peaks(device: torch.device, phases: bool = True) -> Iterator[CudaPeaks]:
+    """Collect the peaks of what runs inside. phases: those marked by `phase` apart. Resets torch's peak counters."""
     peaks = CudaPeaks(device)
-    token = _CUDA.set(peaks)
+    token = _CUDA.set(peaks if phases else _CUDA.get())
+    peaks.begin()
     try:
         yield peaks
     finally:
         _CUDA.reset(token)
-        peaks.lap()
+        peaks.stop()
 
 
 _CUDA: ContextVar[CudaPeaks | None] = ContextVar("memopt_cuda_peaks", default=None)

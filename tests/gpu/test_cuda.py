@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 import memopt
 from memopt.models import load
 from memopt.runtime.guard import Guard
+from memopt.runtime.libraries import kept_by_libraries
 from memopt.runtime.measure import measure, measure_step
 from memopt.runtime.opcost import OpCosts
 
@@ -154,3 +155,14 @@ def test_the_budget_is_held_as_allocated_and_as_reserved(share: float, lowering:
         measure_step(loss, optimizer, resident=[model, inputs], warmup=1)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_what_libraries_keep_is_what_stays_after_a_step_of_products() -> None:
+    """In this thread and in autograd's: nothing more is held after another backward of products."""
+    kept = kept_by_libraries(torch.device("cuda"))
+    assert 0 < kept <= 256 * MIB
+    before = torch.cuda.memory_allocated()
+    left = torch.ones(1024, 1024, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    (left @ left).sum().backward()
+    left.grad = None
+    assert torch.cuda.memory_allocated() - before == left.nbytes

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from memopt.runtime.guard import Guard, tolerated, watched_on_cpu
+from memopt.runtime.guard import Guard, thinned, tolerated
 
 MB = 2**20
 
@@ -20,8 +20,8 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING and r.name == "memopt"]
 
 
-def test_steps_watched_on_cpu_thin_out() -> None:
-    assert [step for step in range(1, 70) if watched_on_cpu(step)] == [2, 4, 8, 16, 32, 64]
+def test_steps_watched_thin_out() -> None:
+    assert [step for step in range(1, 70) if thinned(step)] == [2, 4, 8, 16, 32, 64]
 
 
 def test_it_measures_the_second_step_and_is_silent_within_the_plan(caplog: pytest.LogCaptureFixture) -> None:
