@@ -108,7 +108,7 @@ def _planned(variant: Variant, model: nn.Module, inputs: Inputs, optimizer: Any)
     request = make_request(
         device_of(model), variant.budget, optimizer, (), "reordered", variant.lowering, "", 1, "benchmark"
     )
-    session = Session(model, replace(request, has_optimizer=optimizer is not None))
+    session = Session(model, replace(request, has_optimizer=optimizer is not None), advise=False)
     return session, session.plan_for((), inputs).result
 
 

@@ -1,11 +1,14 @@
-"""Where a result was made: versions, machine, commit. No path, no name of the machine."""
+"""Where a result was made: date, versions, machine, commit, command. No path, no name of the machine."""
 
 from __future__ import annotations
 
 import json
+import os
 import platform
+import shlex
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,8 +20,9 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def surroundings(threads: int | None = None) -> dict[str, Any]:
-    """Commit (with "+" if the tree was changed), versions and the kind of machine."""
+    """Date (ISO, UTC), commit (with "+" if the tree was changed), versions and the kind of machine."""
     return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -31,13 +35,33 @@ def surroundings(threads: int | None = None) -> dict[str, Any]:
     }
 
 
+def made(surroundings: Mapping[str, Any]) -> str:
+    """One line for tables on where a result was made. Results before October 2026 have no date."""
+    on_cpu = surroundings.get("device", "cpu") == "cpu"
+    machine = f"{surroundings['threads']} threads, {surroundings['processor']}" if on_cpu else surroundings["device"]
+    dated = [surroundings["date"][:10]] if "date" in surroundings else []
+    return ", ".join([*dated, f"torch {surroundings['torch']}", machine, f"commit {surroundings['commit']}"])
+
+
+def command(module: str, words: Sequence[str]) -> str:
+    """The command behind a result, to be typed again. Of paths only the names are told."""
+    told = [Path(word).name if Path(word).is_absolute() else word for word in words]
+    return shlex.join(["python", "-m", f"benchmarks.{module}", *told])
+
+
 def commit() -> str:
-    """Short hash of the checkout's commit; "unknown" outside of one."""
+    """Short hash of the checkout's commit, "+" if it was changed (results apart); "unknown" outside of one.
+
+    BENCH_COMMIT stands in where only the files of a checkout are.
+    """
+    if given := os.environ.get("BENCH_COMMIT"):
+        return given
     try:
         found = _git("rev-parse", "--short", "HEAD").strip()
-        return found + ("+" if _git("status", "--porcelain", "--untracked-files=no").strip() else "")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results").strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return found + ("+" if changed else "")
 
 
 def _git(*words: str) -> str:

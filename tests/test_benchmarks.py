@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from pathlib import Path
 
 import pytest
@@ -15,10 +14,6 @@ from benchmarks.checkpoints import BLOCKS, EVERY_SECOND, checkpointed
 from benchmarks.cpu.race import Race, Worker, between
 from benchmarks.cpu.summary import Row, markdown, marks, promised, ratios
 from benchmarks.cpu.worker import Job
-from benchmarks.gpu.__main__ import has_cuda
-from benchmarks.gpu.__main__ import main as gpu
-from benchmarks.gpu.rows import Job as GpuJob
-from benchmarks.gpu.rows import run_row, told
 from benchmarks.gradients import difference
 from benchmarks.peers import PEERS, Variant
 from benchmarks.recompute_cpu import insert_table, main
@@ -134,46 +129,6 @@ def test_lines_come_back_as_written(tmp_path: Path) -> None:
     rows: list[Row] = [{"a": 1, "b": [1.5, "x"]}, {"c": None}]
     write_lines(tmp_path / "deep" / "rows.jsonl", rows)
     assert read_lines(tmp_path / "deep" / "rows.jsonl") == rows
-
-
-def test_the_gpu_benchmark_from_beginning_to_end_on_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Eager, checkpointing and memopt at their peaks: every row runs; predictions are within 1 % + 1 MiB."""
-    code = gpu(["--device", "cpu", "--tiny", "--results", str(tmp_path)])
-    head, *rows = read_lines(tmp_path / "gpu_cpu_llama-tiny.jsonl")
-    assert head["surroundings"]["torch"]
-    assert [r["name"] for r in rows] == [
-        "eager", "HF checkpointing", "memopt at eager", "memopt at HF checkpointing", "memopt, smallest",
-    ]  # fmt: skip
-    assert [r["error"] for r in rows if "error" in r] == []
-    for r in rows:
-        if "planned" in r:
-            assert abs(r["peak"] - r["planned"]) <= 0.01 * r["planned"] + MIB
-    assert [r["name"] for r in rows if r.get("held") is False] == []
-    assert code == 0
-    assert "budgets held" in capsys.readouterr().out
-
-
-def test_the_gpu_benchmark_says_what_is_missing(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("benchmarks.gpu.__main__.NEEDED", ("torch", "no_such_package"))
-    assert gpu([]) == 2
-    assert "no_such_package not installed" in capsys.readouterr().err
-
-
-@pytest.mark.skipif(has_cuda(), reason="this machine has a CUDA device")
-def test_the_gpu_benchmark_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu([]) == 2
-    assert "no CUDA device" in capsys.readouterr().err
-
-
-def test_a_row_that_fails_or_comes_late_is_said_so() -> None:
-    job = GpuJob("no-such-model", "cpu", 1, 1, "fp32", name="x")
-    late = run_row(job, time.monotonic() - 1)
-    assert told(late).endswith("left out: no time was left")
-    failed = run_row(job, time.monotonic() + 300)
-    assert "no-such-model" in failed["error"]
-    assert "failed" in told(failed)
 
 
 def test_peaks_that_rise_and_times_that_fall_are_faults() -> None:

@@ -1,111 +1,146 @@
-"""Which rows there are, in which order, and what is said of each. Standard library only: rows run in processes."""
+"""Which rows there are and in which order. Standard library only: rows run in processes."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-GIB = 2**30
+from benchmarks.gpu.beds import TINY, Bed
+from memopt.units import resolve_budget
+
 Row = dict[str, Any]
+BLOCKS, EVERY_SECOND = "blocks", "every second product"  # as benchmarks/checkpoints.py has them
+SHARES = (0.5, 0.2)  # of torch.compile's activation_memory_budget
+EAGER, CHECKPOINTED, AGAIN = "eager", "HF checkpointing", "eager, once more"
+REFERENCES = (EAGER, CHECKPOINTED)  # whose seconds the others are divided by: the first that fits
 
 
 @dataclass(frozen=True)
 class Job:
-    """One row. budget: memopt's, as its doors take it; "smallest" for its floor; "" for a peer.
+    """One row. budget: memopt's, as its doors take it; "smallest" for its floor; "" for a peer. peer: whose peak it is.
 
-    checkpoint, compiled, share: the peer's. steps: timed ones, after two that warm up. peer: whose peak the budget is.
+    checkpoint, compiled, share: of a peer, as in benchmarks/peers.py. kernels: "liger", "flash-attention" or "".
+    offload: what the backward needs goes to pinned host memory. optimizer: a class of torchao's instead of the bed's.
+    steps: timed ones, after those that warm up.
     """
 
-    model: str
+    bed: str
     device: str
-    batch: int
-    seq: int
-    dtype: str
     name: str = ""
     budget: str = ""
     peer: str = ""
     checkpoint: str = ""
     compiled: bool = False
     share: float | None = None
-    lowering: str = "inductor"
-    steps: int = 8
+    kernels: str = ""
+    offload: bool = False
+    optimizer: str = ""
+    lowering: str = ""
+    steps: int = 20
+
+    @property
+    def needs(self) -> str:
+        """The package that only this row needs; "" if none."""
+        return {"liger": "liger_kernel", "flash-attention": "flash_attn"}.get(
+            self.kernels, "torchao" if self.optimizer else ""
+        )
+
+    @property
+    def exact(self) -> bool:
+        """A peer that computes what eager computes, on the device, with the bed's optimizer: memopt meets it."""
+        return not (self.budget or self.kernels or self.offload or self.optimizer or self.name == AGAIN)
 
 
-def plan_of_rows(job: Job, budget: str, done: Sequence[Row], tiny: bool) -> Iterator[Job]:
-    """The rows, most telling first, as time may run out. done: those that have run; budgets are taken from them."""
+def job_of(bed: str, known: Bed, device: str, lowering: str = "") -> Job:
+    """What the bed's rows have in common; lowering: memopt's, by default the bed's."""
+    return Job(bed, device, lowering=lowering or known.lowering, steps=known.steps)
+
+
+def plan_of_rows(
+    job: Job, bed: Bed, budgets: Sequence[str], shares: Sequence[float], done: Sequence[tuple[Job, Row]]
+) -> Iterator[Job]:
+    """The rows, most telling first, as time may run out.
+
+    budgets: as memopt's doors take them; shares: of eager's peak, where it fits. done: rows that have run, from which
+    further budgets are taken; it grows between two rows.
+    """
     peer = replace(job, lowering="")
-    yield replace(peer, name="eager")
-    if not tiny:
-        yield replace(job, name=f"memopt at {budget}", budget=budget)
-    yield replace(peer, name="HF checkpointing", checkpoint="blocks")
-    if not tiny:
+    yield replace(peer, name=EAGER)
+    yield from (within(job, budget) for budget in budgets[:1])
+    yield replace(peer, name=CHECKPOINTED, checkpoint=BLOCKS)
+    if job.bed != TINY:
         yield replace(peer, name="torch.compile", compiled=True)
-        yield replace(peer, name="torch.compile + HF checkpointing", compiled=True, checkpoint="blocks")
-    for row in [row for row in done if not row["budget"] and "peak" in row]:
-        yield replace(job, name=f"memopt at {row['name']}", budget=str(row["peak"]), peer=row["name"])
+        yield replace(peer, name="torch.compile + HF checkpointing", compiled=True, checkpoint=BLOCKS)
+    yield from met(job, done)
+    yield from (within(job, budget) for budget in budgets[1:])
+    yield from (at_share(job, share, row["peak"]) for share in shares for row in peaks(done, EAGER))
+    if job.bed != TINY:
+        yield from torch_budgets(job, peer, done)
     yield replace(job, name="memopt, smallest", budget="smallest")
-    for share in () if tiny else (0.5, 0.2):
+    if job.bed != TINY:
+        yield from levers(peer, bed)
+    yield replace(peer, name=AGAIN)
+
+
+def within(job: Job, budget: str) -> Job:
+    """memopt in a budget of its own."""
+    return replace(job, name=f"memopt at {budget}", budget=budget)
+
+
+def at_share(job: Job, share: float, peak: int) -> Job:
+    """memopt in a share of eager's peak, bytes."""
+    return replace(job, name=f"memopt at {share:.0%} of eager", budget=str(round(share * peak)))
+
+
+def peaks(done: Sequence[tuple[Job, Row]], name: str) -> list[Row]:
+    """The row of that name, if it ran."""
+    return [row for job, row in done if job.name == name and "peak" in row]
+
+
+def met(job: Job, done: Sequence[tuple[Job, Row]], only: str = "") -> Iterator[Job]:
+    """memopt in the peak of each exact peer that ran. only: the peer of that name."""
+    for peer, row in list(done):
+        if peer.exact and "peak" in row and only in ("", peer.name):
+            yield replace(job, name=f"memopt at {peer.name}", budget=str(row["peak"]), peer=peer.name)
+
+
+def torch_budgets(job: Job, peer: Job, done: Sequence[tuple[Job, Row]]) -> Iterator[Job]:
+    """torch.compile's own budgets, each followed by memopt in its bytes."""
+    for share in SHARES:
         name = f"torch.compile, budget {share}"
         yield replace(peer, name=name, compiled=True, share=share)
-        yield from (
-            replace(job, name=f"memopt at {name}", budget=str(row["peak"]), peer=name)
-            for row in done
-            if row["name"] == name and "peak" in row
-        )
+        yield from met(job, done, name)
 
 
-def run_row(job: Job, deadline: float) -> Row:
-    """Run it in a process of its own until the deadline (time.monotonic). What goes wrong is its "error"."""
-    left = deadline - time.monotonic()
-    if left < 1:
-        return asdict(job) | {"skipped": "no time was left"}
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
-    words = [sys.executable, "-m", "benchmarks.gpu.worker", json.dumps(asdict(job))]
-    try:
-        ran = subprocess.run(
-            words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=left, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return asdict(job) | {"skipped": f"cut off after {left:.0f} s"}
-    lines = ran.stdout.splitlines()
-    if ran.returncode == 0 and lines:
-        return asdict(job) | dict(json.loads(lines[-1]))
-    return asdict(job) | {"error": "\n".join(ran.stderr.splitlines()[-12:]) or f"ended with {ran.returncode}"}
+def levers(peer: Job, bed: Bed) -> Iterator[Job]:
+    """Peers that compute something else or elsewhere: shown beside the others, not met in their bytes."""
+    if bed.transformer:
+        yield replace(peer, name="selective checkpointing", checkpoint=EVERY_SECOND)
+    yield replace(peer, name="saved on the host", offload=True)
+    if bed.liger:
+        yield replace(peer, name="Liger", kernels="liger")
+        yield replace(peer, name="Liger + HF checkpointing", kernels="liger", checkpoint=BLOCKS)
+    if bed.transformer and bed.dtype == "bf16":
+        yield replace(peer, name="flash-attention 2", kernels="flash-attention")
+    if bed.optimizer == "adamw":
+        for kind in ("AdamW8bit", "AdamW4bit"):
+            yield replace(peer, name=f"torchao {kind}", optimizer=kind)
+            yield replace(peer, name=f"torchao {kind} + HF checkpointing", optimizer=kind, checkpoint=BLOCKS)
 
 
-def told(row: Row) -> str:
-    """One line on a row."""
-    if "error" in row or "skipped" in row:
-        last = (row.get("error") or row["skipped"]).strip().splitlines()[-1]
-        return f"{row['name']:38} {'failed' if 'error' in row else 'left out'}: {last[:200]}"
-    text = f"{row['name']:38} {row['peak'] / GIB:7.3f} GiB allocated"
-    if row["reserved"]:
-        text += f", {row['reserved'] / GIB:7.3f} GiB reserved"
-    text += f", {row['seconds']:.4f} s a step"
-    if "planned" in row:
-        within = {True: ", also reserved", False: ", but not reserved", None: ""}[row.get("held_reserved")]
-        text += f", planned {row['planned'] / GIB:.3f} ({row['prediction_error']:+.2%}), "
-        text += f"{'held' if row['held'] else 'EXCEEDED'}{within}"
-    return text
+def refused(job: Job, rows: Sequence[Row]) -> Row | None:
+    """The row of a budget below one that memopt has refused, which names the floor: another refusal, for the same
+    reason, would take minutes of compiling. None for any other job."""
+    if not job.budget or job.budget == "smallest":
+        return None
+    asked = int(job.budget) if job.budget.isdecimal() else resolve_budget(job.budget, capacity=None)
+    for row in rows:
+        if is_refusal(row) and asked < row["floor"] and row["lowering"] == job.lowering:
+            return asdict(job) | {"floor": row["floor"], "surroundings": row["surroundings"]}
+    return None
 
 
-def overall(rows: Sequence[Row]) -> str:
-    """Budgets held, the worst prediction, and memopt's seconds over those of the peer whose bytes it was given."""
-    ours = [row for row in rows if "planned" in row]
-    if not ours:
-        return "no row of memopt's ran"
-    named = {row["name"]: row for row in rows}
-    worst = max(abs(row["prediction_error"]) for row in ours)
-    text = f"{sum(row['held'] for row in ours)} of {len(ours)} budgets held; worst prediction off by {worst:.2%}"
-    for row in ours:
-        if row["peer"]:
-            text += f"\nat the peak of {row['peer']}: x {row['seconds'] / named[row['peer']]['seconds']:.3f} its time"
-    return text
+def is_refusal(row: Row) -> bool:
+    """memopt found no plan for it."""
+    return "floor" in row and "peak" not in row
