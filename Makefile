@@ -40,8 +40,8 @@ bench: $(READY) ## memopt against its peers on this CPU: a table and a picture
 bench-planners: $(READY) ## every memory planner on the same step graphs, scored by one simulator; no GPU, 15 minutes
 	$(BIN)/python -m benchmarks.planners
 
-bench-table: $(READY) ## put the last results of make bench into the README
-	$(BIN)/python benchmarks/recompute_cpu.py --table
+bench-table: $(READY) ## make the README's tables and pictures from the last results
+	$(BIN)/python -m benchmarks.tables
 
 plan: $(READY) ## the plan of Llama 3 8B on an H200, with no GPU and no weights
 	$(BIN)/memopt plan llama-3-8b --batch 1 --seq 4096 --dtype bf16 --budget 120GB --device h200

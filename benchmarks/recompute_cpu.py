@@ -17,27 +17,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.beds import BEDS
 from benchmarks.cpu.picture import draw
 from benchmarks.cpu.race import Race
-from benchmarks.cpu.summary import HEAD, Row, cells, markdown, marks, promised, shown
+from benchmarks.cpu.summary import HEAD, Row, cells, marks, shown
 from benchmarks.peers import PEERS
-from benchmarks.record import RESULTS, ROOT, read_lines, surroundings, write_lines
+from benchmarks.record import RESULTS, command, surroundings, write_lines
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 QUICK = ("eager", "torch.compile", "torch.compile + HF checkpointing")
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run and write what was asked for. 0 unless no row ran."""
     asked = arguments(words)
-    if asked.table:
-        insert_table(ROOT / "README.md", asked.results)
-        return 0
     peers = [peer for peer in PEERS if not asked.quick or peer.name in QUICK]
     ran = False
     for bed in asked.bed:
         race = Race(bed, lambda line: print(line, file=sys.stderr, flush=True), asked.threads, peers)
         rows = race.run(asked.rounds, asked.lowering)
         path = asked.results / f"recompute_cpu_{bed}.jsonl"
-        write_lines(path, [{"surroundings": surroundings(asked.threads), "rounds": asked.rounds}, *rows])
+        typed = command("recompute_cpu", sys.argv[1:] if words is None else words)
+        head = {"surroundings": surroundings(asked.threads), "rounds": asked.rounds, "command": typed}
+        write_lines(path, [head, *rows])
         draw(rows, BEDS[bed].text, path.with_suffix(".svg"))
         show(rows, BEDS[bed].text)
         ran |= any("error" not in row for row in rows)
@@ -59,7 +57,6 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2, help="threads of each variant")
     parser.add_argument("--lowering", choices=("inductor", "eager"), default="inductor", help="memopt's lowering")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--table", action="store_true", help="only put the results' tables into the README")
     asked = parser.parse_args(words)
     if asked.rounds < 1 or asked.threads < 1:
         parser.error("--rounds and --threads take 1 or more")
@@ -79,36 +76,6 @@ def show(rows: Sequence[Row], title: str) -> None:
     console.print(table)
     for mark in marks(rows):
         console.print(f"  {mark.verdict:5}  {mark.text}", markup=False, highlight=False)
-
-
-def tables(results: Path) -> str:
-    """The Markdown of every bed with results, with where they were made."""
-    parts = []
-    for name, bed in BEDS.items():
-        path = results / f"recompute_cpu_{name}.jsonl"
-        if path.exists():
-            head, *rows = read_lines(path)
-            made = head["surroundings"]
-            where = f"torch {made['torch']}, {made['threads']} threads, {made['processor']}, commit {made['commit']}"
-            picture = f"![step time over peak](benchmarks/results/{path.with_suffix('.svg').name})"
-            parts.append(
-                f"{bed.text} ({where}; {head['rounds']} rounds):\n\n{markdown(rows)}\n\n{picture}\n\n"
-                f"<details><summary>promised and measured</summary>\n\n{promised(rows)}\n\n</details>"
-            )
-    return "\n\n".join(parts)
-
-
-def insert_table(readme: Path, results: Path) -> None:
-    """Replace what stands between the bench markers. ValueError if they or the results are missing."""
-    text = readme.read_text(encoding="utf-8")
-    made = tables(results)
-    if not made:
-        raise ValueError(f"no recompute_cpu results in {results.name}: run make bench first")
-    before, found, rest = text.partition(BEGIN)
-    _, closed, after = rest.partition(END)
-    if not (found and closed):
-        raise ValueError(f"{readme.name} has no {BEGIN} ... {END}")
-    readme.write_text(f"{before}{BEGIN}\n{made}\n{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

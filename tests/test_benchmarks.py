@@ -16,7 +16,7 @@ from benchmarks.cpu.summary import Row, markdown, marks, promised, ratios
 from benchmarks.cpu.worker import Job
 from benchmarks.gradients import difference
 from benchmarks.peers import PEERS, Variant
-from benchmarks.recompute_cpu import insert_table, main
+from benchmarks.recompute_cpu import main
 from benchmarks.record import read_lines, write_lines
 from benchmarks.sweep_cpu import faults, rises, sweep
 from memopt.runtime.measure import measure
@@ -72,30 +72,6 @@ def test_a_failed_row_is_said_and_leaves_its_mark_open() -> None:
     rows = [row("eager", 9, [1.0]), failed]
     assert next((m.text, m.verdict) for m in marks(rows)) == ("eager: Kaboom: x", "open")
     assert "failed: Kaboom: x" in markdown(rows)
-
-
-def test_the_table_goes_between_the_markers(tmp_path: Path) -> None:
-    made = {"torch": "1", "threads": 2, "processor": "p", "commit": "c"}
-    write_lines(tmp_path / "recompute_cpu_llama.jsonl", [{"surroundings": made, "rounds": 1}, row("eager", 9, [1.5])])
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- bench:begin -->\nold\n<!-- bench:end -->\nafter\n")
-    insert_table(readme, tmp_path)
-    text = readme.read_text()
-    assert "| eager | 8 | 9 | 1.50 |" in text
-    assert "old" not in text
-    assert text.startswith("before\n") and text.endswith("after\n")  # noqa: PT018  # one statement about one text
-    insert_table(readme, tmp_path)
-    assert readme.read_text() == text
-
-
-def test_without_results_or_markers_the_table_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="run make bench first"):
-        insert_table(Path(__file__), tmp_path)
-    made: Row = {"surroundings": {"torch": "1", "threads": 2, "processor": "p", "commit": "c"}, "rounds": 1}
-    write_lines(tmp_path / "recompute_cpu_llama.jsonl", [made, row("eager", 9, [1.5])])
-    (tmp_path / "README.md").write_text("no markers")
-    with pytest.raises(ValueError, match="has no"):
-        insert_table(tmp_path / "README.md", tmp_path)
 
 
 def test_a_dead_worker_is_a_row_with_its_error() -> None:

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from benchmarks.gpu import setup, worker
 from benchmarks.gpu.__main__ import Command, arguments, has_cuda, main
 from benchmarks.gpu.beds import BEDS, TINY
 from benchmarks.gpu.launch import Ended, environment, launched, run_row
+from benchmarks.gpu.resume import Kept
 from benchmarks.gpu.rows import Job, Row, job_of, plan_of_rows, refused
 from benchmarks.gpu.told import overall, told
 from benchmarks.record import read_lines
@@ -272,8 +273,8 @@ def test_nothing_is_said_of_memopt_if_none_of_its_rows_ran() -> None:
 
 def test_the_limit_in_which_a_step_still_runs_is_said() -> None:
     job = Job(TINY, "cuda", name="x", budget="smallest")
-    assert told(ran(job, budget=8 * GIB, limit=8 * GIB)).endswith("held, ran with 100% of the budget to reserve")
-    assert told(ran(job, budget=8 * GIB, limit=None)).endswith("but ran in none of the limits tried")
+    assert told(ran(job, asked=8 * GIB, limit=8 * GIB)).endswith("held, ran with 100% of the budget to reserve")
+    assert told(ran(job, asked=8 * GIB, limit=None)).endswith("but ran in none of the limits tried")
 
 
 class TestWorker:
@@ -356,6 +357,10 @@ class TestWorker:
         assert torch.equal(weight.grad, torch.full((3,), 2.0))
 
 
+def job_in(row: Row) -> Job:
+    return Job(**{field.name: row[field.name] for field in fields(Job)} | {"budget": str(row["budget"])})
+
+
 @pytest.mark.slow
 def test_it_runs_from_beginning_to_end_on_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Eager, checkpointing and memopt at eager's peak: every row runs; the prediction is within 1 % + 1 MiB."""
@@ -366,6 +371,7 @@ def test_it_runs_from_beginning_to_end_on_cpu(tmp_path: Path, capsys: pytest.Cap
     assert [json.dumps(r) for r in rows if "error" in r or "skipped" in r] == []
     assert all(r["surroundings"]["date"] for r in rows)
     assert all(r["loss"] == pytest.approx(rows[0]["loss"]) for r in rows)
+    assert all(Kept.of(tmp_path / f"gpu_cpu_{TINY}.jsonl").row(job_in(r)) for r in rows)  # --resume finds them all
     (ours,) = (r for r in rows if "planned" in r)
     assert abs(ours["peak"] - ours["planned"]) <= 0.01 * ours["planned"] + 2**20
     assert ours["held"]

@@ -1,38 +1,43 @@
-"""The frontier as a picture: transient MiB across, seconds up; peers as dots, memopt as a line."""
+"""The frontier of one bed: step time over eager's, against the peak over what is resident."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import median
 
-from benchmarks.cpu.summary import MIB, Row, seconds, usable
+from benchmarks import picture
+from benchmarks.cpu.summary import MIB, Row, ratios, usable
+from benchmarks.picture import OURS, Point
+
+BUDGETS = "torch.compile, budgets"
 
 
 def draw(rows: Sequence[Row], title: str, path: Path) -> None:
-    """Write the picture as SVG. Deterministic: the same rows give the same bytes."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"svg.hashsalt": "memopt", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
-        axes = figure.subplots()
-        timed = [row for row in rows if usable(row)]
-        peers = [row for row in timed if not row["variant"].startswith("memopt")]
-        ours = sorted((row for row in timed if row["variant"].startswith("memopt")), key=lambda row: row["transient"])
-        for row in peers:
-            axes.annotate(row["variant"], _point(row), xytext=(4, 4), textcoords="offset points", fontsize=7)
-        axes.plot(*_columns(peers), "o", color="#777777", label="peers")
-        axes.plot(*_columns(ours), "s-", color="#c0392b", label="memopt (Inductor)")
-        axes.set(xlabel="peak over what is resident, MiB", ylabel="seconds a step", title=title)
-        axes.set_ylim(bottom=0)
-        axes.legend(frameon=False)
-        figure.savefig(path, metadata={"Date": None})
+    """Write the picture as SVG. Deterministic: the same rows give the same bytes. Nothing without a row of eager's."""
+    if found := curves(rows):
+        picture.draw({title: found}, path, "peak over what is resident, MiB", "step time over eager's")
 
 
-def _point(row: Row) -> tuple[float, float]:
-    return row["transient"] / MIB, seconds(row)
+def curves(rows: Sequence[Row]) -> Mapping[str, Sequence[Point]]:
+    """A curve of memopt's rows, one of torch.compile's under its budgets, a dot for each other peer."""
+    eager = next((row for row in rows if row["variant"] == "eager" and usable(row)), None)
+    found: dict[str, list[Point]] = {}
+    for row in rows if eager is not None else ():
+        if usable(row):
+            found.setdefault(curve(row["variant"]), []).append((row["transient"] / MIB, over(row, eager)))
+    return {name: sorted(points) for name, points in found.items()}
 
 
-def _columns(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
-    points = [_point(row) for row in rows]
-    return [x for x, _ in points], [y for _, y in points]
+def curve(variant: str) -> str:
+    """The curve a row is a point of."""
+    if variant.startswith("memopt"):
+        return OURS
+    return BUDGETS if variant.startswith("torch.compile, budget") else variant
+
+
+def over(row: Row, eager: Row) -> float:
+    """Median ratio of the row's rounds to eager's; of medians where one has fewer rounds."""
+    if len(row["times"]) == len(eager["times"]):
+        return ratios(row, eager)[1]
+    return float(median(row["times"]) / median(eager["times"]))

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
+from benchmarks.markdown import table
+
 Row = dict[str, Any]
 SMALLEST_ROW = "memopt, smallest"
 MIB = 2**20
@@ -118,7 +120,7 @@ def shown(rows: Iterable[Row]) -> list[Row]:
 
 def markdown(rows: Sequence[Row]) -> str:
     """The table of one bed for the README."""
-    return _table(HEAD, [cells(row, rows) for row in shown(rows)])
+    return table(HEAD, [cells(row, rows) for row in shown(rows)])
 
 
 OURS = (
@@ -130,15 +132,16 @@ OURS = (
 def promised(rows: Sequence[Row]) -> str:
     """What memopt promised and what was measured of it, a line each. "at least": the bound on the whole step's time."""
     eager = next((row for row in rows if row["variant"] == "eager" and usable(row)), None)
-    return _table(OURS, [_promised(row, eager) for row in rows if "planned" in row])
+    return table(OURS, [_promised(row, eager) for row in rows if "planned" in row])
 
 
 def _promised(row: Row, eager: Row | None) -> tuple[str, ...]:
     sizes = (f"{row[key] / MIB:.1f}" for key in ("budget", "planned", "peak"))
     timed = f"{ratios(row, eager)[1]:.2f}" if eager is not None and usable(row) else "-"
-    bound = f"{1 - row['gap']:.1%} of it"
-    remade = sum(row["levers"].values()) / MIB
-    rest = f"{remade:.0f}", f"{row['plan_seconds']:.1f}", f"{row['compile_seconds']:.0f}", _differs(row)
+    bound = f"{1 - row['gap']:.1%} of it" if "gap" in row else "-"  # earlier results do not say
+    remade = f"{sum(row['levers'].values()) / MIB:.0f}" if "levers" in row else "-"
+    planning = f"{row['plan_seconds']:.1f}" if "plan_seconds" in row else "-"
+    rest = remade, planning, f"{row['compile_seconds']:.0f}", _differs(row)
     return (
         row["peer"] or "itself, smallest",
         *sizes,
@@ -151,9 +154,3 @@ def _promised(row: Row, eager: Row | None) -> tuple[str, ...]:
 
 def _differs(row: Row) -> str:
     return f"{row['gradient_difference']:.0e}" if row["gradient_difference"] else "0"
-
-
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """As Markdown; the first column is text, the others are figures."""
-    made = ["| " + " | ".join(line) + " |" for line in (head, *lines)]
-    return "\n".join([made[0], "|---|" + "--:|" * (len(head) - 1), *made[1:]])

@@ -44,7 +44,7 @@ def reserving(row: Row) -> str:
         return ""
     if row["limit"] is None:
         return ", but ran in none of the limits tried"
-    return f", ran with {row['limit'] / row['budget']:.0%} of the budget to reserve"
+    return f", ran with {row['limit'] / row['asked']:.0%} of the budget to reserve"
 
 
 def overall(rows: Sequence[Row]) -> str:

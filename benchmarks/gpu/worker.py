@@ -106,9 +106,10 @@ def kept(
 ) -> dict[str, Any]:
     """Whether the budget was held, by allocated bytes, and on CUDA in how much reserved memory the step still runs."""
     latest = model.memopt.plan.plan.peak  # real steps may have made it plan again
-    told = promised | {"planned": latest, "held": peak <= promised["budget"], "prediction_error": peak / latest - 1}
+    asked = promised.pop("budget")  # bytes; the row's own "budget" is as it was asked for
+    told = {**promised, "asked": asked, "planned": latest, "held": peak <= asked, "prediction_error": peak / latest - 1}
     if job.device == "cuda":
-        told["limit"] = least_limit(promised["budget"], step, optimizer)
+        told["limit"] = least_limit(asked, step, optimizer)
     return told
 
 

@@ -22,9 +22,10 @@ from benchmarks.planners.bench import LIMIT, Row, baseline, budgets, header, row
 from benchmarks.planners.export import Work
 from benchmarks.planners.graphs import SOURCES
 from benchmarks.planners.marks import marks
+from benchmarks.planners.picture import picture
 from benchmarks.planners.registry import PLANNERS, SLOW
 from benchmarks.planners.table import detailed, markdown
-from benchmarks.record import RESULTS, read_lines, surroundings, write_lines
+from benchmarks.record import RESULTS, command, read_lines, surroundings, write_lines
 
 GRAPHS = Path(__file__).resolve().parent / "graphs"  # not committed: 2.5 MB that any machine makes anew
 MINUTES = 12.5  # a capture that is under way then takes up to two more
@@ -58,10 +59,15 @@ def run(asked: argparse.Namespace) -> list[Row]:
     return [*heads, *found]
 
 
+def by_planner(lines: Sequence[Row]) -> list[Row]:
+    """The rows among the lines of results."""
+    return [line for line in lines if "planner" in line]
+
+
 def show(lines: Sequence[Row]) -> int:
     """Tables and marks; how many marks fail."""
     heads = [line for line in lines if "planner" not in line and "graph" in line]
-    rows = [line for line in lines if "planner" in line]
+    rows = by_planner(lines)
     console = Console(width=150)
     for head in heads:
         mine = [r for r in rows if r["graph"] == head["graph"]]
@@ -89,11 +95,14 @@ def main(given: Sequence[str] | None = None) -> int:
     asked = arguments(given)
     path = asked.results / "planners.jsonl"
     if asked.table:
-        print("\n".join(markdown([line for line in read_lines(path) if "planner" in line])))
+        print("\n".join(markdown(by_planner(read_lines(path)))))
         return 0
     started = time.monotonic()
     lines = run(asked)
-    write_lines(path, [{"surroundings": surroundings(), "seconds": round(time.monotonic() - started)}, *lines])
+    typed = command("planners", sys.argv[1:] if given is None else given)
+    head = {"surroundings": surroundings(), "seconds": round(time.monotonic() - started), "command": typed}
+    write_lines(path, [head, *lines])
+    picture([line for line in lines if "planner" not in line], by_planner(lines), path.with_suffix(".svg"))
     failing = show(lines)
     tell(f"{failing} marks fail; {time.monotonic() - started:.0f} s")
     return 0
