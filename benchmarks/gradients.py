@@ -1,4 +1,4 @@
-"""How far gradients are from those of plain PyTorch."""
+"""How far gradients are from others: plain PyTorch's, or the same in fp64."""
 
 from __future__ import annotations
 

@@ -18,19 +18,21 @@ from benchmarks.beds import BEDS
 from benchmarks.cpu.picture import draw
 from benchmarks.cpu.race import Race
 from benchmarks.cpu.summary import HEAD, Row, cells, marks, shown
-from benchmarks.peers import PEERS
+from benchmarks.peers import FIXED, PEERS
 from benchmarks.record import RESULTS, command, surroundings, write_lines
 
+DEFAULT = ("llama", "gpt2", "vit", "resnet-18", "unet")
 QUICK = ("eager", "torch.compile", "torch.compile + HF checkpointing")
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run and write what was asked for. 0 unless no row ran."""
     asked = arguments(words)
-    peers = [peer for peer in PEERS if not asked.quick or peer.name in QUICK]
+    peers = [peer for peer in PEERS if not asked.quick or peer.name in QUICK] + [*FIXED] * asked.shares
     ran = False
     for bed in asked.bed:
-        race = Race(bed, lambda line: print(line, file=sys.stderr, flush=True), asked.threads, peers)
+        bisect = not (asked.quick or asked.shares)
+        race = Race(bed, lambda line: print(line, file=sys.stderr, flush=True), asked.threads, peers, bisect)
         rows = race.run(asked.rounds, asked.lowering)
         path = asked.results / f"recompute_cpu_{bed}.jsonl"
         typed = command("recompute_cpu", sys.argv[1:] if words is None else words)
@@ -45,14 +47,9 @@ def main(words: Sequence[str] | None = None) -> int:
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     """The options, checked."""
     parser = argparse.ArgumentParser(prog="recompute_cpu", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "--bed",
-        nargs="+",
-        choices=BEDS,
-        default=["llama", "gpt2"],
-        help="models to run",
-    )
-    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds of timing")
+    parser.add_argument("--bed", nargs="+", choices=BEDS, default=DEFAULT, help="models to run")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds of timing")
+    parser.add_argument("--shares", action="store_true", help="torch's budget at four fixed shares, not bisected")
     parser.add_argument("--quick", action="store_true", help=f"meet only {', '.join(QUICK)}; 3 rounds")
     parser.add_argument("--threads", type=int, default=2, help="threads of each variant")
     parser.add_argument("--lowering", choices=("inductor", "eager"), default="inductor", help="memopt's lowering")

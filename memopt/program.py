@@ -134,24 +134,22 @@ def _forward_first(program: Program) -> None:
 
 
 def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    seen: set[fx.Node] = set()
-    stack = list(nodes)
-    while stack:
-        node = stack.pop()
-        if node not in seen:
-            seen.add(node)
-            stack.extend(node.all_input_nodes)
-    return seen
+    return _reached(nodes, lambda node: node.all_input_nodes)
 
 
 def _descendants(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    return _reached(nodes, lambda node: node.users)
+
+
+def _reached(nodes: Iterable[fx.Node], further: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
+    """The nodes themselves and all that is reached from them."""
     seen: set[fx.Node] = set()
     stack = list(nodes)
     while stack:
         node = stack.pop()
         if node not in seen:
             seen.add(node)
-            stack.extend(node.users)
+            stack.extend(further(node))
     return seen
 
 

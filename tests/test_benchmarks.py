@@ -129,8 +129,8 @@ def test_a_sweep_of_four_budgets_keeps_its_order() -> None:
 
 
 HELD = {"model": "gpt2", "lowering": "inductor", "share": "60%", "budget": 9 * MIB, "floor": 5 * MIB, "free": 12 * MIB,
-        "predicted": 8 * MIB, "measured": 8 * MIB, "equal": False, "loss_difference": 0.0,
-        "difference": 1e-6, "corrections": 0}  # fmt: skip
+        "predicted": 8 * MIB, "measured": 8 * MIB, "equal": False, "difference": 9.0, "loss_off": 0.0,
+        "off": 1e-6, "plain_off": 1e-6, "corrections": 0}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -139,9 +139,11 @@ HELD = {"model": "gpt2", "lowering": "inductor", "share": "60%", "budget": 9 * M
         ({}, ""),
         ({"measured": 10 * MIB, "predicted": 10 * MIB}, "over the budget"),
         ({"measured": 80 * MIB, "budget": 99 * MIB}, "predicted"),
-        ({"difference": 0.9}, "gradients differ"),
-        ({"difference": float("nan")}, "gradients differ"),
-        ({"loss_difference": float("nan")}, "loss differ"),
+        ({"off": 9e-3}, "from fp64"),
+        ({"off": 9e-3, "plain_off": 5e-3}, "from fp64"),
+        ({"off": 9e-3, "plain_off": 8e-3}, ""),
+        ({"off": float("nan")}, "from fp64"),
+        ({"loss_off": float("nan")}, "loss is"),
         ({"lowering": "eager"}, "bit for bit"),
         ({"corrections": 1}, "planned again"),
         ({"refused": 6 * MIB}, "refused"),

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from benchmarks.peers import BISECTED, COMPILED, PEERS, Variant, ours, smallest
 
 ROOT = Path(__file__).resolve().parents[2]
 PROBES = 3  # compilations spent on bisecting torch's budget, besides those of the fixed shares
+AT_ONCE = 2  # workers being compiled: most of that is one thread's work, and nothing is timed meanwhile
 PAUSE = 0.05  # seconds between two workers' steps: the OpenMP threads of the one before have stopped spinning by then
 
 
@@ -81,24 +83,27 @@ def between(ran: Mapping[float, int], goal: int) -> float:
 
 @dataclass
 class Race:
-    """All rows of one bed. tell: called with a line of progress."""
+    """All rows of one bed. tell: called with a line of progress. bisect: torch's budget, besides the peers' shares."""
 
     bed: str
     tell: Callable[[str], None]
     threads: int = 2
     peers: Sequence[Variant] = PEERS
+    bisect: bool = True
     workers: dict[str, Worker] = field(default_factory=dict)
     times: dict[str, list[dict[str, float]]] = field(default_factory=dict)
 
     def run(self, rounds: int, lowering: str = "inductor") -> list[dict[str, Any]]:
         """Measure every variant, then time them in interleaved rounds. One row each, in the order of the table."""
         with ExitStack() as stack, tempfile.TemporaryDirectory() as place:
-            for variant in self.peers:
-                self._start(stack, variant, place)
-            self._bisect(stack, place)
+            self._start(stack, self.peers[:1], place)  # leaves the gradients the others are compared with
+            self._start(stack, self.peers[1:], place)
+            if self.bisect:
+                self._bisect(stack, place)
             met = [worker for worker in self.workers.values() if worker.alive]
-            for variant in [ours(w.variant.name, w.row["peak"], lowering) for w in met] + [smallest(lowering)]:
-                self._start(stack, variant, place)
+            answers = [ours(w.variant.name, w.row["peak"], lowering) for w in met]
+            self._start(stack, answers[:1], place)  # leaves what it measured of operations, which the others read
+            self._start(stack, [smallest(lowering), *answers[1:]], place)  # the slowest to plan first
             for turn in range(rounds):
                 self._round(turn)
             return [self._row(worker) for worker in self.workers.values()]
@@ -108,7 +113,7 @@ class Race:
         beyond the resident bytes. Begins between the shares that have run; what is worse is let go again."""
         whole = self.workers.get(COMPILED)
         ran = {w.variant.share: w.row["peak"] for w in self.workers.values() if w.alive and w.variant.share is not None}
-        if whole is None or not whole.alive or not ran:
+        if whole is None or not whole.alive:
             return
         goal, best = whole.row["resident"] + whole.row["transient"] // 2, 0.0
         for _ in range(PROBES):
@@ -122,8 +127,12 @@ class Race:
             else:
                 worker.stop()
 
-    def _start(self, stack: ExitStack, variant: Variant, place: str) -> None:
-        self._enter(variant.name, self._worker(stack, variant, place))
+    def _start(self, stack: ExitStack, variants: Sequence[Variant], place: str) -> None:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            for variant, worker in zip(
+                variants, pool.map(lambda v: self._worker(stack, v, place), variants), strict=True
+            ):
+                self._enter(variant.name, worker)
 
     def _worker(self, stack: ExitStack, variant: Variant, place: str) -> Worker:
         return stack.enter_context(Worker(Job(self.bed, variant, str(Path(place) / "gradients.pt"), self.threads)))
