@@ -209,6 +209,6 @@ def _facts(result: PlanResult) -> str:
         rows.append(("peak(B, S)", f"{result.formula} bytes, under these decisions"))
     rows.append(("graph", f"{len(result.before.steps)} steps, graph breaks: {result.breaks}"))
     rows += [(f"seconds to {name}", format_seconds(seconds)) for name, seconds in result.timings.items()]
-    rows += [("note", note) for note in result.notes]
+    rows += [("note", note) for note in result.remarks]
     rows += [(name, value) for name, value in result.identity.items()]
     return _table(("", ""), rows)

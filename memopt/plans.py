@@ -88,9 +88,11 @@ class MeasuredStep:
     """One step as it ran: peak_bytes of torch's allocations, seconds, and the peak bytes of each phase.
 
     reserved_bytes: peak of what torch's CUDA allocator took from the device; 0 on CPU, which keeps no reserve.
+    profiled: the seconds are of a step under the profiler, which slows it.
     """
 
     peak_bytes: int
     seconds: float
     phases: Mapping[str, int] = field(default_factory=dict)
     reserved_bytes: int = 0
+    profiled: bool = False

@@ -18,6 +18,16 @@ from memopt.plans import MeasuredStep, Plan, Status, original
 from memopt.timeline import Snapshot, at_peak, by_kind, peak, phase_peaks
 
 SCHEMA = 1
+SMALL_GAP = 0.01  # of the step time: above it a note says where the gap comes from
+NO_BOUND = "so low a budget needs segments remade from their borders, of which no bound is known"
+WHY = {
+    "frontier": "the bound is the relaxation's, which may remake a value in part",
+    "chain": NO_BOUND,
+    "segments": NO_BOUND,
+    "greedy": "greedy proves nothing",
+    "plan file": "a reused plan is not proven again",
+}
+PROFILED = "the measured seconds are of a step under the profiler, which slows it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +130,14 @@ class PlanResult:
         return max(0.0, spent) / self.step_seconds if self.step_seconds > 0 else 0.0
 
     @property
+    def remarks(self) -> tuple[str, ...]:
+        """The notes, and what is to be said of the figures: where a gap above SMALL_GAP comes from, slowed steps."""
+        why = WHY.get(self.plan.solver) if self.gap > SMALL_GAP and not self.infeasible else None
+        gap = (f"gap {100 * self.gap:.2f} % of the step time: {why}",) if why else ()
+        slowed = (PROFILED,) if self.measured is not None and self.measured.profiled else ()
+        return (*self.notes, *gap, *slowed)
+
+    @property
     def held(self) -> bool | None:
         """Whether the measured peak stayed within the budget; None if nothing was measured."""
         return None if self.measured is None else self.measured.peak_bytes <= self.budget
@@ -209,7 +227,7 @@ class PlanResult:
             "timings": dict(self.timings),
             "at_peak": by_kind(self.after, self.snapshot) if self.after.steps else {},
             "formula": self.formula,
-            "notes": list(self.notes),
+            "notes": list(self.remarks),
         }
         return {**out, **self._measured_json(), **self._infeasible_json()}
 

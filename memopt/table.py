@@ -194,18 +194,9 @@ def _lines(result: PlanResult) -> Table:
     row(table, "graph", counts)
     if result.timings:
         row(table, "took", ", ".join(f"{name} {format_seconds(s)}" for name, s in result.timings.items() if s))
-    for note in result.notes:
+    for note in result.remarks:
         row(table, "note", note)
     return table
-
-
-SMALL_GAP = 0.01  # of the step time: above it the report says where the gap comes from
-WHY = {
-    "frontier": "the bound is the relaxation's, which may remake a value in part",
-    "chain": "so low a budget needs segments remade from their borders, of which no bound is known",
-    "greedy": "it proves nothing",
-    "plan file": "a reused plan is not proven again",
-}
 
 
 def bound_line(result: PlanResult) -> str:
@@ -214,10 +205,9 @@ def bound_line(result: PlanResult) -> str:
     if plan.seconds <= 0:
         return "no seconds added, which nothing can beat"
     bound = format_seconds(result.baseline_seconds + plan.lower_bound)
-    why = f": {WHY[plan.solver]}" if result.gap > SMALL_GAP and plan.solver in WHY else ""
     return (
         f"{format_seconds(plan.seconds)} added; no plan of these levers takes under {bound} a step; "
-        f"gap {100 * result.gap:.2f} % of the step time ({plan.solver or 'unnamed solver'}{why})"
+        f"gap {100 * result.gap:.2f} % of the step time ({plan.solver or 'unnamed solver'})"
     )
 
 

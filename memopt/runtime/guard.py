@@ -90,7 +90,7 @@ class Guard:
             self._seconds = self._clock() - self._began
         peak, reserved = self._peaks()
         if peak is not None:
-            self.measured = MeasuredStep(peak, self._seconds, {}, reserved)
+            self.measured = MeasuredStep(peak, self._seconds, {}, reserved, profiled=self.device.type != "cuda")
             self._compare(peak)
 
     def _clock(self) -> float:

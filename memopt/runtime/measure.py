@@ -57,6 +57,7 @@ def measure(
         median(seconds) if seconds else observed.seconds,
         {name: before + peak for name, peak in observed.phases.items()},
         observed.reserved,
+        profiled=not seconds and where.type != "cuda",
     )
 
 

@@ -11,7 +11,8 @@ from dataclasses import replace
 import pytest
 
 from memopt.edit import added_steps
-from memopt.report import PlanResult
+from memopt.report import PROFILED, WHY, PlanResult
+from memopt.table import to_text
 from memopt.timeline import peak, phase_peaks
 
 MIB = 2**20
@@ -116,3 +117,26 @@ def test_a_lever_without_a_declared_class_is_called_exact_only_when_it_is_recomp
 def test_the_report_loads_without_torch() -> None:
     code = "import sys, memopt.report, memopt.table, memopt.html, memopt.planfile; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_gap_above_a_percent_has_its_reason_in_the_json_as_in_the_text(make: Make) -> None:
+    result = make(64 * MIB)
+    wide = replace(result, plan=replace(result.plan, solver="frontier", lower_bound=0.0))
+    (reason,) = (note for note in wide.to_json()["notes"] if note.startswith("gap "))
+    assert reason == f"gap {100 * wide.gap:.2f} % of the step time: {WHY['frontier']}"
+    assert WHY["frontier"] in " ".join(to_text(wide).split())
+    close = replace(result, plan=replace(result.plan, solver="frontier", lower_bound=result.plan.seconds))
+    assert not [note for note in close.to_json()["notes"] if note.startswith("gap ")]
+
+
+def test_every_solver_that_leaves_a_gap_has_a_reason_for_it() -> None:
+    assert {"frontier", "chain", "segments", "greedy", "plan file"} <= set(WHY)
+
+
+def test_seconds_measured_under_the_profiler_are_said_to_be(make_measured: Callable[[int, int], PlanResult]) -> None:
+    plain = make_measured(60 * MIB, 64 * MIB)
+    assert plain.measured is not None
+    slowed = replace(plain, measured=replace(plain.measured, profiled=True))
+    assert PROFILED in to_text(slowed)
+    assert PROFILED in slowed.to_json()["notes"]
+    assert PROFILED not in to_text(plain)

@@ -33,6 +33,7 @@ def test_it_measures_the_second_step_and_is_silent_within_the_plan(caplog: pytes
     guard.end_step()
     assert guard.measured is not None
     assert guard.measured.peak_bytes == 9 * MB
+    assert guard.measured.profiled
     assert guard.steps == 3
     assert warnings(caplog) == []
 
