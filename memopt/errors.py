@@ -35,12 +35,16 @@ class Binding:
 
 @dataclass(frozen=True, slots=True)
 class WayOut:
-    """One change that would let the step run: what to pass, the peak it leads to and the seconds it adds."""
+    """One change that lowers what the step needs: what to pass, the peak it leads to and the seconds it adds.
+
+    fits: whether it is enough for the budget asked (raising that is).
+    """
 
     change: str
     peak_bytes: int
     seconds: float = 0.0
     numerics: str = "exact"
+    fits: bool = True
 
 
 class BudgetError(MemoptError):

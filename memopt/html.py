@@ -10,7 +10,7 @@ from memopt.chart import BANDS, Column, Scale, axis_size, columns, panel
 from memopt.graph import StepGraph
 from memopt.page import SCRIPT, STYLE
 from memopt.report import PlanResult, held
-from memopt.table import VERDICTS, bound_line, percent, place_of_peak, short
+from memopt.table import VERDICTS, bound_line, percent, place_of_peak, short, way_cells
 from memopt.timeline import at_peak, by_kind, phase_peaks
 from memopt.units import format_seconds, format_size
 
@@ -199,8 +199,8 @@ def _floor(result: PlanResult) -> str:
 
 
 def _ways(result: PlanResult) -> str:
-    rows = ((w.change, w.numerics, short(w.peak_bytes), format_seconds(w.seconds)) for w in result.ways_out)
-    return _table(("change.", "numerics", "peak>", "seconds added>"), rows) if result.ways_out else ""
+    heads = ("change.", "numerics", "peak>", "seconds added>", "budget")
+    return _table(heads, map(way_cells, result.ways_out)) if result.ways_out else ""
 
 
 def _facts(result: PlanResult) -> str:

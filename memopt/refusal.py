@@ -5,22 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_map_only
 
 from memopt.capture import Survey
 from memopt.errors import BudgetError, MemoptError, WayOut
 from memopt.passbase import Numerics
 from memopt.passes import TRADES
 from memopt.pipeline import Costs, Request, make_plan, silent
+from memopt.plans import Plan
 from memopt.report import PlanResult
+from memopt.smaller import Call, Tried, cut, largest_fitting, shared_size, sizes_below
 from memopt.timeline import at_peak, by_kind
 from memopt.units import DECIMAL, format_seconds, format_size
 
 ORDER = {"exact": 0, "reordered": 1, "lossy": 2}
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def infeasible(result: PlanResult) -> BudgetError:
@@ -32,7 +32,7 @@ def infeasible(result: PlanResult) -> BudgetError:
         where = ", ".join(filter(None, (binding.op, f"step {binding.step}", binding.source)))
         lines += [f"  set by    {where}", f"  made of   {made_of}"]
     for at, way in enumerate(result.ways_out):
-        lines.append(f"  {'ways out' if at == 0 else '':8}  {_said(way, result.budget)}")
+        lines.append(f"  {'ways out' if at == 0 else '':8}  {_said(way)}")
     return BudgetError(
         "\n".join(lines),
         floor_bytes=result.plan.floor,
@@ -42,10 +42,8 @@ def infeasible(result: PlanResult) -> BudgetError:
     )
 
 
-def _said(way: WayOut, budget: int) -> str:
-    over = (
-        "" if way.peak_bytes <= budget or way.change.startswith(("budget", "--budget")) else ", still over the budget"
-    )
+def _said(way: WayOut) -> str:
+    over = "" if way.fits else ", still over the budget"
     added = f"+{format_seconds(way.seconds)} a step" if way.seconds else "no time added"
     return f"{way.change} ({way.numerics}, peak {_short(way.peak_bytes)}, {added}{over})"
 
@@ -65,10 +63,10 @@ def round_up(nbytes: int) -> str:
 
 @dataclass(frozen=True)
 class Spelling:
-    """How a door writes its options."""
+    """How a door writes its options. batch: with the size, the one asked for, backwards an update; seq: the sizes."""
 
     budget: str = 'budget="{}"'
-    batch: str = "{} instead of {} along dimension 0 of the inputs, accumulated over 2 backwards"
+    batch: str = "{} instead of {} along dimension 0 of the inputs, accumulated over {} backwards"
     seq: str = "{} instead of {} along dimension 1 of the inputs (the sequence)"
     optimizer: str = "optimizer=torch.optim.SGD(...)"
     allow: str = 'allow=("{}",)'
@@ -78,7 +76,7 @@ class Spelling:
 
 COMMAND_LINE = Spelling(
     budget="--budget {}",
-    batch="--batch {} --accumulate 2",
+    batch="--batch {0} --accumulate {2}",
     seq="--seq {}",
     optimizer="--optimizer sgd",
     allow="--allow {}",
@@ -111,15 +109,17 @@ class Refused:
         ways = [WayOut(self.spelling.budget.format(round_up(plan.floor)), plan.floor, plan.seconds)]
         ways += [
             way
-            for way in (*self._levers(), *self._numerics(), *self._optimizers(), *self._halves())
+            for way in (*self._levers(), *self._numerics(), *self._optimizers(), *self._smaller())
             if way.peak_bytes < plan.floor
         ]
-        return tuple(sorted(ways, key=lambda w: (w.peak_bytes > self.result.budget, ORDER[w.numerics], w.peak_bytes)))
+        return tuple(sorted(ways, key=lambda w: (not w.fits, ORDER[w.numerics], w.peak_bytes)))
 
-    def _planned(self, change: str, numerics: str, found: Survey, request: Request) -> WayOut:
+    def _plan(self, found: Survey, request: Request) -> Plan:
+        return make_plan(found, request, self.price(found), 0.0, silent).result.plan
+
+    def _way(self, change: str, numerics: str, plan: Plan) -> WayOut:
         """What this change leads to: the plan's peak if it fits, else the floor it leaves."""
-        plan = make_plan(found, request, self.price(found), 0.0, silent).result.plan
-        return WayOut(change, plan.peak, plan.seconds, numerics)
+        return WayOut(change, plan.peak, plan.seconds, numerics, plan.peak <= self.result.budget)
 
     def _levers(self) -> Iterator[WayOut]:
         """Levers that were switched off, or are lossy and were not named."""
@@ -127,13 +127,13 @@ class Refused:
             if trade.name in self.request.off:
                 word = self.spelling.allow if trade.numerics is Numerics.LOSSY else self.spelling.on
                 request = replace(self.request, off=self.request.off - {trade.name})
-                yield self._planned(word.format(trade.name), trade.numerics.value, self.found, request)
+                yield self._way(word.format(trade.name), trade.numerics.value, self._plan(self.found, request))
 
     def _numerics(self) -> Iterator[WayOut]:
         """A recurrent layer that is one operation when exact, and its cells otherwise."""
         if self.reordered is not None and self.call is not None:
             request = replace(self.request, numerics="reordered")
-            yield self._planned(self.spelling.numerics, "reordered", self.reordered(self.call), request)
+            yield self._way(self.spelling.numerics, "reordered", self._plan(self.reordered(self.call), request))
 
     def _optimizers(self) -> Iterator[WayOut]:
         """One without state, if this one has some."""
@@ -141,37 +141,26 @@ class Refused:
         trained = [p for p in self.found.model.parameters() if p.requires_grad]
         if self.request.has_optimizer and trained and kinds.get("state"):
             request = replace(self.request, optimizer=torch.optim.SGD(trained, lr=1e-3))
-            yield self._planned(self.spelling.optimizer, "lossy", self.found, request)
+            yield self._way(self.spelling.optimizer, "lossy", self._plan(self.found, request))
 
-    def _halves(self) -> Iterator[WayOut]:
-        if self.call is None:
-            return
-        for dim, word, numerics in ((0, self.spelling.batch, "reordered"), (1, self.spelling.seq, "lossy")):
-            if (size := shared_size(self.call, dim)) is None:
+    def _smaller(self) -> Iterator[WayOut]:
+        """The largest batch, which then accumulates to the one asked for, and the longest sequence that fit."""
+        for dim in (0, 1):
+            if self.call is None or (size := shared_size(self.call, dim)) is None:
                 continue
-            try:
-                found = self.capture(halved(self.call, dim, size))
-            except (MemoptError, ValueError):  # the model takes no other size: no way out, and no news
-                continue
-            twice = self.request.accumulate * 2 if dim == 0 else self.request.accumulate
-            yield self._planned(word.format(size // 2, size), numerics, found, replace(self.request, accumulate=twice))
+            plan_at, least = partial(self._cut, self.call, dim, size), self.result.plan.floor
+            way = largest_fitting(plan_at, sizes_below(size, dim), size, least, self.result.budget)
+            if way is not None:
+                yield way
 
-
-def shared_size(call: Call, dim: int) -> int | None:
-    """The even size that all inputs have along this dimension, else None. Dimension 1 counts for token ids alone."""
-    tensors = [leaf for leaf in tree_flatten(call)[0] if isinstance(leaf, torch.Tensor) and leaf.dim() > 0]
-    if dim == 1 and any(tensor.dim() != 2 or tensor.is_floating_point() for tensor in tensors):
-        return None
-    sizes = {int(tensor.shape[dim]) for tensor in tensors}
-    size = sizes.pop() if len(sizes) == 1 else 0
-    return size if size and size % 2 == 0 else None
-
-
-def halved(call: Call, dim: int, size: int) -> Call:
-    """The call with every tensor cut to its first half along the dimension."""
-
-    def half(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.narrow(dim, 0, size // 2).contiguous() if tensor.dim() > dim else tensor
-
-    made: Call = tree_map_only(torch.Tensor, half, call)
-    return made
+    def _cut(self, call: Call, dim: int, whole: int, size: int) -> Tried | None:
+        """The plan with the inputs cut to this size; None if the model takes no such size: no way out, and no news."""
+        try:
+            found = self.capture(cut(call, dim, size))
+        except (MemoptError, ValueError):
+            return None
+        turns = self.request.accumulate * (whole // size if dim == 0 else 1)
+        word, numerics = (self.spelling.seq, "lossy") if dim else (self.spelling.batch, "reordered")
+        plan = self._plan(found, replace(self.request, accumulate=turns))
+        way = self._way(word.format(size, whole, turns), numerics, plan)
+        return Tried(size, plan.floor or plan.peak, way)

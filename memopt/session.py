@@ -26,10 +26,11 @@ from memopt.plans import MeasuredStep
 from memopt.profiling import measured_costs
 from memopt.program import Program, copied
 from memopt.recurrent import fused_cells
-from memopt.refusal import Call, Refused, Spelling, infeasible
+from memopt.refusal import Refused, Spelling, infeasible
 from memopt.report import PlanResult
 from memopt.runtime.resident import resident_tensors
 from memopt.seams import parts_of
+from memopt.smaller import Call
 from memopt.table import to_text
 from memopt.units import format_size
 from memopt.unwrapped import unwrapped
@@ -98,7 +99,7 @@ class Session:
         return survey(self.model, *call, clean, self.request.lowering, self.gradients, exact)
 
     def adopt(self, found: Survey, capture_seconds: float, call: Call | None = None) -> Planned:
-        """Price and plan a survey. Raises BudgetError; call: inputs it may try halved."""
+        """Price and plan a survey. Raises BudgetError; call: inputs it may try smaller."""
         costs = self.costs(found)
         request = replace(self.request, budget=max(self.request.budget - self.missed, 1))
         planned = make_plan(found, request, costs, capture_seconds, self.progress, self.plan_file)

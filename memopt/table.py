@@ -16,6 +16,7 @@ from memopt.timeline import by_kind, phase_peaks
 from memopt.units import format_seconds, format_size
 
 if TYPE_CHECKING:
+    from memopt.errors import WayOut
     from memopt.planfile import PlanDiff, PlanFile
     from memopt.report import PlanResult
 
@@ -177,10 +178,16 @@ def _ways_out(result: PlanResult) -> Iterator[RenderableType]:
     yield facts
     if result.ways_out:
         yield heading("Ways out")
-        table = grid("change", "numerics", "peak>", "seconds added>")
+        table = grid("change", "numerics", "peak>", "seconds added>", "budget")
         for way in result.ways_out:
-            row(table, way.change, way.numerics, short(way.peak_bytes), format_seconds(way.seconds))
+            row(table, *way_cells(way))
         yield table
+
+
+def way_cells(way: WayOut) -> tuple[str, ...]:
+    """A way out as the cells of its row; the last says whether it is enough."""
+    enough = "fits" if way.fits else "still over"
+    return way.change, way.numerics, short(way.peak_bytes), format_seconds(way.seconds), enough
 
 
 def _lines(result: PlanResult) -> Table:

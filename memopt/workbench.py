@@ -18,7 +18,7 @@ from memopt.devices import CATALOGUE, Device, device
 from memopt.errors import BudgetError
 from memopt.pipeline import Progress, silent
 from memopt.planfile import PlanFile
-from memopt.refusal import COMMAND_LINE, infeasible
+from memopt.refusal import COMMAND_LINE, Spelling
 from memopt.report import PlanResult
 from memopt.runtime.calibrate import load_rates, measure_rates, save_rates
 from memopt.runtime.here import here
@@ -142,8 +142,15 @@ class Asked:
         )  # fmt: skip
         request = replace(request, has_optimizer=optimizer is not None)
         return Session(
-            model, request, "loss", self.plan_file, self.progress, measure, spelling=COMMAND_LINE
+            model, request, "loss", self.plan_file, self.progress, measure, spelling=spelling_of(bench)
         )  # fmt: skip
+
+
+def spelling_of(bench: Bench) -> Spelling:
+    """The command line's options; sizes in words where the workload's inputs are fixed and the options refused."""
+    own = Spelling()
+    batch, seq = (COMMAND_LINE.batch if bench.batch else own.batch), (COMMAND_LINE.seq if bench.seq else own.seq)
+    return replace(COMMAND_LINE, batch=batch, seq=seq)
 
 
 def plan_workload(
@@ -233,7 +240,7 @@ def run_workload(workload: Workload, *, steps: int = 3, **options: Any) -> PlanR
 
 
 def fit_workload(workload: Workload, *, vary: str = "batch", **options: Any) -> tuple[int, PlanResult]:
-    """The largest batch (or sequence) whose step fits the budget, with its plan. Raises BudgetError if 1 does not.
+    """The largest batch (or sequence) whose step fits the budget, with its plan; 0 and the refusal of 1 if none does.
 
     The formula of the floor's decisions says where to look; the answer is confirmed by a plan, and by a refusal (of the
     planner, or of the model, which may take no more) at one more.
@@ -245,10 +252,12 @@ def fit_workload(workload: Workload, *, vary: str = "batch", **options: Any) -> 
         raise ValueError(f"{workload.name} has no {vary} to vary: its inputs are fixed")
     seen: dict[int, PlanResult] = {}
 
+    def resized(size: int) -> Bench:
+        return replace(made, batch=size) if vary == "batch" else replace(made, seq=size)
+
     def fits(size: int) -> bool:
-        resized = replace(made, batch=size) if vary == "batch" else replace(made, seq=size)
         try:
-            seen[size] = _planned(resized, asked)
+            seen[size] = _planned(resized(size), asked)
         except ValueError:
             if size <= getattr(made, vary):
                 raise
@@ -257,7 +266,8 @@ def fit_workload(workload: Workload, *, vary: str = "batch", **options: Any) -> 
 
     best = largest(fits, _guess(made, asked, vary))
     if best == 0:
-        raise infeasible(seen[1])
+        refused = _planned(resized(1), asked, advise=True)
+        return 0, replace(refused, notes=(*refused.notes, f"no {vary} fits; this is the step with a {vary} of 1"))
     return best, seen[best]
 
 

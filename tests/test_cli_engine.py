@@ -60,15 +60,39 @@ def test_plan_saves_a_plan_that_run_reuses_and_holds(tmp_path: Path) -> None:
 
 def test_an_infeasible_plan_exits_3_with_floor_binding_and_ways_out_in_the_doors_own_words() -> None:
     words = ("plan", "llama-tiny", "--batch", "4", "--seq", "64", "--lowering", "eager")  # activations set its floor
-    found = answer(*words, "--budget", "2.5MB", code=3)
+    found = answer(*words, "--budget", "2.6MB", code=3)
     assert found["status"] == "infeasible"
-    assert found["floor_bytes"] > found["budget_bytes"] == 2_500_000
+    assert found["floor_bytes"] > found["budget_bytes"] == 2_600_000
     assert found["binding"]["source"].startswith(("modeling_llama.py:", "loss_utils.py:"))
     assert sum(found["binding"]["kinds"].values()) == found["binding"]["bytes"]
-    changes = [way["change"] for way in found["ways_out"]]
-    assert {"--batch 2 --accumulate 2", "--optimizer sgd", "--seq 32"} <= set(changes)
-    raised = next(change for change in changes if change.startswith("--budget "))
-    assert answer(*words, *raised.split())["status"] != "infeasible"
+    ways = {way["change"].split()[0]: way for way in found["ways_out"]}
+    assert set(ways) == {"--budget", "--batch", "--optimizer", "--seq"}
+    assert ways["--batch"]["change"] == "--batch 1 --accumulate 4"  # 2 still takes more than the budget
+    assert int(ways["--seq"]["change"].split()[1]) >= 32
+    assert all(way["fits"] for way in ways.values())
+    for name, way in ways.items():
+        budget = () if name == "--budget" else ("--budget", "2.6MB")
+        done = answer(*words, *budget, *way["change"].split())
+        assert done["status"] != "infeasible"
+        assert done["predicted"]["peak_bytes"] <= way["peak_bytes"] or name == "--budget"
+
+
+def test_ways_out_multiply_what_is_accumulated_already_and_say_which_are_not_enough() -> None:
+    words = ("plan", "llama-tiny", "--batch", "9", "--seq", "32", "--lowering", "eager", "--accumulate", "3")
+    found = answer(*words, "--budget", "1.9MB", "--optimizer", "adamw", code=3)
+    ways = {way["change"].split()[0]: way for way in found["ways_out"]}
+    size, _, turns = ways["--batch"]["change"].split()[1:]
+    assert int(size) * int(turns) == 9 * 3
+    assert [way["fits"] for way in found["ways_out"]] == sorted((w["fits"] for w in found["ways_out"]), reverse=True)
+    assert not ways["--batch"]["fits"]
+    assert "still over" in call(*words, "--budget", "1.9MB").stdout
+
+
+def test_a_refused_fit_prints_the_object_with_its_ways_out() -> None:
+    found = answer("fit", "lstm-tiny", "--budget", "10KB", "--lowering", "eager", code=3)
+    assert found["status"] == "infeasible"
+    assert found["fit"] == {"vary": "batch", "value": 0}
+    assert found["ways_out"]
 
 
 def test_run_exits_3_before_it_builds_anything(monkeypatch: pytest.MonkeyPatch) -> None:

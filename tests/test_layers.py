@@ -21,8 +21,8 @@ LEVELS = {
     2: "program facts listing unwrapped passbase kernels solvers",
     3: "passes blame capture frames hosts optim runtime lowering fences inductor relay compose seams outputs recurrent "
     "models workload factory nets text",
-    4: "pipeline dumps refusal profiling tuning session report table planfile html chart page formula carry sizing "
-    "watch",
+    4: "pipeline dumps refusal smaller profiling tuning session report table planfile html chart page formula carry "
+    "sizing watch",
     5: "api workbench",
     6: "cli options __main__ backend integrations",
 }

@@ -100,7 +100,7 @@ def refused(budget: int) -> PlanResult:
     graph = tiny_step()
     plan = Plan((), 50 * MIB, 0.0, 0.0, Status.INFEASIBLE, floor=50 * MIB, solver="milp")
     binding = Binding("loss_backward", "aten.loss_backward", "modeling_tiny.py:30", 50 * MIB, (("state", 12 * MIB),))
-    ways = (WayOut("--batch 2", 30 * MIB), WayOut('allow=("adamw8bit",)', 40 * MIB, 0.1, "lossy"))
+    ways = (WayOut("--batch 2", 30 * MIB), WayOut('allow=("adamw8bit",)', 40 * MIB, 0.1, "lossy", fits=False))
     base = planned(budget)
     return replace(base, after=graph, plan=plan, binding=binding, ways_out=ways)
 

@@ -92,7 +92,10 @@ def test_infeasible_names_the_binding_step_and_the_ways_out(make_refused: Callab
     assert out["floor_bytes"] == 50 * MIB
     assert out["binding"]["step"] == "loss_backward"
     assert out["binding"]["kinds"] == {"state": 12 * MIB}
-    assert [way["change"] for way in out["ways_out"]] == ["--batch 2", 'allow=("adamw8bit",)']
+    assert [(way["change"], way["fits"]) for way in out["ways_out"]] == [
+        ("--batch 2", True),
+        ('allow=("adamw8bit",)', False),
+    ]
     assert out["decisions"] == out["levers"] == []
     assert out["predicted"]["peak_bytes"] == out["baseline"]["peak_bytes"]
 

@@ -64,7 +64,8 @@ def test_infeasible_shows_the_floor_and_the_ways_out(make_refused: Callable[[int
     text = to_text(make_refused(MIB))
     assert line_of(text, "floor").startswith("floor 52.43 MB (50.00 MiB)")
     assert line_of(text, "set by") == "set by loss_backward, aten.loss_backward, modeling_tiny.py:30"
-    assert line_of(text, "--batch 2") == "--batch 2 exact 31.46 MB 0 s"
+    assert line_of(text, "--batch 2") == "--batch 2 exact 31.46 MB 0 s fits"
+    assert line_of(text, "allow=").endswith("100 ms still over")
     assert "lower bound" not in text
     assert "proof" not in text
 
