@@ -7,7 +7,6 @@ one above the budget narrower ones lead on. No rung's place depends on the budge
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 
 from memopt.edit import Remake
@@ -18,16 +17,17 @@ from memopt.solvers.space import Space
 
 STEPS = (0.8, 0.96, 0.99)  # of the peak of one rung's plan to the target of the next
 LARGE = 5_000  # steps above which simulations are too dear
+NEAR = 1.03  # times the target: plans above it that may be brought within it
 HOPE = 1.2  # a plan so much dearer than another is not undercut by closing gaps in it
 
 
 class Ladder:
-    """One way down for one problem. starts: plans that may join it, the cheapest of those within a rung at a time."""
+    """One way down for one problem. starts: plans that may join it on the rungs beside them."""
 
     def __init__(self, space: Space, starts: Iterable[Plan]) -> None:
         self.space, self.gaps, self.engine = space, Gaps(space.problem), Engine(space)
         self.engine.trials = 0  # gaps close what exchanges would gain
-        self.starts = undominated(starts)
+        self.starts = sorted(starts, key=lambda plan: (plan.seconds, plan.peak))
         self.state = space.state(space.none())
 
     def down(self, budget: int) -> Iterator[Plan]:
@@ -36,36 +36,29 @@ class Ladder:
         for step in STEPS:
             found: Played | None = above
             while found is not None and found.peak > budget:
-                above, found = found, self.rung(found, int(found.peak * step))
+                above, found = found, self.rung(found, step)
                 yield from () if found is None else (found.plan(budget),)
 
-    def rung(self, above: Played, target: int) -> Played | None:
-        """The cheapest plan within the target, None if there is none."""
+    def rung(self, above: Played, step: float) -> Played | None:
+        """The cheapest plan within this share of the peak above, None if there is none."""
+        target = int(above.peak * step)
         best = self.gaps.thinned(above, target)
-        for chosen in self.others(target, best):
-            found = self.gaps.filled(self.gaps.play(chosen), target)
-            if found.peak <= target and (best is None or (found.seconds, found.peak) < (best.seconds, best.peak)):
-                best = found
+        for seconds, chosen in self.others(target, step):
+            if best is None or seconds < best.seconds * HOPE:
+                found = self.within(chosen, target)
+                if found is not None and (best is None or (found.seconds, found.peak) < (best.seconds, best.peak)):
+                    best = found
         return best
 
-    def others(self, target: int, best: Played | None) -> Iterator[tuple[Remake, ...]]:
-        """Remakes found otherwise, which may be cheaper with gaps closed; a start is tried on one rung only."""
-        most = best.seconds * HOPE if best is not None else math.inf
+    def others(self, target: int, step: float) -> Iterator[tuple[float, tuple[Remake, ...]]]:
+        """What was found otherwise at about the target: the model's state, and the starts beside this rung."""
         reached = self.engine.reach(target, self.state)
         if reached is not None:
             self.state = reached
-            if reached.peak <= target and reached.seconds < most:
-                yield self.space.remakes(reached.parts)
-        start = next((plan for plan in reversed(self.starts) if plan.peak <= target), None)
-        if start is not None:
-            self.starts.remove(start)
-            yield start.chosen
+            yield reached.seconds, self.space.remakes(reached.parts)
+        yield from ((plan.seconds, plan.chosen) for plan in self.starts if step * target < plan.peak <= NEAR * target)
 
-
-def undominated(plans: Iterable[Plan]) -> list[Plan]:
-    """Those that no other undercuts in bytes and in seconds, by bytes."""
-    kept = list[Plan]()
-    for plan in sorted(plans, key=lambda p: (p.peak, p.seconds)):
-        if not kept or plan.seconds < kept[-1].seconds:
-            kept.append(plan)
-    return kept
+    def within(self, chosen: tuple[Remake, ...], target: int) -> Played | None:
+        """These remakes with gaps closed where there is room, or opened where there is not."""
+        played = self.gaps.play(chosen)
+        return self.gaps.filled(played, target) if played.peak <= target else self.gaps.thinned(played, target)

@@ -127,18 +127,19 @@ def deeper(problem: Problem, space: Space, plan: Plan) -> Plan:
 
 
 def chained(problem: Problem, links: Links, plan: Plan) -> tuple[Plan, ...]:
-    """The lowest plan of the chain, those that keep in passing and, for a step too large for the ladder, its levels.
+    """The chain's levels and those that keep in passing.
 
-    The levels remake every value inside a block: they are left out beside a plan far cheaper than that.
+    The levels remake every value inside a block: a step too large for the ladder goes without them beside a plan far
+    cheaper than that.
     """
     space = links.space
     top = float(space.state(space.none()).peak)
     flat = sum(space.work(k, inside).seconds for k, inside in zip(links.regions, links.inside, strict=True))
     cheap = plan.status is not Status.INFEASIBLE and plan.seconds < CHEAP * flat
-    if len(problem.graph.steps) > LARGE and not cheap:
-        return (*levels(problem, links, top), *in_passing(problem, links))
-    bottom = simulated(problem, remakes_of(problem, links, lowest(links, top)[0]), "chain")
-    return (bottom, *in_passing(problem, links))
+    if cheap and len(problem.graph.steps) > LARGE:
+        bottom = simulated(problem, remakes_of(problem, links, lowest(links, top)[0]), "chain")
+        return (bottom, *in_passing(problem, links))
+    return (*levels(problem, links, top), *in_passing(problem, links))
 
 
 def certified(problem: Problem, engine: Engine, plan: Plan, gap: float, until: float) -> Plan:

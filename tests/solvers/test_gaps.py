@@ -9,11 +9,10 @@ import pytest
 from memopt.edit import edit
 from memopt.graph import verify
 from memopt.passes.recompute import Recompute
-from memopt.plans import Plan, Problem, Status, simulated
+from memopt.plans import Problem, Status, simulated
 from memopt.solvers import solve
 from memopt.solvers.engine import Engine
 from memopt.solvers.gaps import Gaps, Played
-from memopt.solvers.ladder import undominated
 from memopt.solvers.space import Space
 from memopt.timeline import peak, timeline
 from tests.synthetic import llama, random_step, unet
@@ -68,14 +67,6 @@ def test_nothing_is_moved_into_the_forward() -> None:
     *_, lowest = gaps.descent(gaps.play(()), 0.95)
     assert lowest.chosen
     assert all(problem.graph.position[r.span[0]] >= problem.graph.boundary for r in lowest.chosen)
-
-
-def test_what_is_undominated_falls_in_seconds_as_it_rises_in_bytes() -> None:
-    def plan(peak: int, seconds: float) -> Plan:
-        return Plan((), peak, seconds, 0.0, Status.FEASIBLE)
-
-    kept = undominated([plan(3, 1.0), plan(1, 5.0), plan(2, 6.0), plan(3, 2.0), plan(4, 1.0)])
-    assert [(p.peak, p.seconds) for p in kept] == [(1, 5.0), (3, 1.0)]
 
 
 def test_budgets_below_the_regions_floor_stay_in_order() -> None:
