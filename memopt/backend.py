@@ -41,8 +41,17 @@ def memopt_backend(
         raise ValueError(f"option {unknown[0]!r} is not known; known are {', '.join(KNOWN)}")
     if chosen["optimizer"] not in ("adamw", "none"):
         raise ValueError(f"optimizer={chosen['optimizer']!r} is not known; known are adamw, none")
+    _specialise(example_inputs)
     session = Session(_holder(module, example_inputs), _request(chosen, example_inputs), gradients="all")
     return session.backend(module, example_inputs)
+
+
+def _specialise(inputs: Sequence[Any]) -> None:
+    """Have Dynamo guard on the value of every symbolic size: bytes are held for sizes that are known, so each shape
+    gets a graph and a plan of its own, as in `memopt.compile`."""
+    for size in inputs:
+        if isinstance(size, torch.SymInt):
+            int(size)
 
 
 def _request(chosen: Mapping[str, Any], inputs: Sequence[Any]) -> Any:

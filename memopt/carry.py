@@ -23,12 +23,13 @@ def carried(
     offers: Sequence[Remake],
     offers_there: Sequence[Remake],
 ) -> tuple[Remake, ...] | None:
-    """The offers of the other photograph that stand for the chosen ones; None if the two have other regions."""
+    """The offers of the other photograph that stand for the chosen ones; None if the two have other regions, or a
+    plan moves spans away from them."""
     regions, regions_there = (list(dict.fromkeys(r.span for r in some)) for some in (offers, offers_there))
     chosen = tuple(chosen)
     if not chosen:
         return ()
-    if len(regions) != len(regions_there):
+    if len(regions) != len(regions_there) or not {r.span for r in chosen} <= set(regions):
         return None
     span = dict(zip(regions, regions_there, strict=True))
     value = matched_storages(here, there)

@@ -69,15 +69,18 @@ class Placer:
             self.unpack[index] = {w: step for step in remake.unpack for w in step.writes}
         for spans in self.spans.values():
             spans.sort()  # the narrowest span that covers a moment serves it
+        self.homes, self.made = graph.homes, graph.producer
         self.copies: dict[tuple[str, int], str] = {}
         self.counts: dict[str, int] = {}
 
     def covering(self, tensor: str, at: int) -> int | None:
         """Index of the remake that serves a read of `tensor` at position `at`, or None: the original does."""
-        spans = self.spans.get(self.graph.storage_of(tensor))
-        if not spans or self.graph.producer.get(tensor, at) >= at:
-            return None
-        return next((i for width, first, i in spans if first <= at <= first + width), None)
+        spans = self.spans.get(self.homes[tensor])
+        if spans and self.made.get(tensor, at) < at:
+            for width, first, index in spans:
+                if first <= at <= first + width:
+                    return index
+        return None
 
     def maker(self, tensor: str, remake: int) -> Step:
         """The step that makes this tensor again: from the remake's unpack, else (a view) the one that made it."""
@@ -86,8 +89,9 @@ class Placer:
     def schedule(self) -> Schedule:
         before: dict[int, list[Copy]] = {}
         reads: dict[int, dict[str, str]] = {}
-        for at, step in enumerate(self.graph.steps):
-            if not any(self.graph.storage_of(name) in self.spans for name in step.reads) or self.graph.is_view(step):
+        for at in sorted({at for value in self.spans for at in self.graph.uses.get(value, ())}):
+            step = self.graph.steps[at]
+            if self.graph.is_view(step):
                 continue  # who reads a view gets a view of the copy
             if placed := self.place(step.reads, at):
                 before[at] = placed
@@ -130,9 +134,12 @@ class Placer:
 def edit(graph: StepGraph, remakes: Iterable[Remake]) -> StepGraph:
     """The step graph with every remake applied and unread steps dropped. Copies stand in the phase that reads them."""
     remakes = tuple(remakes)
-    if not remakes:
-        return graph
-    schedule = Placer(graph, remakes).schedule()
+    return edited_by(Placer(graph, remakes), remakes) if remakes else graph
+
+
+def edited_by(placer: Placer, remakes: Sequence[Remake]) -> StepGraph:
+    """As `edit`, by a fresh placer of these remakes, which then knows the copies it has made."""
+    graph, schedule = placer.graph, placer.schedule()
     tensors, storages = dict(graph.tensors), dict(graph.storages)
     packs = _packs(graph, remakes)
     steps: list[Step] = []
@@ -163,18 +170,16 @@ def _copied(
     for name in copy.step.writes:
         info: TensorInfo = graph.tensors[name]
         if info.storage not in home:
-            home[info.storage] = f"{info.storage}@{copy.name}"
-            storages[home[info.storage]] = replace(storages[info.storage], name=home[info.storage])
-        tensors[renamed[name]] = replace(info, name=renamed[name], storage=home[info.storage])
-    return replace(
-        copy.step,
-        name=copy.name,
-        phase=reader.phase,
-        workspace=workspace_again(graph, copy.step),
-        advances=False,
-        reads=tuple(renamed.get(n, n) for n in copy.step.reads),
-        writes=tuple(renamed[n] for n in copy.step.writes),
-    )
+            home[info.storage] = own = f"{info.storage}@{copy.name}"
+            made = storages[info.storage]
+            storages[own] = Storage(own, made.nbytes, made.kind)
+        tensors[renamed[name]] = TensorInfo(renamed[name], info.shape, info.dtype, home[info.storage])
+    old = copy.step  # written out: a plan may be simulated a hundred times, and `replace` is three times as slow
+    reads, writes = tuple(renamed.get(n, n) for n in old.reads), tuple(renamed[n] for n in old.writes)
+    return Step(
+        copy.name, old.op, reader.phase, reads, writes, old.source, old.key, old.flops, workspace_again(graph, old),
+        old.pure, False, old.fusable, old.fused,
+    )  # fmt: skip
 
 
 def workspace_again(graph: StepGraph, step: Step) -> int:

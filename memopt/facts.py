@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 from torch.utils._pytree import tree_iter
@@ -58,12 +59,11 @@ def is_getitem(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is operator.getitem
 
 
-def hint(size: int | torch.SymInt) -> int:
+def hint(size: int | torch.SymInt | sympy.Integer) -> int:
     """A size as an int; a symbolic size gives the value it was traced with."""
-    if isinstance(size, int):
-        return size
-    node = size.node
-    return int(node.hint if node.hint is not None else node.expr)
+    if isinstance(size, torch.SymInt):
+        return int(size.node.hint if size.node.hint is not None else size.node.expr)
+    return int(size)
 
 
 def storage_bytes(value: torch.Tensor) -> int:

@@ -96,6 +96,16 @@ class StepGraph:
         return made
 
     @cached_property
+    def homes(self) -> dict[str, str]:
+        """Tensor name -> storage name."""
+        return {name: info.storage for name, info in self.tensors.items()}
+
+    @cached_property
+    def viewing(self) -> frozenset[int]:
+        """Positions of the steps that only look at what they read."""
+        return frozenset(at for at, step in enumerate(self.steps) if self.is_view(step))
+
+    @cached_property
     def input_storages(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(self.tensors[name].storage for name in self.inputs))
 
@@ -106,10 +116,10 @@ class StepGraph:
     @cached_property
     def uses(self) -> dict[str, tuple[int, ...]]:
         """Storage name -> positions of the steps that touch (read or write) it, ascending."""
-        touched: dict[str, dict[int, None]] = {}
+        touched: dict[str, list[int]] = {}
         for at, step in enumerate(self.steps):
-            for storage in self.touched(step):
-                touched.setdefault(storage, {})[at] = None
+            for storage in {self.tensors[name].storage: None for name in (*step.reads, *step.writes)}:
+                touched.setdefault(storage, []).append(at)
         return {name: tuple(at) for name, at in touched.items()}
 
     @cached_property
@@ -140,7 +150,11 @@ class StepGraph:
 
     def is_view(self, step: Step) -> bool:
         """Whether the step only looks at what it reads: it creates nothing and changes nothing."""
-        return step.pure and bool(step.writes) and not self.created(step)
+        if not step.pure or not step.writes:
+            return False
+        tensors = self.tensors
+        old = {tensors[name].storage for name in step.reads}
+        return all(tensors[name].storage in old for name in step.writes)
 
     def bytes_of(self, tensors: Iterable[str]) -> int:
         """Bytes of the distinct storages behind these tensors."""

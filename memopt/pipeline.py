@@ -204,7 +204,7 @@ def make_plan(
         timings={"capture": capture_seconds, "plan": time.perf_counter() - started, "lower": 0.0},
         binding=binding(after, request.device.allocator_block) if plan.status is Status.INFEASIBLE else None,
         classes={trade.name: trade.numerics.value for trade in TRADES},
-        notes=_notes(survey, parts, phase),
+        notes=(*_notes(survey, parts, phase), _priced(whole, costs, request.device)),
         identity=identity(survey),
     )
     signatures = tuple(capture.signature for capture in survey.captures)
@@ -303,6 +303,18 @@ def _notes(survey: Survey, parts: Sequence[Part], phase: OptimizerPhase) -> tupl
             "between its graphs the model runs untraced operations; what they hold by themselves is not planned"
         )
     return tuple(notes)
+
+
+def _priced(graph: StepGraph, costs: Costs, device: Device) -> str:
+    """Where seconds and workspaces come from: the same step priced otherwise may get another plan."""
+    keys = {step.key for step in graph.steps if step.key and graph.created(step) and step.phase != "optimizer"}
+    known = len(keys & costs.seconds.keys())
+    if known == len(keys):
+        return "seconds and workspaces of operations: measured on this device"
+    return (
+        f"seconds of operations: {known} of {len(keys)} kinds measured on this device, the others by the roofline of "
+        f"{device.name}; what those take inside themselves (workspaces) is not counted"
+    )
 
 
 def apply_plan(program: Program, whole: StepGraph, remakes: Sequence[Remake]) -> Program:

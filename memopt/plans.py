@@ -39,8 +39,9 @@ class Problem:
 class Plan:
     """chosen: the remakes to apply. peak: bytes, always `peak(edit(graph, chosen))`. seconds: added to the step.
 
-    lower_bound: no choice of remakes holds the budget with fewer added seconds (0.0 when nothing was proven).
-    floor: least peak known to be reachable with the offers, bytes. solver: who answered.
+    lower_bound: no choice of the offers, as proposed, holds the budget with fewer added seconds (0.0 when nothing was
+    proven). floor: least peak met on the way to this plan, bytes; of an infeasible plan the least there is known to be.
+    solver: who answered.
     """
 
     chosen: tuple[Remake, ...]

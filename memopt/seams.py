@@ -59,7 +59,9 @@ class _Seams:
         return Part(graph, received, sent, frozenset(outputs), frozenset(self.seeds(capture, held)), program.prefix)
 
     def receive(self, capture: Capture, places: dict[fx.Node, int], inputs: set[str]) -> Iterable[tuple[str, str]]:
-        """(input, the tensor of an earlier part it is); "" for what no part made."""
+        """(input, the tensor of an earlier part it is); "" for what no part made. The photograph knows by itself which
+        inputs of one graph share a storage."""
+        mine: dict[int, str] = {}
         for node, at in places.items():
             name, key = capture.program.name(node), _at(capture.given, at)
             if key is not None and capture.program.kinds.get(node.name) == "input" and name in inputs:
@@ -67,7 +69,8 @@ class _Seams:
                     yield name, self.made[key]
                 elif key in capture.fresh:
                     yield name, ""
-                self.made.setdefault(key, name)
+                mine.setdefault(key, name)
+        self.made = mine | self.made
 
     def send(self, capture: Capture, places: dict[fx.Node, int]) -> Iterable[Sent]:
         """Where the gradients of the part go, in the order of its inputs."""

@@ -8,9 +8,10 @@ from time import perf_counter
 
 from memopt.plans import Plan, Problem, Status, simulated
 from memopt.solvers.brute import brute
-from memopt.solvers.chain import chain, levels, links_of, lowest, remakes_of
+from memopt.solvers.chain import Links, chain, levels, links_of, lowest, remakes_of
 from memopt.solvers.engine import Engine, path
 from memopt.solvers.greedy import greedy
+from memopt.solvers.ladder import LARGE, Ladder
 from memopt.solvers.milp import milp
 from memopt.solvers.model import Model
 from memopt.solvers.passing import in_passing
@@ -114,31 +115,45 @@ def planned(problem: Problem, space: Space, gap: float, time_limit: float, progr
 
 
 def deeper(problem: Problem, space: Space, plan: Plan) -> Plan:
-    """The plan, or one of the chain's where that is cheaper within the budget, or lower where nothing holds it.
-
-    The chain's plans do not depend on the budget either, so the answer stays monotone. They all remake every value
-    inside a block: beside a plan far cheaper than that a few are enough.
-    """
+    """The plan, or one of the chain's or of the ladder where that is cheaper within the budget, or lower where nothing
+    holds it. Neither's plans depend on the budget, so the answer stays monotone."""
     links = links_of(problem, space)
-    if links is None:
-        return plan
-    top = float(space.state(space.none()).peak)
-    flat = sum(space.work(k, inside).seconds for k, inside in zip(links.regions, links.inside, strict=True))
-    if plan.status is not Status.INFEASIBLE and plan.seconds < CHEAP * flat:
-        bottom = simulated(problem, remakes_of(problem, links, lowest(links, top)[0]), "chain")
-        found = (plan, bottom, *in_passing(problem, links))
-    else:
-        found = (plan, *levels(problem, links, top), *in_passing(problem, links))
+    chains = () if links is None else chained(problem, links, plan)
+    found = (plan, *chains)
+    if len(problem.graph.steps) <= LARGE:
+        found = (*found, *Ladder(space, chains).down(problem.budget))
     best = min(found, key=lambda p: (max(p.peak - problem.budget, 0), p.seconds, p.peak))
     return replace(best, floor=min(plan.floor, *(p.peak for p in found)))
 
 
+def chained(problem: Problem, links: Links, plan: Plan) -> tuple[Plan, ...]:
+    """The chain's levels and those that keep in passing.
+
+    The levels remake every value inside a block: a step too large for the ladder goes without them beside a plan far
+    cheaper than that.
+    """
+    space = links.space
+    top = float(space.state(space.none()).peak)
+    flat = sum(space.work(k, inside).seconds for k, inside in zip(links.regions, links.inside, strict=True))
+    cheap = plan.status is not Status.INFEASIBLE and plan.seconds < CHEAP * flat
+    if cheap and len(problem.graph.steps) > LARGE:
+        bottom = simulated(problem, remakes_of(problem, links, lowest(links, top)[0]), "chain")
+        return (bottom, *in_passing(problem, links))
+    return (*levels(problem, links, top), *in_passing(problem, links))
+
+
 def certified(problem: Problem, engine: Engine, plan: Plan, gap: float, until: float) -> Plan:
-    """The plan with its lower bound: the relaxation's, for small problems sharpened in integers."""
+    """The plan with its lower bound: the relaxation's, for small problems sharpened in integers.
+
+    It bounds the subsets of the offers. A plan with gaps that undercuts it is none of them, and has none (0.0)."""
     bound = engine.bound(problem.budget) or 0.0
+    if plan.seconds < bound * (1 - 1e-9):
+        return plan
     plan = replace(plan, lower_bound=min(bound, plan.seconds))
     if plan.gap > gap and bound and engine.offers <= TINY:
         bound = sharpened(problem, engine, (1 - gap) * plan.seconds, until)
+        if plan.seconds < bound * (1 - 1e-9):
+            return replace(plan, lower_bound=0.0)
         plan = replace(plan, lower_bound=min(max(bound, plan.lower_bound), plan.seconds))
     return replace(plan, status=Status.OPTIMAL) if plan.gap <= gap else plan
 

@@ -268,6 +268,34 @@ def test_a_plan_of_fakes_promises_what_the_timeline_of_its_graph_says(
     assert result.baseline_peak == unplanned.peak
 
 
+VIEWS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "shifted": lambda ids: (ids[:, :-1], ids[:, 1:]), "twice": lambda ids: (ids, ids),
+    "viewed": lambda ids: (ids, ids.view_as(ids)), "halves": lambda ids: (ids[:4], ids[4:]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("given", VIEWS.values(), ids=VIEWS)
+def test_inputs_may_share_a_storage(given: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+    """Causal language models take the same tokens as inputs and labels: their bytes count once."""
+
+    class Bigrams(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(50, 16), nn.Linear(16, 50)
+
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return nn.functional.cross_entropy(self.head(self.embed(x).tanh()).flatten(0, 1), y.flatten())
+
+    model, inputs = Bigrams(), given(torch.randint(50, (8, 33)))
+    with pytest.raises(memopt.BudgetError) as refused:  # its ways out are views of one storage too
+        memopt.compile(copy.deepcopy(model), 1000, example_inputs=inputs, lowering="eager")
+    assert refused.value.ways_out
+    optimizer = torch.optim.AdamW(model.parameters())
+    memopt.compile(model, refused.value.floor_bytes, optimizer=optimizer, lowering="eager")
+    measured = measure_step(lambda: model(*inputs), optimizer, resident=[model, inputs], repeats=0)
+    assert measured.peak_bytes == model.memopt.plan.plan.peak
+
+
 def test_a_refusal_says_the_floor_what_sets_it_and_the_ways_out_in_order(unplanned: PlanResult) -> None:
     with pytest.raises(memopt.BudgetError) as caught:
         planned(budget=int(unplanned.peak * 0.6))

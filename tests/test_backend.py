@@ -58,6 +58,22 @@ def test_the_step_is_bit_identical_under_a_budget_that_binds() -> None:
     assert all(map(torch.equal, want, got))
 
 
+@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_each_shape_gets_a_plan(lowering: str, dynamic: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Dynamo would trace symbolic sizes, after the second shape or at once, bytes are planned for real ones."""
+    peaks: list[int] = []
+    monkeypatch.setattr("memopt.session.plan_made", lambda text, plan: peaks.append(plan()["predicted"]["peak_bytes"]))
+    model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
+    options = {"lowering": lowering, "budget": "1GB"}
+    step = torch.compile(model, backend="memopt", dynamic=dynamic, options=options)
+    for shape in ((4, 16), (4, 12), (6, 12)):
+        x = torch.randn(*shape, 8)
+        got, want = (torch.autograd.grad(run(x).square().sum(), list(model.parameters())) for run in (step, model))
+        torch.testing.assert_close(got, want)
+    assert len(set(peaks)) == 3
+
+
 def test_a_refusal_arrives_as_itself_with_its_figures() -> None:
     with pytest.raises(memopt.BudgetError, match="the least this step can run in") as caught:
         compiled(built(), budget="10KB")(torch.randn(512, 64))

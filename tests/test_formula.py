@@ -139,6 +139,8 @@ def test_decisions_are_carried_to_a_photograph_with_other_names() -> None:
     assert {(r.value, r.span) for r in moved} == {(r.value, r.span) for r in offers[::2]}
     assert carried(here, there, (), offers, others) == ()
     assert carried(here, there, offers[::2], offers, others[:1]) is None  # other regions
+    first, last = offers[0].span[0], offers[-1].span[1]
+    assert carried(here, there, (replace(offers[0], span=(first, last)),), offers, others) is None  # a span moved
 
 
 # ------------------------------------------------------------------------------------------------- a real model
@@ -177,7 +179,7 @@ def test_fit_is_the_edge_and_knows_where_to_look(monkeypatch: pytest.MonkeyPatch
     size, result = fit_workload(load("llama-tiny"), budget=6_000_000, **OPTIONS)
     assert result.peak <= 6_000_000
     assert {size, size + 1} <= set(asked)
-    assert len(asked) <= 4
+    assert len(asked) <= 6  # the guess is of one plan: with gaps the lowest one differs from size to size
     assert planned(size + 1, 6_000_000).infeasible
 
 

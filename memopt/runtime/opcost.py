@@ -36,6 +36,11 @@ FEWEST, REPEATS = 5, 12  # runs timed: no more than the fewest once ENOUGH secon
 ENOUGH = 0.03
 BURST = 8  # runs timed together on CUDA
 LONG = 0.5  # seconds: an operation that takes longer is timed once
+AGREE = 1.25  # the two least of the times differ by no more, or more runs are timed, up to PATIENT
+PATIENT = 40
+# A cost that was remembered is doubted, and measured again once a process, where it is above what a slow processor
+# would take: seconds, and those of a byte and of a floating-point operation.
+DOUBT, DOUBT_BYTE, DOUBT_FLOP = 2e-4, 1e-9, 5e-10
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +80,7 @@ class OpCosts:
         self.known = {k: OpCost(*v) for k, v in opcache.load(self.cache).items()} if self.cache else {}
         self.fresh: dict[str, OpCost] = {}
         self.refused: dict[str, str] = {}  # key -> why it has no cost
+        self.again: set[str] = set()  # measured by this process, or looked at and believed
 
     def __enter__(self) -> OpCosts:
         return self
@@ -94,10 +100,11 @@ class OpCosts:
     def measure(self, node: fx.Node) -> OpCost | None:
         """The cost of one run of the node's operation, or None if it cannot or must not be run (`refused` says why)."""
         key = cost_key(node)
-        if key in self.known or key in self.refused:
+        if key in self.refused or (key in self.known and not self._doubted(key, node)):
             return self.known.get(key)
         if self.spent >= self.seconds_limit:
             return None
+        self.again.add(key)
         start = time.perf_counter()
         try:
             cost = self._measured(node)
@@ -107,8 +114,16 @@ class OpCosts:
             return None
         finally:
             self.spent += time.perf_counter() - start
-        self.known[key] = self.fresh[key] = cost
-        return cost
+        self.known[key] = self.fresh[key] = cost if key not in self.known else cheaper(self.known[key], cost)
+        return self.known[key]
+
+    def _doubted(self, key: str, node: fx.Node) -> bool:
+        """Whether to measure what is known again: it may have been measured on a machine too busy for it."""
+        if key in self.again or self.spent >= self.seconds_limit or self.known[key].seconds > LONG:
+            return False
+        self.again.add(key)
+        likely = DOUBT + DOUBT_BYTE * total_bytes(node) + DOUBT_FLOP * facts(node).flops
+        return self.device.type == "cpu" and self.known[key].seconds > likely
 
     def workspace(self, op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
         """Workspace bytes of a call with tensors (fake or meta) like these; 0 if it cannot be run."""
@@ -140,6 +155,11 @@ class OpCosts:
 
     def _devices(self) -> list[torch.device]:
         return [self.device] if self.device.type == "cuda" else []
+
+
+def cheaper(old: OpCost, new: OpCost) -> OpCost:
+    """What is known after a second measurement: other programs only ever add seconds; bytes are the latest."""
+    return new if new.seconds <= old.seconds else OpCost(old.seconds, new.workspace, new.out_bytes)
 
 
 def _byte_limit(device: torch.device) -> int:
@@ -192,9 +212,15 @@ def _least(run: Callable[[], Any], device: torch.device) -> float:
     """Least seconds of a few runs. Not the median, as other programs only ever add: on a busy machine the median of
     three made a product of 128 x 64 x 176 cost 68 ms instead of 0.05, and the plans made with it wrong for good."""
     times: list[float] = []
-    while len(times) < FEWEST or (len(times) < REPEATS and sum(times) < ENOUGH):
+    while len(times) < FEWEST or (len(times) < REPEATS and sum(times) < ENOUGH) or _disagree(times):
         times.append(_seconds(run, device))
     return min(times)
+
+
+def _disagree(times: Sequence[float]) -> bool:
+    """Whether the least time stands alone: then it may still be one of a busy moment."""
+    least, second = sorted(times)[:2]
+    return second > AGREE * least and len(times) < PATIENT
 
 
 def _burst(run: Callable[[], Any], device: torch.device) -> float:
