@@ -48,13 +48,16 @@ class WayOut:
 
 
 class BudgetError(MemoptError):
-    """The budget is below what the step can run in. Nothing was allocated and nothing was changed."""
+    """No plan holds the budget. Nothing was allocated and nothing was changed.
+
+    floor_bytes: the least budget that is planned; None where a saved plan was refused, whose step may need less.
+    """
 
     def __init__(
         self,
         message: str,
         *,
-        floor_bytes: int,
+        floor_bytes: int | None,
         budget_bytes: int,
         binding: Binding | None = None,
         ways_out: Sequence[WayOut] = (),

@@ -10,7 +10,7 @@ from memopt.chart import BANDS, Column, Scale, axis_size, columns, panel
 from memopt.graph import StepGraph
 from memopt.page import SCRIPT, STYLE
 from memopt.report import PlanResult, held
-from memopt.table import VERDICTS, bound_line, percent, place_of_peak, short, way_cells
+from memopt.table import bound_line, needed, percent, place_of_peak, short, verdict, way_cells
 from memopt.timeline import at_peak, by_kind, phase_peaks
 from memopt.units import format_seconds, format_size
 
@@ -51,7 +51,7 @@ def _body(result: PlanResult) -> Iterator[str]:
 
 def _sentence(result: PlanResult) -> str:
     if result.measured is None:
-        return VERDICTS[result.plan.status.value]
+        return verdict(result)
     word, size = "held" if result.held else "over the budget", format_size(result.measured.peak_bytes)
     return f"{word}: measured {size}, {100 * (result.error or 0):+.2f} % against the plan"
 
@@ -60,7 +60,8 @@ def _cards(result: PlanResult) -> Iterator[str]:
     old, new = result.baseline_peak, result.peak
     yield _card("budget", short(result.budget), format_size(result.budget))
     if result.infeasible:
-        yield _card("floor", short(result.plan.floor), "the least this step can run in")
+        word, meaning = needed(result)
+        yield _card(word, short(result.plan.peak), meaning)
         yield _card("peak without memopt", short(old), format_size(old))
         return
     yield _card("predicted peak", short(new), f"{percent(new - old, old, '+')} from {short(old)} without memopt")
@@ -191,7 +192,7 @@ def _decisions(result: PlanResult) -> str:
 
 
 def _floor(result: PlanResult) -> str:
-    lines = [f"The least this step can run in is {format_size(result.plan.floor)}."]
+    lines = [f"{needed(result)[1].capitalize()}: {format_size(result.plan.peak)}."]
     if binding := result.binding:
         lines.append("Set by " + ", ".join(word for word in (binding.step, binding.op, binding.source) if word) + ".")
         lines.append("Made of " + ", ".join(f"{kind} {short(size)}" for kind, size in binding.kinds) + ".")

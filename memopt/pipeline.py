@@ -27,7 +27,7 @@ from memopt.joints import Part
 from memopt.optim.photograph import OptimizerPhase, photograph_optimizer
 from memopt.passes import CLEANUPS, TRADES
 from memopt.planfile import PlanFile, check_identity
-from memopt.plans import Plan, Problem, Status, simulated
+from memopt.plans import REUSED, Plan, Problem, Status, simulated
 from memopt.program import Program, insert, photograph
 from memopt.report import SCHEMA, PlanResult
 from memopt.seams import parts_of, runs_untraced
@@ -103,7 +103,7 @@ class Planned:
         if not missed:
             return self
         result = self.result
-        plan = replace(result.plan, peak=result.plan.peak + missed, floor=result.plan.floor + missed)
+        plan = replace(result.plan, peak=result.plan.peak + missed)
         phases = {name: size + missed for name, size in result.phases.items()}
         free = {name: size + missed for name, size in self.lowered_released.items()}
         lifted = replace(result, budget=result.budget + missed, plan=plan, lowered=phases)
@@ -218,7 +218,7 @@ def _solved(problem: Problem, request: Request, progress: Progress) -> Plan:
 
 def _reused(problem: Problem, plan_file: PlanFile, survey: Survey) -> Plan:
     check_identity(plan_file, identity(survey))
-    return simulated(problem, plan_file.chosen(problem.graph, problem.remakes), "plan file")
+    return simulated(problem, plan_file.chosen(problem.graph, problem.remakes), REUSED)
 
 
 def identity(survey: Survey) -> dict[str, str]:

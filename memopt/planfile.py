@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class SavedRemake:
 
 @dataclass(frozen=True)
 class PlanFile:
-    """What a plan file holds. budget, peak, baseline_peak, floor: bytes; seconds, baseline_seconds: of one step.
+    """What a plan file holds. budget, peak, baseline_peak: bytes; seconds, baseline_seconds: of one step.
 
     identity: {"graph": hash, "torch": version, "schema": "1"} of the run that saved it; levers: as in the JSON.
     """
@@ -57,7 +58,6 @@ class PlanFile:
     status: str
     peak: int
     baseline_peak: int
-    floor: int
     seconds: float
     baseline_seconds: float
     phases: Mapping[str, int]
@@ -97,7 +97,6 @@ def to_plan_file(result: PlanResult) -> PlanFile:
         status=result.plan.status.value,
         peak=result.peak,
         baseline_peak=result.baseline_peak,
-        floor=result.plan.floor,
         seconds=result.step_seconds,
         baseline_seconds=result.baseline_seconds,
         phases=out["predicted"]["phases"],
@@ -163,7 +162,8 @@ def _read(path: Path) -> Any:
 
 
 def _from_body(body: dict[str, Any]) -> PlanFile:
-    fields = {key: value for key, value in body.items() if key not in ("format", "schema")}
+    known = {field.name for field in fields_of(PlanFile)}  # earlier files have a floor too, which no plan knows
+    fields = {key: value for key, value in body.items() if key in known}
     fields["levers"] = tuple(fields["levers"])
     fields["remakes"] = tuple(_from_names(saved) for saved in fields["remakes"])
     return PlanFile(**fields)

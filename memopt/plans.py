@@ -10,6 +10,8 @@ from memopt.edit import Remake, edit
 from memopt.graph import StepGraph
 from memopt.timeline import peak
 
+REUSED = "plan file"  # the solver of a plan whose decisions were saved earlier
+
 
 class Status(StrEnum):
     """fits: nothing had to be done. optimal: proven within the solver's gap. feasible: holds, gap stated.
@@ -40,8 +42,7 @@ class Plan:
     """chosen: the remakes to apply. peak: bytes, always `peak(edit(graph, chosen))`. seconds: added to the step.
 
     lower_bound: no choice of the offers, as proposed, holds the budget with fewer added seconds (0.0 when nothing was
-    proven). floor: least peak met on the way to this plan, bytes; of an infeasible plan the least there is known to be.
-    solver: who answered.
+    proven). solver: who answered.
     """
 
     chosen: tuple[Remake, ...]
@@ -49,8 +50,13 @@ class Plan:
     seconds: float
     lower_bound: float
     status: Status
-    floor: int = 0
     solver: str = ""
+
+    @property
+    def floor(self) -> int | None:
+        """The least budget that is planned, bytes: of a refused one, whose search went to the end. One byte less is
+        refused by the same search. None where none was made: a smaller budget may hold, or the plan was a saved one."""
+        return self.peak if self.status is Status.INFEASIBLE and self.solver != REUSED else None
 
     @property
     def gap(self) -> float:
@@ -81,7 +87,7 @@ def simulated(problem: Problem, chosen: tuple[Remake, ...], solver: str, lower_b
     edited = edit(problem.graph, chosen)
     top = peak(edited, problem.block)
     status = Status.FEASIBLE if top <= problem.budget else Status.INFEASIBLE
-    return Plan(chosen, top, added_seconds(problem, edited), lower_bound, status, floor=top, solver=solver)
+    return Plan(chosen, top, added_seconds(problem, edited), lower_bound, status, solver)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,9 +24,10 @@ ORDER = {"exact": 0, "reordered": 1, "lossy": 2}
 
 
 def infeasible(result: PlanResult) -> BudgetError:
-    """The error for a plan that does not fit: what was asked, the floor, what sets it, the ways out."""
-    asked, floor = format_size(result.budget), format_size(result.plan.floor)
-    lines = [f"{asked} asked; the least this step can run in is {floor}."]
+    """The error for a plan that does not fit: what was asked, what is needed, what sets that, the ways out."""
+    asked, least = format_size(result.budget), format_size(result.plan.peak)
+    what = "the saved plan's decisions need" if result.reused else "the least this step can be planned in is"
+    lines = [f"{asked} asked; {what} {least}."]
     if (binding := result.binding) is not None:
         made_of = ", ".join(f"{kind} {_short(size)}" for kind, size in binding.kinds)
         where = ", ".join(filter(None, (binding.op, f"step {binding.step}", binding.source)))
@@ -72,6 +73,7 @@ class Spelling:
     allow: str = 'allow=("{}",)'
     numerics: str = 'numerics="reordered", lowering="eager"'
     on: str = 'passes without "-{}"'
+    anew: str = "a plan made anew, without plan_file"
 
 
 COMMAND_LINE = Spelling(
@@ -82,6 +84,7 @@ COMMAND_LINE = Spelling(
     allow="--allow {}",
     numerics="--numerics reordered --lowering eager",
     on="--passes without -{}",
+    anew="a plan made anew, without --plan",
 )
 
 
@@ -104,15 +107,28 @@ class Refused:
     spelling: Spelling = Spelling()
 
     def ways_out(self) -> tuple[WayOut, ...]:
-        """Each change with the peak and the seconds it leads to; within the budget first, exact before lossy."""
+        """Each change with the peak and the seconds it leads to; what fits first, exact before lossy."""
         plan = self.result.plan
-        ways = [WayOut(self.spelling.budget.format(round_up(plan.floor)), plan.floor, plan.seconds)]
-        ways += [
-            way
-            for way in (*self._levers(), *self._numerics(), *self._optimizers(), *self._smaller())
-            if way.peak_bytes < plan.floor
-        ]
-        return tuple(sorted(ways, key=lambda w: (not w.fits, ORDER[w.numerics], w.peak_bytes)))
+        changes = self._anew() if self.result.reused else self._changes()
+        ways = [WayOut(self.spelling.budget.format(round_up(plan.peak)), plan.peak, plan.seconds)]
+        ways += [way for way in changes if way.peak_bytes < plan.peak]
+        return tuple(sorted(ways, key=self._rank))
+
+    def _rank(self, way: WayOut) -> tuple[bool, bool, int, int]:
+        """Within the budget, then another budget, then what is not enough; exact before lossy."""
+        return not way.fits, way.peak_bytes > self.result.budget, ORDER[way.numerics], way.peak_bytes
+
+    def _changes(self) -> Iterator[WayOut]:
+        yield from self._levers()
+        yield from self._numerics()
+        yield from self._optimizers()
+        yield from self._smaller()
+
+    def _anew(self) -> Iterator[WayOut]:
+        """What the levers asked for hold without the saved decisions, which would not outlive any other change."""
+        plan = self._plan(self.found, self.request)
+        classes = (self.result.numerics_of(remake.trade) for remake in plan.chosen)
+        yield self._way(self.spelling.anew, max(classes, key=ORDER.__getitem__, default="exact"), plan)
 
     def _plan(self, found: Survey, request: Request) -> Plan:
         return make_plan(found, request, self.price(found), 0.0, silent).result.plan
@@ -148,7 +164,7 @@ class Refused:
         for dim in (0, 1):
             if self.call is None or (size := shared_size(self.call, dim)) is None:
                 continue
-            plan_at, least = partial(self._cut, self.call, dim, size), self.result.plan.floor
+            plan_at, least = partial(self._cut, self.call, dim, size), self.result.plan.peak
             way = largest_fitting(plan_at, sizes_below(size, dim), size, least, self.result.budget)
             if way is not None:
                 yield way
@@ -163,4 +179,4 @@ class Refused:
         word, numerics = (self.spelling.seq, "lossy") if dim else (self.spelling.batch, "reordered")
         plan = self._plan(found, replace(self.request, accumulate=turns))
         way = self._way(word.format(size, whole, turns), numerics, plan)
-        return Tried(size, plan.floor or plan.peak, way)
+        return Tried(size, plan.peak, way)

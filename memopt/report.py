@@ -14,7 +14,7 @@ from typing import Any
 from memopt.edit import Remake, added_steps
 from memopt.errors import Binding, WayOut
 from memopt.graph import Step, StepGraph
-from memopt.plans import MeasuredStep, Plan, Status, original
+from memopt.plans import REUSED, MeasuredStep, Plan, Status, original
 from memopt.timeline import Snapshot, at_peak, by_kind, peak, phase_peaks
 
 SCHEMA = 1
@@ -24,8 +24,9 @@ WHY = {
     "frontier": "the bound is the relaxation's, which may remake a value in part",
     "chain": NO_BOUND,
     "segments": NO_BOUND,
+    "gaps": "the bound is of one copy a region; of values let go in between none is known",
     "greedy": "greedy proves nothing",
-    "plan file": "a reused plan is not proven again",
+    REUSED: "a reused plan is not proven again",
 }
 PROFILED = "the measured seconds are of a step under the profiler, which slows it"
 
@@ -97,6 +98,11 @@ class PlanResult:
     @property
     def infeasible(self) -> bool:
         return self.plan.status is Status.INFEASIBLE
+
+    @property
+    def reused(self) -> bool:
+        """Whether the decisions are those of a saved plan."""
+        return self.plan.solver == REUSED
 
     @cached_property
     def peak(self) -> int:

@@ -17,7 +17,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass(frozen=True)
 class Tried:
-    """A size that was planned. least: the floor there, bytes, or the peak where no floor was looked for."""
+    """A size that was planned. least: the floor there, bytes, or the peak of a plan that fits."""
 
     size: int
     least: int

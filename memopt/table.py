@@ -85,13 +85,26 @@ VERDICTS = {
     "feasible": "planned: holds the budget; how far from the fastest it can be is the gap below",
     "infeasible": "infeasible: no choice of the levers allowed holds this budget; nothing was allocated",
 }
+REFUSED_AGAIN = "infeasible: the saved plan's decisions do not hold this budget; nothing was allocated"
+
+
+def verdict(result: PlanResult) -> str:
+    """The status in a sentence."""
+    return REFUSED_AGAIN if result.infeasible and result.reused else VERDICTS[result.plan.status.value]
+
+
+def needed(result: PlanResult) -> tuple[str, str]:
+    """Of a refusal: what its bytes are called, and what they are."""
+    if result.reused:
+        return "needed", "what the saved plan's decisions take; planning anew may take less"
+    return "floor", "the least this step can be planned in"
 
 
 def _headline(result: PlanResult) -> RenderableType:
     table = Table.grid(padding=(0, 2))
     row(table, Text("memopt", style="bold"), Text(f"{result.model} on {result.device}", style="bold"))
     row(table, "budget", format_size(result.budget))
-    row(table, "status", Text(VERDICTS[result.plan.status.value], style="red" if result.infeasible else "green"))
+    row(table, "status", Text(verdict(result), style="red" if result.infeasible else "green"))
     if result.measured is not None:
         row(table, "measured", _verdict(result))
     return table
@@ -171,7 +184,8 @@ def _levers(result: PlanResult) -> Table:
 
 def _ways_out(result: PlanResult) -> Iterator[RenderableType]:
     facts = Table.grid(padding=(0, 2))
-    row(facts, "floor", f"{format_size(result.plan.floor)}: the least this step can run in")
+    word, meaning = needed(result)
+    row(facts, word, f"{format_size(result.plan.peak)}: {meaning}")
     if binding := result.binding:
         row(facts, "set by", ", ".join(word for word in (binding.step, binding.op, binding.source) if word))
         row(facts, "made of", ", ".join(f"{kind} {short(size)}" for kind, size in binding.kinds))

@@ -19,7 +19,7 @@ from memopt.graph import StepGraph
 from memopt.inductor import Half, generate
 from memopt.joints import Part
 from memopt.pipeline import Planned
-from memopt.plans import Plan, Problem, Status
+from memopt.plans import REUSED, Plan, Problem, Status
 from memopt.profiling import SECONDS
 from memopt.program import Program, split
 from memopt.relay import Leg, rehearsed
@@ -85,6 +85,8 @@ class Tuner:
     def approach(self) -> None:
         """Correct the solver's budget by what the code takes; far above it, hold the kernels to the plan first."""
         plan, fences = self.planned.result.plan, Fences.FREE
+        if plan.solver == REUSED:
+            return self.hold(plan)
         while len(self.tries) < TRIES and not self.known(plan, fences):
             made = self.lower(plan, fences)
             slack = self.budget - made.peak
@@ -97,12 +99,18 @@ class Tuner:
             if slack < 0 and self.known(plan, fences) and fences is not Fences.TIGHT:
                 fences = Fences(fences + 1)
 
+    def hold(self, plan: Plan) -> None:
+        """Lower a saved plan as it is, ever closer to its kernels until the code holds the budget."""
+        for fences in Fences:
+            if self.lower(plan, fences).peak <= self.budget:
+                break
+
     def explore(self) -> None:
         """Further plans, at fixed shares above the solver's floor, until one's code holds the budget.
 
         At its floor the solver may trade bytes that the code holds elsewhere, so the code's least can lie above it.
         """
-        floor = min(t.plan.floor for t in self.tries)
+        floor = self.solved(1).peak
         for share in ABOVE:
             plan = self.solved(int(floor * share))
             if not self.known(plan, Fences.TIGHT) and self.lower(plan, Fences.TIGHT).peak <= self.budget:
@@ -118,7 +126,7 @@ def tuned(planned: Planned, runs: Sequence[Run], time_limit: float, kind: str = 
     with OpCosts(kind, seconds_limit=SECONDS) as meter:
         tuner = Tuner(planned, runs, time_limit, meter.workspace)
         tuner.approach()
-        if min(t.peak for t in tuner.tries) > tuner.budget:
+        if planned.result.plan.solver != REUSED and min(t.peak for t in tuner.tries) > tuner.budget:
             tuner.explore()
     return _with(planned, planned.problem, _best(tuner.tries, tuner.budget), tuner.budget)
 
@@ -134,8 +142,7 @@ def _with(planned: Planned, problem: Problem, best: Try, budget: int) -> Planned
         status = Status.INFEASIBLE
     elif status is Status.INFEASIBLE:  # the solver's bytes said no, the code's say yes
         status = Status.FEASIBLE
-    floor = min(best.plan.floor, best.peak)
-    plan = replace(best.plan, peak=best.peak, status=status, floor=best.peak if status is Status.INFEASIBLE else floor)
+    plan = replace(best.plan, peak=best.peak, status=status)
     after = edit(problem.graph, plan.chosen) if status is not Status.INFEASIBLE else problem.graph
     result: PlanResult = replace(planned.result, plan=plan, after=after, lowered=best.phases)
     return replace(planned, result=result, lowered_released=best.released, fences=best.fences)

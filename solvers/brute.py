@@ -11,8 +11,8 @@ MOST = 16  # offers; 2**16 edits of a small graph take minutes
 
 
 def brute(problem: Problem) -> Plan:
-    """The subset of offers with least added seconds (then least bytes) within the budget; its floor is the least peak
-    of any subset. Exact. Raises ValueError above MOST offers."""
+    """The subset of offers with least added seconds (then least bytes) within the budget, or that of least
+    peak. Exact. Raises ValueError above MOST offers."""
     if len(problem.remakes) > MOST:
         raise ValueError(f"brute force over {len(problem.remakes)} offers; it takes at most {MOST}")
     offers = problem.remakes
@@ -21,7 +21,7 @@ def brute(problem: Problem) -> Plan:
     lowest = min(plans, key=lambda plan: (plan.peak, plan.seconds))
     holding = [plan for plan in plans if plan.peak <= problem.budget]
     if not holding:
-        return replace(lowest, floor=lowest.peak)
+        return lowest
     best = min(holding, key=lambda plan: (plan.seconds, plan.peak, len(plan.chosen)))
     status = Status.OPTIMAL if best.chosen else Status.FITS
-    return replace(best, status=status, lower_bound=best.seconds, floor=lowest.peak)
+    return replace(best, status=status, lower_bound=best.seconds)

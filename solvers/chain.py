@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from memopt.edit import Remake
-from memopt.plans import Plan, Problem, Status, simulated
+from memopt.plans import Plan, Problem, simulated
 from memopt.solvers.blocks import find_blocks
 from memopt.solvers.space import Parts, Space
 
@@ -205,8 +205,7 @@ def chain(problem: Problem) -> Plan:
     if links is None:
         raise ValueError("chain needs offers in the regions of the blocks, one a value; greedy takes any")
     least, _ = lowest(links, space.state(space.none()).peak)
-    floor = simulated(problem, remakes_of(problem, links, least), "chain")
-    best, target = floor, float(problem.budget)
+    best, target = simulated(problem, remakes_of(problem, links, least), "chain"), float(problem.budget)
     for _ in range(ASKS):
         found = segments(links, target)
         if found is None:
@@ -216,5 +215,4 @@ def chain(problem: Problem) -> Plan:
             best = min(best, plan, key=lambda p: (p.peak > problem.budget, p.seconds))
             break
         target -= plan.peak - problem.budget
-    status = Status.FEASIBLE if best.peak <= problem.budget else Status.INFEASIBLE
-    return replace(best, floor=min(floor.peak, best.peak), status=status)
+    return best

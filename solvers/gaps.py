@@ -60,7 +60,7 @@ class Played:
     def plan(self, budget: int) -> Plan:
         """As an answer to this budget; no lower bound."""
         status = Status.FEASIBLE if self.peak <= budget else Status.INFEASIBLE
-        return Plan(self.chosen, self.peak, self.seconds, 0.0, status, floor=self.peak, solver="gaps")
+        return Plan(self.chosen, self.peak, self.seconds, 0.0, status, "gaps")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ TRIES = 10  # values simulated before one is dropped
 
 def greedy(problem: Problem) -> Plan:
     """Among the values alive at the peak, simulate dropping the TRIES cheapest a byte; take the one that lowers the
-    peak at least seconds a byte. Works for offers of any kind. Proves nothing: lower_bound 0.0; floor: its last peak.
+    peak at least seconds a byte. Works for offers of any kind. Proves nothing: lower_bound 0.0.
+    The way down does not depend on the budget, only where it ends: what is below the last peak is always refused.
     """
     groups = grouped(problem)
     plan = simulated(problem, (), "greedy")
@@ -25,7 +26,7 @@ def greedy(problem: Problem) -> Plan:
         for value in candidates(problem, plan, groups, chosen):
             trial = simulated(problem, flattened(groups, {**chosen, value: groups[value]}), "greedy")
             if trial.peak < plan.peak:
-                trials.append((price(trial, plan, problem.budget), trial.peak, value, trial))
+                trials.append((price(trial, plan), trial.peak, value, trial))
         if not trials:
             break
         _, _, value, plan = min(trials, key=lambda t: t[:3])
@@ -56,6 +57,6 @@ def candidates(problem: Problem, plan: Plan, groups: dict[str, tuple[Remake, ...
     return sorted(rate, key=lambda name: (rate[name], name))[:TRIES]
 
 
-def price(trial: Plan, plan: Plan, budget: int) -> float:
-    """Added seconds for each byte nearer to the budget."""
-    return (trial.seconds - plan.seconds) / (plan.peak - max(trial.peak, budget))
+def price(trial: Plan, plan: Plan) -> float:
+    """Added seconds for each byte of a lower peak."""
+    return (trial.seconds - plan.seconds) / (plan.peak - trial.peak)

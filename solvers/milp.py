@@ -33,11 +33,10 @@ def milp(problem: Problem, *, gap: float = 0.0, time_limit: float = 20.0) -> Pla
     low, first = (simulated(problem, space.remakes(state.parts), "milp") for state in (lowest, near))
     best = cheaper(low, first, problem.budget)
     plan, bound, proven = refine(problem, space, best, gap, perf_counter() + time_limit)
-    floor = min(lowest.peak, plan.peak)
     if plan.peak > problem.budget:
-        return replace(plan, floor=floor, status=Status.INFEASIBLE)
+        return replace(plan, status=Status.INFEASIBLE)
     status = Status.FITS if not plan.chosen else Status.OPTIMAL if proven else Status.FEASIBLE
-    return replace(plan, floor=floor, lower_bound=min(bound, plan.seconds), status=status)
+    return replace(plan, lower_bound=min(bound, plan.seconds), status=status)
 
 
 def refine(problem: Problem, space: Space, best: Plan, gap: float, until: float) -> tuple[Plan, float, bool]:

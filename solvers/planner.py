@@ -30,11 +30,11 @@ NARROW = 0.001  # of that range: no halving below
 def fits(problem: Problem) -> Plan | None:
     """The empty plan when the step holds the budget as it is."""
     top = peak(problem.graph, problem.block)
-    return Plan((), top, 0.0, 0.0, Status.FITS, floor=top, solver="none") if top <= problem.budget else None
+    return Plan((), top, 0.0, 0.0, Status.FITS, "none") if top <= problem.budget else None
 
 
-def frontier(engine: Engine, budget: int, tell: Callable[[str], None]) -> tuple[State, State]:
-    """(cheapest state found within the budget or the floor, the floor).
+def frontier(engine: Engine, budget: int, tell: Callable[[str], None]) -> State:
+    """The cheapest state found within the budget, or the lowest.
 
     The range of peaks is halved at fixed places and a state found for each half, so which states exist does not
     depend on the budget; a state is taken only if it lies between its neighbours in bytes and in seconds. Two budgets
@@ -43,7 +43,7 @@ def frontier(engine: Engine, budget: int, tell: Callable[[str], None]) -> tuple[
     space = engine.space
     high, low = space.state(space.none()), engine.lowest()
     if low.peak > budget:
-        return low, low
+        return low
     least, top, bottom = low, high.peak, low.peak
     for depth in range(DEPTH):
         tell(f"frontier {depth + 1} of {DEPTH}")
@@ -61,7 +61,7 @@ def frontier(engine: Engine, budget: int, tell: Callable[[str], None]) -> tuple[
             bottom = target
         else:
             top = target
-    return between(engine, low, high, budget), least
+    return between(engine, low, high, budget)
 
 
 def between(engine: Engine, low: State, high: State, budget: int) -> State:
@@ -103,9 +103,8 @@ def planned(problem: Problem, space: Space, gap: float, time_limit: float, progr
             progress(what, perf_counter() - started)
 
     engine = Engine(space)
-    state, least = frontier(engine, problem.budget, tell)
-    plan = simulated(problem, space.remakes(state.parts), "frontier")
-    plan = deeper(problem, space, replace(plan, floor=min(least.peak, plan.peak)))
+    state = frontier(engine, problem.budget, tell)
+    plan = deeper(problem, space, simulated(problem, space.remakes(state.parts), "frontier"))
     tell("segments")
     if plan.status is Status.INFEASIBLE:
         return plan
@@ -116,14 +115,14 @@ def planned(problem: Problem, space: Space, gap: float, time_limit: float, progr
 
 def deeper(problem: Problem, space: Space, plan: Plan) -> Plan:
     """The plan, or one of the chain's or of the ladder where that is cheaper within the budget, or lower where nothing
-    holds it. Neither's plans depend on the budget, so the answer stays monotone."""
+    holds it. Neither's plans depend on the budget, so the answer stays monotone; and every budget that is refused gets
+    the same answer, the lowest of all, so that what is below its peak is refused too."""
     links = links_of(problem, space)
     chains = () if links is None else chained(problem, links, plan)
     found = (plan, *chains)
     if len(problem.graph.steps) <= LARGE:
         found = (*found, *Ladder(space, chains).down(problem.budget))
-    best = min(found, key=lambda p: (max(p.peak - problem.budget, 0), p.seconds, p.peak))
-    return replace(best, floor=min(plan.floor, *(p.peak for p in found)))
+    return min(found, key=lambda p: (max(p.peak - problem.budget, 0), p.seconds, p.peak))
 
 
 def chained(problem: Problem, links: Links, plan: Plan) -> tuple[Plan, ...]:

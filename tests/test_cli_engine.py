@@ -95,6 +95,28 @@ def test_a_refused_fit_prints_the_object_with_its_ways_out() -> None:
     assert found["ways_out"]
 
 
+def test_a_saved_plan_that_is_refused_says_what_its_decisions_need_and_offers_planning_anew(tmp_path: Path) -> None:
+    saved, again = tmp_path / "a.plan.json", tmp_path / "b.plan.json"
+    words = ("plan", "llama-tiny", *SMALL)
+    free = answer(*words, "--budget", "1GB")
+    assert free["floor_bytes"] is None  # not searched: nothing had to be given up
+    budget = free["predicted"]["peak_bytes"] * 95 // 100
+    loose = answer(*words, "--budget", f"{budget}B", "--save", saved)
+    assert loose["floor_bytes"] is None
+    reused = answer(*words, "--plan", saved, "--save", again)
+    assert reused["floor_bytes"] is None
+    assert "floor" not in json.loads(again.read_text())
+    less = loose["predicted"]["peak_bytes"] - 1
+    refused = answer(*words, "--plan", saved, "--budget", f"{less}B", code=3)
+    assert refused["floor_bytes"] is None
+    anew = next(way for way in refused["ways_out"] if "without --plan" in way["change"])
+    assert anew["fits"]
+    assert answer(*words, "--budget", f"{less}B")["predicted"]["peak_bytes"] == anew["peak_bytes"]
+    text = " ".join(call(*words, "--plan", saved, "--budget", f"{less}B").stdout.split())
+    assert "the saved plan's decisions" in text
+    assert "the least this step" not in text
+
+
 def test_run_exits_3_before_it_builds_anything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workbench.Bench, "build", refuse_outside_fakes(workbench.Bench.build))
     assert answer("run", "llama-tiny", *SMALL, "--budget", "1MB", code=3)["status"] == "infeasible"
@@ -120,7 +142,7 @@ def test_run_exits_4_when_the_step_takes_more_than_the_budget(monkeypatch: pytes
 
 @pytest.mark.slow
 def test_fit_finds_a_size_that_fits_while_one_more_does_not() -> None:
-    base = answer("plan", "llama-tiny", *SMALL, "--budget", "1GB")["floor_bytes"]
+    base = answer("plan", "llama-tiny", *SMALL, "--budget", "1GB")["predicted"]["peak_bytes"]
     found = answer("fit", "llama-tiny", "--seq", "32", "--lowering", "eager", "--budget", f"{base}B")
     size = found["fit"]["value"]
     assert found["predicted"]["peak_bytes"] <= base

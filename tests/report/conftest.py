@@ -98,7 +98,7 @@ def planned(budget: int, layers: int = 3) -> PlanResult:
 def refused(budget: int) -> PlanResult:
     """The tiny step under a budget nothing can meet."""
     graph = tiny_step()
-    plan = Plan((), 50 * MIB, 0.0, 0.0, Status.INFEASIBLE, floor=50 * MIB, solver="milp")
+    plan = Plan((), 50 * MIB, 0.0, 0.0, Status.INFEASIBLE, "milp")
     binding = Binding("loss_backward", "aten.loss_backward", "modeling_tiny.py:30", 50 * MIB, (("state", 12 * MIB),))
     ways = (WayOut("--batch 2", 30 * MIB), WayOut('allow=("adamw8bit",)', 40 * MIB, 0.1, "lossy", fits=False))
     base = planned(budget)

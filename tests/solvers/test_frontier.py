@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -14,7 +15,7 @@ from memopt.passes.recompute import Recompute
 from memopt.plans import Plan, Problem, Status
 from memopt.solvers import solve
 from memopt.timeline import peak
-from tests.synthetic import llama, unet
+from tests.synthetic import llama, mlp, random_step, unet
 
 
 def asked(model: tuple, share: float) -> Problem:
@@ -51,8 +52,18 @@ def test_infeasible_answers_with_the_floor() -> None:
     plan = solve(problem)
     assert plan.status is Status.INFEASIBLE
     assert plan.floor == plan.peak == peak(edit(problem.graph, plan.chosen))
-    again = solve(Problem(problem.graph, problem.remakes, plan.floor, problem.seconds))
-    assert again.status is not Status.INFEASIBLE
+
+
+@pytest.mark.parametrize("model", [llama(6), unet(), mlp(12), *(random_step(seed) for seed in range(20))])
+def test_the_floor_is_planned_and_a_byte_less_is_refused_by_the_same_floor(model: tuple) -> None:
+    floor = solve(asked(model, 0.01)).floor
+    assert floor is not None
+    held = solve(replace(asked(model, 0), budget=floor))
+    assert held.peak <= floor
+    assert held.floor is None  # a smaller budget was not looked for
+    below = solve(replace(asked(model, 0), budget=floor - 1))
+    assert below.status is Status.INFEASIBLE
+    assert below.floor == floor
 
 
 @pytest.mark.parametrize(
