@@ -171,7 +171,7 @@ def survey(
         recorder.graphs.clear()  # Dynamo leaves some of what it compiled in the globals of the user's modules
     if not recorder.trained:
         raise CaptureError(_nothing_to_train(model, outputs))
-    if recorder.loss_only and recorder.trained > 1:  # outputs of one graph may feed the next
+    if recorder.loss_only and (recorder.trained > 1 or notes):  # outputs of one graph may feed the next, seen or not
         return replace(survey(twin, args, kwargs, prepare, lowering, "all", exact), model=model)
     kept = None if notes else frozenset(key for key in recorder.numbers(tree_leaves(outputs)) if key is not None)
     return Survey(tuple(recorder.captures), model, outputs, recorder.loss_only, notes, kept)

@@ -34,6 +34,14 @@ def read_item(x: Tensor) -> Tensor:
     return x * x.sum().item()
 
 
+class OnItem(Made):
+    """Its first graph gives a scalar that has a gradient and is no loss, beside what the rest is made of."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fall(self.rise(x))
+        return self.last(y.relu() if y.sum().item() > 0 else y.sin())
+
+
 def select(x: Tensor) -> Tensor:
     return x[x[:, 0] > 0]
 
@@ -68,16 +76,20 @@ def test_what_stands_before_a_branch_on_data_is_planned(middle: Callable[[Tensor
 
 # In the run itself, as in any torch.compile, Dynamo looks at .grad of what crosses the break.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_a_branch_on_data_runs_as_it_did() -> None:
-    model, x = Made(branch), torch.randn(16, 8)
+@pytest.mark.parametrize("model", [Made(branch), Made(read_item), OnItem(torch.relu)])
+def test_a_branch_on_data_trains_as_it_did(model: Made) -> None:
+    x = torch.randn(16, 8)
     optimizer = torch.optim.AdamW(model.parameters())
-    model(x).backward()
+    loss = model(x)
+    loss.backward()
     plain = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     optimizer.zero_grad()
     memopt.compile(model, "1GB", optimizer=optimizer, lowering="eager", numerics="exact")
     for _ in range(2):
         optimizer.zero_grad()
-        model(x).backward()
+        again = model(x)
+        again.backward()
+        assert torch.equal(again, loss)
         found = [p.grad for p in model.parameters() if p.grad is not None]
         assert all(map(torch.equal, found, plain))
         assert len(found) == 4
