@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memopt.calls import misfit
+from memopt.errors import Killed
 from memopt.workload import Workload, loss_of
 
 if TYPE_CHECKING:
@@ -57,7 +59,9 @@ def _find(path: Path, name: str) -> Callable[[], Any]:
     sys.path.extend([] if folder in sys.path else [folder])
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except Killed:
+        raise
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{path} does not load: {type(error).__name__}: {error}") from error
     factory = getattr(module, name, None)
     if not callable(factory):
@@ -71,7 +75,9 @@ def _made(factory: Callable[[], Any], where: str) -> tuple[nn.Module, dict[str, 
 
     try:
         made = factory()
-    except Exception as error:
+    except Killed:
+        raise
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{where} failed: {type(error).__name__}: {error}") from error
     if not isinstance(made, tuple) or len(made) not in (2, 3) or not isinstance(made[0], nn.Module):
         raise ValueError(f"{where} returned a {type(made).__name__}; it has to return {WANTED}")
@@ -84,6 +90,8 @@ def _made(factory: Callable[[], Any], where: str) -> tuple[nn.Module, dict[str, 
 def _named(model: nn.Module, inputs: object, where: str) -> dict[str, Tensor]:
     """Inputs by the names of the model's parameters."""
     if isinstance(inputs, Mapping):
+        if not model._forward_pre_hooks:  # which may add what is missing
+            _fitting(model, (), inputs, where)
         return dict(inputs)
     if not isinstance(inputs, (tuple, list)):
         raise ValueError(f"{where} returned inputs that are a {type(inputs).__name__}; it has to return {WANTED}")
@@ -91,7 +99,10 @@ def _named(model: nn.Module, inputs: object, where: str) -> dict[str, Tensor]:
     kinds = [parameter.kind for parameter in signature.parameters.values()]
     if inspect.Parameter.VAR_POSITIONAL in kinds or inspect.Parameter.POSITIONAL_ONLY in kinds:
         raise ValueError(f"{where}: the model takes unnamed inputs; give its forward names and return a dict")
-    try:
-        return dict(signature.bind(*inputs).arguments)
-    except TypeError as error:
-        raise ValueError(f"{where}: the inputs do not fit the model's forward: {error}") from error
+    _fitting(model, inputs, {}, where)
+    return dict(signature.bind(*inputs).arguments)
+
+
+def _fitting(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], where: str) -> None:
+    if wrong := misfit(model.forward, args, kwargs):
+        raise ValueError(f"{where}: the inputs do not fit the model's forward: {wrong}")
