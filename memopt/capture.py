@@ -35,6 +35,7 @@ from memopt.lowering import lower, signature
 from memopt.program import Program, argument_places
 
 Prepare = Callable[[Program], Program]
+FROZEN = "no gradient is asked for: none of the model's parameters requires one; set requires_grad=True on some"
 
 
 @dataclass(frozen=True)
@@ -261,7 +262,7 @@ def _refuse_misfit(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, A
 def _nothing_to_train(model: nn.Module, outputs: Any) -> str:
     """Why no graph of the forward has a backward."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        return "no gradient is asked for: none of the model's parameters requires one; set requires_grad=True on some"
+        return FROZEN
     found = [f"{str(t.dtype)[6:]}{list(t.shape)}" for t in tree_leaves(outputs) if isinstance(t, torch.Tensor)]
     return (
         f"no gradient is asked for: the model returns {', '.join(found[:4]) or 'no tensor'}, none of which depends on "

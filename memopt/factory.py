@@ -28,16 +28,18 @@ def load_factory(path: str, name: str) -> Workload:
     factory = _find(Path(path), name)
     where = f"{path}:{name}"
 
+    # The loss function may belong to the instance it came with. Building another in the forward would be traced.
+    kept: list[Callable[[Any], Tensor]] = []
+
     def build() -> nn.Module:
-        return _made(factory, where)[0].train()
+        model, _, loss = _made(factory, where)
+        kept[:] = [loss]
+        return model.train()
 
     def inputs(batch: int, seq: int) -> dict[str, Tensor]:
         if batch or seq:
             raise ValueError(f"{where} fixes its own inputs, so batch and sequence cannot be asked for")
         return _made(factory, where)[1]
-
-    # The loss function may belong to the instance it came with, so it is asked for when needed and then kept.
-    kept: list[Callable[[Any], Tensor]] = []
 
     def loss(output: Any) -> Tensor:
         if not kept:
@@ -73,8 +75,11 @@ def _find(path: Path, name: str) -> Callable[[], Any]:
 def _made(factory: Callable[[], Any], where: str) -> tuple[nn.Module, dict[str, Tensor], Callable[[Any], Tensor]]:
     from torch import nn
 
+    from memopt.fakes import convertible
+
     try:
-        made = factory()
+        with convertible():
+            made = factory()
     except Killed:
         raise
     except (Exception, SystemExit) as error:

@@ -20,7 +20,7 @@ LEVELS = {
     1: "plans edit cost timeline devices fusion joints",
     2: "program facts listing unwrapped passbase kernels solvers",
     3: "passes blame capture frames hosts optim runtime lowering fences inductor relay compose seams outputs recurrent "
-    "models workload factory nets text",
+    "models workload factory nets text fakes",
     4: "pipeline dumps refusal profiling tuning session report table planfile html chart page formula carry sizing "
     "watch",
     5: "api workbench",
