@@ -289,6 +289,33 @@ def test_a_config_with_a_value_that_is_none_exits_2_with_one_sentence(
     assert len(done.stderr.splitlines()) == 1
 
 
+QUIET = """
+import sys
+import torch
+from torch import nn
+
+class Branch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+    def forward(self, x):
+        y = self.a(x)
+        return (self.b(y) if y.sum().item() > 0 else y).sum()
+
+def make(): return Branch(), (torch.ones(4, 8),)
+"""
+
+
+def test_running_a_model_that_branches_on_its_data_says_nothing_of_torchs_own(tmp_path: Path) -> None:
+    (tmp_path / "user.py").write_text(QUIET)
+    words = ("run", f"{tmp_path}/user.py:make", "--budget", "1GB", "--lowering", "eager", "--accumulate", "2", "--json")
+    done = subprocess.run(
+        [sys.executable, "-m", "memopt", *words], cwd=Path(__file__).parent.parent, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["held"] is True
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.parametrize("exists", [False, True])
 def test_a_kill_in_the_middle_of_a_write_leaves_the_old_file_and_nothing_else(

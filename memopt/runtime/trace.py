@@ -6,11 +6,15 @@ What the events do not show, all of it checked in tests/runtime/test_trace.py or
   address was handed out within this recording; what was there before is the caller's to state (`resident`).
 - other Python threads: profiler state is thread-local. CPU autograd runs in the calling thread and is seen.
 - memory that does not come from the allocator: OpenMP's and MKL's own buffers, Python objects.
+The first such end, and each thousandth after it, is a line of torch's on stderr ("Memory block of unknown size ..."): any
+loop makes it, where it lets go of the step before. Only TORCH_CPP_LOG_LEVEL=ERROR, set before torch is loaded, stops it;
+`memopt` on the command line sets it.
 oneDNN's scratch and reordered weights do come from it and are seen, inside the op that took them.
 """
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 from bisect import bisect_left
@@ -121,6 +125,9 @@ def make_way() -> bool:
     if running is not None and not running.taken_over():
         running.give_way()
     return not profiler_is_active()
+
+
+atexit.register(make_way)  # a process that ends while a profiler records ends in a segmentation fault (torch 2.13)
 
 
 def record(run: Callable[[], object]) -> Trace:
