@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from memopt.api import make_request
+from memopt.blame import told
 from memopt.capture import FROZEN
 from memopt.devices import CATALOGUE, Device, device
 from memopt.errors import BudgetError, CaptureError
@@ -226,7 +227,8 @@ def run_workload(workload: Workload, *, steps: int = 3, **options: Any) -> PlanR
     assert optimizer is not None
 
     def loss() -> Tensor:
-        value: Tensor = model(**inputs)
+        with told():
+            value: Tensor = model(**inputs)
         return value
 
     step = training_step(loss, optimizer, asked.accumulate)

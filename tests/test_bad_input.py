@@ -303,7 +303,24 @@ class Branch(nn.Module):
         return (self.b(y) if y.sum().item() > 0 else y).sum()
 
 def make(): return Branch(), (torch.ones(4, 8),)
+
+class Picky(Branch):
+    def forward(self, x):
+        y = self.a(x)
+        return (y / len({}["scale"]) if y.sum().item() < 1e9 else y).sum()
+
+def picky(): return Picky(), (torch.ones(4, 8),)
 """
+
+
+# In the run itself, as in any torch.compile, Dynamo looks at .grad of what crosses the break.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_real_step_that_the_users_code_ends_exits_2_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "user.py").write_text(QUIET)
+    words = ["run", f"{tmp_path}/user.py:picky", "--budget", "1GB", "--lowering", "eager"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 2, done.output
+    assert f"the model's forward fails on these inputs at {tmp_path}/user.py:19 in forward: KeyError" in done.stderr
 
 
 def test_running_a_model_that_branches_on_its_data_says_nothing_of_torchs_own(tmp_path: Path) -> None:

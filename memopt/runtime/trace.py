@@ -6,10 +6,11 @@ What the events do not show, all of it checked in tests/runtime/test_trace.py or
   address was handed out within this recording; what was there before is the caller's to state (`resident`).
 - other Python threads: profiler state is thread-local. CPU autograd runs in the calling thread and is seen.
 - memory that does not come from the allocator: OpenMP's and MKL's own buffers, Python objects.
-The first such end, and each thousandth after it, is a line of torch's on stderr ("Memory block of unknown size ..."): any
-loop makes it, where it lets go of the step before. Only TORCH_CPP_LOG_LEVEL=ERROR, set before torch is loaded, stops it;
-`memopt` on the command line sets it.
 oneDNN's scratch and reordered weights do come from it and are seen, inside the op that took them.
+
+Of the first end of an older block, and of every thousandth, torch tells on stderr ("Memory block of unknown size ...");
+a training loop that lets go of its last loss is enough. Only TORCH_CPP_LOG_LEVEL=ERROR, set before torch is loaded,
+stops it: the command line sets it, in Python it is the user's to set.
 """
 
 from __future__ import annotations
