@@ -56,6 +56,7 @@ def compile(
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    _check_optimizer(model, optimizer)
     request = make_request(
         device_of(model), budget, optimizer, allow, numerics, lowering, passes, accumulate, type(model).__name__
     )
@@ -87,6 +88,7 @@ def plan(
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    _check_optimizer(model, optimizer)
     target = known_device(device) if device else device_of(model)
     request = make_request(
         target, budget, optimizer, allow, numerics, lowering, passes, accumulate, type(model).__name__
@@ -112,8 +114,6 @@ def make_request(
     _known("numerics", numerics, ("exact", "reordered"))
     for lever in [allow] if isinstance(allow, str) else allow:
         _known("allow", lever, tuple(t.name for t in TRADES if t.numerics is Numerics.LOSSY))
-    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-        raise ValueError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
     if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
         raise ValueError(f"accumulate={accumulate!r} refused: it counts backwards per optimizer step, 1 or more")
     return Request(
@@ -126,6 +126,17 @@ def make_request(
         off=switched_off(passes),
         accumulate=accumulate,
     )
+
+
+def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """ValueError for what is no optimizer, and for one over another model; it may hold parameters of others as well."""
+    if optimizer is None:
+        return
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ValueError(f"optimizer must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
+    own = {id(parameter) for parameter in model.parameters()}
+    if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
+        raise ValueError("optimizer updates none of this model's parameters; build it over model.parameters()")
 
 
 def resolve_lowering(lowering: str, device: Device, numerics: str) -> str:
@@ -171,4 +182,6 @@ def _known(option: str, value: str, known: Sequence[str]) -> str:
 
 
 def _plan_file(given: str | Path | PlanFile | None) -> PlanFile | None:
+    if given is not None and not isinstance(given, str | Path | PlanFile):
+        raise ValueError(f"plan_file must be a path or a loaded plan file, not {type(given).__name__}")
     return load_plan(given) if isinstance(given, str | Path) else given

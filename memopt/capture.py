@@ -26,14 +26,16 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from memopt.blame import sentence, user_line
-from memopt.errors import CaptureError, MemoptError
+from memopt.blame import Twice, raised_by_us, sentence, user_line
+from memopt.calls import misfit
+from memopt.errors import CaptureError, Killed, MemoptError
 from memopt.frames import dynamo_set, forget, only_critical
 from memopt.hosts import as_in_eager
 from memopt.lowering import lower, signature
 from memopt.program import Program, argument_places
 
 Prepare = Callable[[Program], Program]
+FROZEN = "no gradient is asked for: none of the model's parameters requires one; set requires_grad=True on some"
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ class _Recorder:
             fresh = frozenset(key for key in given if key is not None) - self.known
             self.captures.append(replace(graph, program=self.named(graph.program, args), given=given, fresh=fresh))
             outputs = run(*args)
+            _refuse_twice(outputs)
             self.captures[place] = replace(self.captures[place], returned=self.numbers(outputs))
             self.known.update(key for key in self.captures[place].returned if key is not None)
             return outputs
@@ -156,9 +159,11 @@ def survey(
 
     model, args, kwargs: real or fake; nothing of theirs is touched. gradients: "loss" or "all" (memopt.outputs).
     exact: as in `memopt.lowering.lower`.
-    Raises CaptureError naming the user's line when the forward cannot be traced, and when nothing asks for a gradient.
+    Raises CaptureError naming the user's line when the forward cannot be traced or fails (its own error is the cause),
+    when inputs are missing, and when nothing asks for a gradient.
     """
     _refuse_sparse(model)
+    _refuse_misfit(model, args, kwargs)
     mode = _mode_of(model) or FakeTensorMode(allow_non_fake_inputs=True)
     twin = faked(model, mode)
     args, kwargs = tree_map_only(torch.Tensor, lambda t: fake_tensor(t, mode), (tuple(args), dict(kwargs)))
@@ -166,22 +171,27 @@ def survey(
     recorder.know((args, kwargs, list(twin.parameters()), list(twin.buffers())))
     try:
         outputs, notes = _dry_run(twin, args, kwargs, mode, recorder)
+        if not recorder.trained and any(map(_trained, tree_leaves(outputs))):  # by operations outside every graph
+            _dry_run(twin, args, kwargs, mode, recorder, whole=True)
     finally:
         forget(recorder)
         recorder.graphs.clear()  # Dynamo leaves some of what it compiled in the globals of the user's modules
     if not recorder.trained:
         raise CaptureError(_nothing_to_train(model, outputs))
-    if recorder.loss_only and recorder.trained > 1:  # outputs of one graph may feed the next
+    if recorder.loss_only and (recorder.trained > 1 or notes):  # outputs of one graph may feed the next, seen or not
         return replace(survey(twin, args, kwargs, prepare, lowering, "all", exact), model=model)
     kept = None if notes else frozenset(key for key in recorder.numbers(tree_leaves(outputs)) if key is not None)
     return Survey(tuple(recorder.captures), model, outputs, recorder.loss_only, notes, kept)
 
 
 def _dry_run(
-    twin: nn.Module, args: Any, kwargs: Any, mode: FakeTensorMode, recorder: _Recorder
+    twin: nn.Module, args: Any, kwargs: Any, mode: FakeTensorMode, recorder: _Recorder, whole: bool = False
 ) -> tuple[Any, tuple[str, ...]]:
-    """The fake outputs, and what was not seen. A branch on data ends the run; what came before it is known."""
-    call = torch.compile(entry(twin), backend=recorder, dynamic=False)
+    """The fake outputs, and what was not seen. A branch on data ends the run; what came before it is known.
+
+    whole: a graph break is an error, at its line.
+    """
+    call = torch.compile(entry(twin), backend=recorder, dynamic=False, fullgraph=whole)
     try:
         with _quiet(), dynamo_set(), mode, torch.enable_grad(), torch.random.fork_rng(devices=[]), as_in_eager(kwargs):
             return call(*args, **kwargs), ()
@@ -195,8 +205,27 @@ def _dry_run(
             raise failed.inner_exception from failed
         raise CaptureError(sentence(failed)) from failed
     # What torch and the user's own code raise on fake tensors: shapes that do not match, operations without a fake.
-    except (torch._dynamo.exc.TorchDynamoException, RuntimeError, TypeError, NotImplementedError) as failed:
+    except (torch._dynamo.exc.TorchDynamoException, RuntimeError, TypeError, NotImplementedError, Twice) as failed:
         raise CaptureError(sentence(failed)) from failed
+    except (Exception, SystemExit) as failed:
+        if isinstance(failed, Killed | MemoptError) or raised_by_us(failed):
+            raise
+        raise CaptureError(sentence(failed)) from failed
+
+
+def _refuse_twice(outputs: Sequence[Any]) -> None:
+    """Have a backward with create_graph=True stop where it reaches these outputs of a graph.
+
+    torch would refuse it too, but only in the real step: the dry run has no backward of its own.
+    """
+    nodes = {out.grad_fn for out in outputs if isinstance(out, torch.Tensor) and out.grad_fn is not None}
+    for node in nodes:
+        node.register_prehook(_once)
+
+
+def _once(_: Any) -> None:
+    if torch.is_grad_enabled():
+        raise Twice
 
 
 @contextmanager
@@ -210,6 +239,10 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+def _trained(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
 def _refuse_sparse(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and module.sparse and module.weight.requires_grad:
@@ -219,10 +252,17 @@ def _refuse_sparse(model: nn.Module) -> None:
             )
 
 
+def _refuse_misfit(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Inputs that its forward does not take; hooks before it may change them, so then the call is left to tell."""
+    wrong = "" if model._forward_pre_hooks else misfit(model.forward, args, kwargs)
+    if wrong:
+        raise CaptureError(f"the inputs do not fit the model's forward: {wrong}")
+
+
 def _nothing_to_train(model: nn.Module, outputs: Any) -> str:
     """Why no graph of the forward has a backward."""
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        return "no gradient is asked for: none of the model's parameters requires one; set requires_grad=True on some"
+        return FROZEN
     found = [f"{str(t.dtype)[6:]}{list(t.shape)}" for t in tree_leaves(outputs) if isinstance(t, torch.Tensor)]
     return (
         f"no gradient is asked for: the model returns {', '.join(found[:4]) or 'no tensor'}, none of which depends on "

@@ -1,7 +1,8 @@
 """`memopt` on the command line: plan, run, fit, show, diff, models, devices, doctor.
 
 stdout carries the result alone, stderr the rest; torch is loaded only by the commands that need it.
-Exit codes: 0 planned or held; 1 internal failure; 2 usage; 3 infeasible; 4 measured over budget.
+Exit codes: 0 planned or held; 1 internal failure; 2 usage, a model that cannot be planned among it; 3 infeasible;
+4 measured over budget.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from memopt import __version__
-from memopt.errors import BudgetError, MemoptError
+from memopt.errors import BudgetError, CaptureError, Killed, MemoptError
 from memopt.options import (
     DiffOptions,
     DoctorOptions,
@@ -57,7 +58,7 @@ def guarded(body: Callable[[], int]) -> int:
         return body()
     except BudgetError as error:
         return _failed(str(error), INFEASIBLE)
-    except ValueError as error:  # PlanFileError is one
+    except (ValueError, CaptureError) as error:  # PlanFileError is a ValueError
         return _failed(str(error), USAGE)
     except MemoptError as error:
         return _failed(f"{type(error).__name__}: {error}", INTERNAL)
@@ -273,5 +274,11 @@ def _root(
 
 def main() -> None:
     """The console script. A polite kill ends like Ctrl-C: temporary files are removed on the way out."""
-    signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))
+    signal.signal(signal.SIGTERM, _end)
+    # Read as torch loads. Else its allocator says in a line of its own that a measured step freed what is older.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "WARNING" if debugging() else "ERROR")
     app()
+
+
+def _end(signum: int, _: object) -> None:
+    raise Killed(128 + signum)

@@ -14,6 +14,10 @@ class CaptureError(MemoptError):
     """The model could not be turned into a step graph; the message names the user's line and a way out."""
 
 
+class Killed(SystemExit):
+    """A signal asked the process to end; unlike a `sys.exit` of the user's own code it is no error of theirs."""
+
+
 class VerifyError(MemoptError):
     """A graph broke one of its own rules: a bug in a pass or a trade, never the user's fault."""
 

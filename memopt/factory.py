@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from memopt.calls import misfit
+from memopt.errors import Killed
 from memopt.workload import Workload, loss_of
 
 if TYPE_CHECKING:
@@ -26,16 +28,18 @@ def load_factory(path: str, name: str) -> Workload:
     factory = _find(Path(path), name)
     where = f"{path}:{name}"
 
+    # The loss function may belong to the instance it came with. Building another in the forward would be traced.
+    kept: list[Callable[[Any], Tensor]] = []
+
     def build() -> nn.Module:
-        return _made(factory, where)[0].train()
+        model, _, loss = _made(factory, where)
+        kept[:] = [loss]
+        return model.train()
 
     def inputs(batch: int, seq: int) -> dict[str, Tensor]:
         if batch or seq:
             raise ValueError(f"{where} fixes its own inputs, so batch and sequence cannot be asked for")
         return _made(factory, where)[1]
-
-    # The loss function may belong to the instance it came with, so it is asked for when needed and then kept.
-    kept: list[Callable[[Any], Tensor]] = []
 
     def loss(output: Any) -> Tensor:
         if not kept:
@@ -57,7 +61,9 @@ def _find(path: Path, name: str) -> Callable[[], Any]:
     sys.path.extend([] if folder in sys.path else [folder])
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except Killed:
+        raise
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{path} does not load: {type(error).__name__}: {error}") from error
     factory = getattr(module, name, None)
     if not callable(factory):
@@ -69,9 +75,14 @@ def _find(path: Path, name: str) -> Callable[[], Any]:
 def _made(factory: Callable[[], Any], where: str) -> tuple[nn.Module, dict[str, Tensor], Callable[[Any], Tensor]]:
     from torch import nn
 
+    from memopt.fakes import convertible
+
     try:
-        made = factory()
-    except Exception as error:
+        with convertible():
+            made = factory()
+    except Killed:
+        raise
+    except (Exception, SystemExit) as error:
         raise ValueError(f"{where} failed: {type(error).__name__}: {error}") from error
     if not isinstance(made, tuple) or len(made) not in (2, 3) or not isinstance(made[0], nn.Module):
         raise ValueError(f"{where} returned a {type(made).__name__}; it has to return {WANTED}")
@@ -84,6 +95,8 @@ def _made(factory: Callable[[], Any], where: str) -> tuple[nn.Module, dict[str, 
 def _named(model: nn.Module, inputs: object, where: str) -> dict[str, Tensor]:
     """Inputs by the names of the model's parameters."""
     if isinstance(inputs, Mapping):
+        if not model._forward_pre_hooks:  # which may add what is missing
+            _fitting(model, (), inputs, where)
         return dict(inputs)
     if not isinstance(inputs, (tuple, list)):
         raise ValueError(f"{where} returned inputs that are a {type(inputs).__name__}; it has to return {WANTED}")
@@ -91,7 +104,10 @@ def _named(model: nn.Module, inputs: object, where: str) -> dict[str, Tensor]:
     kinds = [parameter.kind for parameter in signature.parameters.values()]
     if inspect.Parameter.VAR_POSITIONAL in kinds or inspect.Parameter.POSITIONAL_ONLY in kinds:
         raise ValueError(f"{where}: the model takes unnamed inputs; give its forward names and return a dict")
-    try:
-        return dict(signature.bind(*inputs).arguments)
-    except TypeError as error:
-        raise ValueError(f"{where}: the inputs do not fit the model's forward: {error}") from error
+    _fitting(model, inputs, {}, where)
+    return dict(signature.bind(*inputs).arguments)
+
+
+def _fitting(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], where: str) -> None:
+    if wrong := misfit(model.forward, args, kwargs):
+        raise ValueError(f"{where}: the inputs do not fit the model's forward: {wrong}")

@@ -24,11 +24,13 @@ IGNORED = "ignore_logging_functions"
 def dynamo_set() -> Iterator[None]:
     """Dynamo's configuration while a model is surveyed and while it runs; the same, or the graphs would differ.
 
-    torch 2.11 cannot write functions into its compilation metrics, and would log that, with a stack, each time.
+    torch 2.11 cannot write functions into its compilation metrics, and would log that, with a stack, each time. That
+    `.item()` breaks the graph, which Dynamo logs in 15 lines, is in the plan's notes.
     """
     ignored = getattr(torch._dynamo.config, IGNORED, None)
     settings = DYNAMO if ignored is None else {**DYNAMO, IGNORED: {*ignored, *quiet_loggers()}}
-    with torch._dynamo.config.patch(settings), only_critical("torch._dynamo.metrics_context"):
+    metrics, items = (only_critical(f"torch._dynamo.{name}") for name in ("metrics_context", "variables.tensor"))
+    with torch._dynamo.config.patch(settings), metrics, items:
         yield
 
 

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from memopt.factory import load_factory
 from memopt.presets import PRESETS, Preset, Task
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 __all__ = ["Workload", "load", "presets"]
+
+Made = TypeVar("Made")
 
 # task -> (the auto class that builds it, what its class names end with, its table of model types), the order in which
 # a config that names no architecture is tried: a BERT config is also in the causal table, so masked comes first.
@@ -74,11 +76,21 @@ def from_preset(name: str, preset: Preset) -> Workload:
 def _from_json(path: Path) -> Workload:
     data = _read(path)
     hub = partial(_config, str(data.pop("model_type")), data)
+    longest = _usable(path, lambda: _positions(hub()))
     task = _task(path, data.get("architectures"), hub)
-    batch, seq = DEFAULTS.get(task, (1, min(LONGEST, _positions(hub()) or LONGEST)))
+    batch, seq = DEFAULTS.get(task, (1, min(LONGEST, longest or LONGEST)))
     name = path.parent.name if path.name == "config.json" and path.parent.name else path.stem
-    build, inputs = partial(_hub_model, task, hub), partial(_hub_inputs, name, task, hub)
+    build, inputs = partial(_usable, path, partial(_hub_model, task, hub)), partial(_hub_inputs, name, task, hub)
     return Workload(name, build, inputs, loss_of, batch, seq, str(path))
+
+
+def _usable(path: Path, make: Callable[[], Made]) -> Made:
+    """What it makes of a config; whatever transformers and torch say of its values is one sentence on the file."""
+    try:
+        return make()
+    except Exception as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"{path} gives no usable model: {type(error).__name__}: {said}") from error
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -128,10 +140,7 @@ def _transformers() -> Any:
 
 def _config(model_type: str, data: Mapping[str, Any]) -> Any:
     """The configuration object. use_cache is off: in training a key-value cache is only held, never read."""
-    try:
-        config = _transformers().CONFIG_MAPPING[model_type].from_dict(dict(data))
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"the {model_type} config is not usable: {error}") from error
+    config = _transformers().CONFIG_MAPPING[model_type].from_dict(dict(data))
     for part in (config, config.get_text_config()):
         part.use_cache = False
     return config

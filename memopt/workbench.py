@@ -14,14 +14,16 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from memopt.api import make_request
+from memopt.blame import told
+from memopt.capture import FROZEN
 from memopt.devices import CATALOGUE, Device, device
-from memopt.errors import BudgetError
+from memopt.errors import BudgetError, CaptureError
 from memopt.pipeline import Progress, silent
 from memopt.planfile import PlanFile
 from memopt.refusal import COMMAND_LINE, Spelling
 from memopt.report import PlanResult
 from memopt.runtime.calibrate import load_rates, measure_rates, save_rates
-from memopt.runtime.here import here
+from memopt.runtime.here import here, one_device
 from memopt.runtime.measure import measure_step, training_step
 from memopt.session import Session, attach
 from memopt.sizing import Elsewhere, floor_plan, largest, surveyed
@@ -67,6 +69,7 @@ class Bench:
         """The model in training mode and its inputs, on the current mode's device."""
         with _default_dtype(DTYPES[self.dtype]), torch.device(where):
             model = self.workload.build().train()
+            one_device(model)
             inputs = self.workload.inputs(self.batch, self.seq)
         autocast = torch.device(where).type if self.dtype == "amp-bf16" else None
         return LossModel(model, self.workload.loss, autocast), inputs
@@ -82,10 +85,13 @@ class Bench:
             return self.workload.inputs(batch, seq)
 
     def optimizer_over(self, model: nn.Module) -> torch.optim.Optimizer | None:
-        """The optimizer, or None for "none". Parameters that are frozen are left out."""
+        """The optimizer, or None for "none". Parameters that are frozen are left out; CaptureError if all are."""
         if self.optimizer == "none":
             return None
-        return OPTIMIZERS[self.optimizer]([p for p in model.parameters() if p.requires_grad])
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if not trained:
+            raise CaptureError(FROZEN)
+        return OPTIMIZERS[self.optimizer](trained)
 
 
 SETTLE = 3  # steps before the measured one: the guard watches the second, and the third begins with what it found
@@ -228,7 +234,8 @@ def run_workload(workload: Workload, *, steps: int = 3, **options: Any) -> PlanR
     assert optimizer is not None
 
     def loss() -> Tensor:
-        value: Tensor = model(**inputs)
+        with told():
+            value: Tensor = model(**inputs)
         return value
 
     step = training_step(loss, optimizer, asked.accumulate)

@@ -65,6 +65,8 @@ OPTIONS = [
     ({"gradients": "some"}, "gradients='some' is not known; known are loss, all"),
     ({"numerics": "exact", "lowering": "inductor"}, "needs lowering=\"eager\""),
     ({"optimizer": "adamw"}, "optimizer must be a torch.optim.Optimizer, not str"),
+    ({"optimizer": torch.optim.SGD([torch.zeros(2)])}, "optimizer updates none of this model's parameters"),
+    ({"plan_file": 3}, "plan_file must be a path or a loaded plan file, not int"),
     ({"plan_file": "/no/such/plan.json"}, "cannot read plan file /no/such/plan.json"),
 ]  # fmt: skip
 
@@ -210,6 +212,125 @@ def test_a_command_that_cannot_be_run_exits_2_with_one_sentence(
     assert says in " ".join(done.stderr.split())
     assert "Traceback" not in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+FACTORIES = """
+import sys
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, middle=lambda x: x):
+        super().__init__()
+        self.a, self.b, self.middle = nn.Linear(8, 8), nn.Linear(8, 1), middle
+    def forward(self, x, scale):
+        return self.b(self.middle(self.a(x))).sum() * scale
+
+INPUTS = {"x": torch.zeros(4, 8), "scale": 2.0}
+def frozen(): return Net().requires_grad_(False), INPUTS
+def two():
+    net = Net()
+    net.b.to("meta")
+    return net, INPUTS
+def leaves(): sys.exit(7)
+def lookup(x): return x * {}["scale"]
+def fails(): return Net(lookup), INPUTS
+def missing(): return Net(), {"x": INPUTS["x"]}
+def half(): return Net().half().to(torch.float32), INPUTS
+"""
+MADE = [
+    ("frozen", "no gradient is asked for: none of the model's parameters requires one"),
+    ("two", "the model's tensors lie on cpu, meta; memopt plans for one device"),
+    ("leaves", "user.py:leaves failed: SystemExit: 7"),
+    ("fails", "the model's forward fails on these inputs at"),
+    ("missing", "do not fit the model's forward: scale is missing"),
+]
+
+
+@pytest.mark.parametrize(("name", "says"), MADE)
+def test_a_factory_that_cannot_be_planned_exits_2_with_one_sentence(name: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "user.py").write_text(FACTORIES)
+    done = CliRunner().invoke(app, ["plan", f"{tmp_path}/user.py:{name}", "--budget", "1GB", "--lowering", "eager"])
+    assert done.exit_code == 2, done.output
+    assert done.stdout == ""
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_factory_may_convert_its_model(tmp_path: Path) -> None:
+    (tmp_path / "user.py").write_text(FACTORIES)
+    done = CliRunner().invoke(app, ["plan", f"{tmp_path}/user.py:half", "--budget", "1GB", "--lowering", "eager"])
+    assert done.exit_code == 0, done.stderr
+
+
+def test_a_file_that_leaves_the_process_exits_2(tmp_path: Path) -> None:
+    (tmp_path / "user.py").write_text("import sys; sys.exit(7)")
+    done = CliRunner().invoke(app, ["plan", f"{tmp_path}/user.py:make", "--budget", "1GB"])
+    assert done.exit_code == 2
+    assert "user.py does not load: SystemExit: 7" in done.stderr
+
+
+BERT = {"model_type": "bert", "architectures": ["BertForMaskedLM"], "hidden_size": 64, "num_attention_heads": 4,
+        "num_hidden_layers": 1, "intermediate_size": 64, "vocab_size": 100}  # fmt: skip
+VALUES = [("hidden_size", "abc", "expected int, got str"), ("hidden_size", 65, "not a multiple of the number"),
+          ("hidden_act", "nosuch", "nosuch"), ("num_hidden_layers", None, "expected int, got NoneType")]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value", "says"), VALUES)
+def test_a_config_with_a_value_that_is_none_exits_2_with_one_sentence(
+    key: str, value: object, says: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text(json.dumps({**BERT, key: value}))
+    done = CliRunner().invoke(app, ["plan", f"{tmp_path}/config.json", "--budget", "1GB", "--lowering", "eager"])
+    assert done.exit_code == 2
+    assert f"{tmp_path}/config.json gives no usable model: " in done.stderr
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+QUIET = """
+import sys
+import torch
+from torch import nn
+
+class Branch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+    def forward(self, x):
+        y = self.a(x)
+        return (self.b(y) if y.sum().item() > 0 else y).sum()
+
+def make(): return Branch(), (torch.ones(4, 8),)
+
+class Picky(Branch):
+    def forward(self, x):
+        y = self.a(x)
+        return (y / len({}["scale"]) if y.sum().item() < 1e9 else y).sum()
+
+def picky(): return Picky(), (torch.ones(4, 8),)
+"""
+
+
+# In the run itself, as in any torch.compile, Dynamo looks at .grad of what crosses the break.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_real_step_that_the_users_code_ends_exits_2_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "user.py").write_text(QUIET)
+    words = ["run", f"{tmp_path}/user.py:picky", "--budget", "1GB", "--lowering", "eager"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 2, done.output
+    assert f"the model's forward fails on these inputs at {tmp_path}/user.py:19 in forward: KeyError" in done.stderr
+
+
+def test_running_a_model_that_branches_on_its_data_says_nothing_of_torchs_own(tmp_path: Path) -> None:
+    (tmp_path / "user.py").write_text(QUIET)
+    words = ("run", f"{tmp_path}/user.py:make", "--budget", "1GB", "--lowering", "eager", "--accumulate", "2", "--json")
+    done = subprocess.run(
+        [sys.executable, "-m", "memopt", *words], cwd=Path(__file__).parent.parent, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["held"] is True
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
+import threading
 import warnings
 from collections.abc import Callable
 
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import memopt
+from memopt.errors import Killed
 from memopt.report import PlanResult
 
 
@@ -32,6 +35,14 @@ def branch(x: Tensor) -> Tensor:
 
 def read_item(x: Tensor) -> Tensor:
     return x * x.sum().item()
+
+
+class OnItem(Made):
+    """Its first graph gives a scalar that has a gradient and is no loss, beside what the rest is made of."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fall(self.rise(x))
+        return self.last(y.relu() if y.sum().item() > 0 else y.sin())
 
 
 def select(x: Tensor) -> Tensor:
@@ -68,16 +79,20 @@ def test_what_stands_before_a_branch_on_data_is_planned(middle: Callable[[Tensor
 
 # In the run itself, as in any torch.compile, Dynamo looks at .grad of what crosses the break.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-def test_a_branch_on_data_runs_as_it_did() -> None:
-    model, x = Made(branch), torch.randn(16, 8)
+@pytest.mark.parametrize("model", [Made(branch), Made(read_item), OnItem(torch.relu)])
+def test_a_branch_on_data_trains_as_it_did(model: Made) -> None:
+    x = torch.randn(16, 8)
     optimizer = torch.optim.AdamW(model.parameters())
-    model(x).backward()
+    loss = model(x)
+    loss.backward()
     plain = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     optimizer.zero_grad()
     memopt.compile(model, "1GB", optimizer=optimizer, lowering="eager", numerics="exact")
     for _ in range(2):
         optimizer.zero_grad()
-        model(x).backward()
+        again = model(x)
+        again.backward()
+        assert torch.equal(again, loss)
         found = [p.grad for p in model.parameters() if p.grad is not None]
         assert all(map(torch.equal, found, plain))
         assert len(found) == 4
@@ -135,12 +150,89 @@ def test_an_error_of_the_forward_is_told_whole(caplog: pytest.LogCaptureFixture)
     assert not [record for record in caplog.records if record.name == "torch._subclasses.fake_tensor"]
 
 
-def test_an_error_the_forward_raises_is_its_own() -> None:
-    def refuse(x: Tensor) -> Tensor:
-        raise ValueError("not this x")
+class Odd(Exception):
+    """An error class of the user's own."""
 
-    with pytest.raises(ValueError, match="not this x"):
+
+RAISED = [ValueError("no"), KeyError("no"), AttributeError("no"), IndexError("no"), AssertionError("no"), Odd("no")]
+
+
+@pytest.mark.parametrize("error", RAISED, ids=lambda error: type(error).__name__)
+def test_an_error_the_forward_raises_is_told_with_its_line_and_is_the_cause(error: Exception) -> None:
+    def refuse(x: Tensor) -> Tensor:
+        raise error
+
+    with pytest.raises(memopt.CaptureError) as caught:
         planned(Made(refuse))
+    assert f"{line_of(refuse)}: {type(error).__name__}: {error}; if it does not fail without" in str(caught.value)
+    assert isinstance(caught.value.__cause__, type(error))
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin")
+def test_leaving_the_process_in_forward_is_an_error_and_a_signal_is_none() -> None:
+    def leave(x: Tensor) -> Tensor:
+        sys.exit(7)
+
+    def killed(x: Tensor) -> Tensor:
+        raise Killed(143)
+
+    with pytest.raises(memopt.CaptureError, match=r"in leave: SystemExit: 7"):
+        planned(Made(leave))
+    with pytest.raises(Killed):
+        planned(Made(killed))
+
+
+def test_inputs_that_are_missing_are_named() -> None:
+    class Several(Made):
+        def forward(self, x: Tensor, y: Tensor, *, scale: float, bias: float = 0) -> Tensor:  # type: ignore[override]
+            return super().forward(x + y) * scale + bias
+
+    with pytest.raises(memopt.CaptureError, match="do not fit the model's forward: y and scale are missing"):
+        planned(Several(torch.relu))
+    with pytest.raises(memopt.CaptureError, match="unexpected keyword argument 'z'"):
+        memopt.plan(Several(torch.relu), {"z": torch.randn(4, 8)}, budget="1GB")
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin")
+def test_a_forward_that_runs_outside_every_graph_is_an_error_at_the_line_that_breaks() -> None:
+    class Locked(Made):
+        def forward(self, x: Tensor) -> Tensor:
+            with threading.Lock():
+                y = self.rise(x)
+            return y.sum()
+
+    with pytest.raises(memopt.CaptureError, match=r"could not be captured at .*test_capture.py.* in forward") as caught:
+        planned(Locked(torch.relu))
+    assert f":{inspect.getsourcelines(Locked.forward)[1] + 1} in" in str(caught.value)
+
+
+class Penalty(Made):
+    """The loss and the square of its gradient by x."""
+
+    def penalty(self, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        (slope,) = torch.autograd.grad(self.rise(x).tanh().sum(), x, create_graph=True)
+        return slope.square().sum()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + self.penalty(x)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_gradient_that_is_differentiated_is_refused_at_its_line_and_the_way_out_works() -> None:
+    with pytest.raises(memopt.CaptureError, match=r"create_graph=True.*under torch.compiler.disable") as caught:
+        planned(Penalty(torch.relu))
+    assert f":{inspect.getsourcelines(Penalty.penalty)[1] + 2} in penalty" in str(caught.value)
+
+    class Apart(Penalty):
+        penalty = torch.compiler.disable(Penalty.penalty)
+
+    model, x = Apart(torch.relu), torch.randn(16, 8)
+    model(x).backward()
+    plain = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    memopt.compile(model, "1GB", lowering="eager", numerics="exact")(x).backward()
+    assert all(map(torch.equal, [p.grad for p in model.parameters() if p.grad is not None], plain))
 
 
 @pytest.mark.parametrize("last", [torch.sum, torch.argmax])

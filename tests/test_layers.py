@@ -16,11 +16,11 @@ FOLDERS = {"memopt": ROOT / "memopt", "memopt.passes": ROOT / "passes", "memopt.
 
 # A module has the level of its longest listed prefix, so that one line serves a whole folder.
 LEVELS = {
-    0: "graph units errors presets files",
+    0: "graph units errors presets files calls",
     1: "plans edit cost timeline devices fusion joints",
     2: "program facts listing unwrapped passbase kernels solvers",
     3: "passes blame capture frames hosts optim runtime lowering fences inductor relay compose seams outputs recurrent "
-    "models workload factory nets text",
+    "models workload factory nets text fakes",
     4: "pipeline dumps refusal smaller profiling tuning session report table planfile html chart page formula carry "
     "sizing watch",
     5: "api workbench",

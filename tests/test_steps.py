@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -158,3 +161,14 @@ def test_planning_often_finds_the_same_graphs() -> None:
     torch._dynamo.reset()
     found = {memopt.plan(Repeated(), (torch.randn(8, 64), 2), budget="1GB", lowering="eager").breaks for _ in range(20)}
     assert len(found) == 1
+
+
+def test_a_process_that_ends_within_a_watched_step_ends_well() -> None:
+    """It ended in a segmentation fault: the guard's profiler was still recording."""
+    code = (
+        "import torch, memopt\n"
+        "model = memopt.compile(torch.nn.Linear(4, 4), '1GB', lowering='eager')\n"
+        "for _ in range(2): model(torch.randn(2, 4)).sum().backward()\n"
+        "assert torch.autograd._profiler_enabled()"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0

@@ -13,7 +13,12 @@ from memopt.runtime.calibrate import calibrated
 
 
 def device_of(model: nn.Module) -> Device:
-    """The device that holds the model's parameters and buffers. ValueError if they lie on several, or on meta."""
+    """The device that holds the model, as `one_device` and `here` have it."""
+    return here(one_device(model))
+
+
+def one_device(model: nn.Module) -> torch.device:
+    """Where the model's parameters and buffers are. ValueError if they lie on several devices, or on meta."""
     found = dict.fromkeys(str(tensor.device) for tensor in (*model.parameters(), *model.buffers()))
     if len(found) > 1:
         raise ValueError(
@@ -22,7 +27,7 @@ def device_of(model: nn.Module) -> Device:
     where = torch.device(next(iter(found), "cpu"))
     if where.type == "meta":
         raise ValueError("the model's parameters are on 'meta'; load it, or name a device to plan for")
-    return here(where)
+    return where
 
 
 def here(where: torch.device) -> Device:

@@ -7,10 +7,15 @@ What the events do not show, all of it checked in tests/runtime/test_trace.py or
 - other Python threads: profiler state is thread-local. CPU autograd runs in the calling thread and is seen.
 - memory that does not come from the allocator: OpenMP's and MKL's own buffers, Python objects.
 oneDNN's scratch and reordered weights do come from it and are seen, inside the op that took them.
+
+Of the first end of an older block, and of every thousandth, torch tells on stderr ("Memory block of unknown size ...");
+a training loop that lets go of its last loss is enough. Only TORCH_CPP_LOG_LEVEL=ERROR, set before torch is loaded,
+stops it: the command line sets it, in Python it is the user's to set.
 """
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 from bisect import bisect_left
@@ -121,6 +126,9 @@ def make_way() -> bool:
     if running is not None and not running.taken_over():
         running.give_way()
     return not profiler_is_active()
+
+
+atexit.register(make_way)  # a process that ends while a profiler records ends in a segmentation fault (torch 2.13)
 
 
 def record(run: Callable[[], object]) -> Trace:

@@ -127,7 +127,7 @@ def test_infeasible_exits_3_prints_the_ways_out_and_saves_no_plan(
         (ValueError("optimizer 'adamx' is not known; known are adamw, sgd"), 2),
         (PlanFileError("the plan is of another model"), 2),
         (BudgetError("too little", floor_bytes=2, budget_bytes=1), 3),
-        (CaptureError("line 3 cannot be captured"), 1),
+        (CaptureError("line 3 cannot be captured"), 2),
         (VerifyError("step 'x' is read before it is written"), 1),
         (KeyError("lost"), 1),
     ],
