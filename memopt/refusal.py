@@ -26,7 +26,7 @@ ORDER = {"exact": 0, "reordered": 1, "lossy": 2}
 def infeasible(result: PlanResult) -> BudgetError:
     """The error for a plan that does not fit: what was asked, what is needed, what sets that, the ways out."""
     asked, least = format_size(result.budget), format_size(result.plan.peak)
-    what = "the saved plan's decisions need" if result.reused else "the least this step can be planned in is"
+    what = "the saved plan's decisions need" if result.reused else "the least this step can run in is"
     lines = [f"{asked} asked; {what} {least}."]
     if (binding := result.binding) is not None:
         made_of = ", ".join(f"{kind} {_short(size)}" for kind, size in binding.kinds)

@@ -97,7 +97,7 @@ def needed(result: PlanResult) -> tuple[str, str]:
     """Of a refusal: what its bytes are called, and what they are."""
     if result.reused:
         return "needed", "what the saved plan's decisions take; planning anew may take less"
-    return "floor", "the least this step can be planned in"
+    return "floor", "the least this step can run in"
 
 
 def _headline(result: PlanResult) -> RenderableType:

@@ -8,7 +8,7 @@ allocated meanwhile. What is returned holds the budget by rehearsal, or is infea
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,6 +35,7 @@ Run = tuple[Program, Part]  # one run of a graph: its program, and what it passe
 
 TRIES = 5  # lowerings at most; each costs a compilation
 ABOVE = (1.0, 1.02, 1.05, 1.1, 1.18, 1.3)  # of the solver's floor: where else to look before a step is refused
+DESCENTS = 4  # times the least code found is asked for a byte less, before a step is refused with it as floor
 CLOSE = 0.015  # a plan whose peak is within this share of the budget is not worth another compilation
 FAR = 0.04  # code this share of the budget above it is held to the plan's kernels instead of planned smaller
 
@@ -57,7 +58,8 @@ class Try:
 class Tuner:
     """The lowerings of one step within one budget. runs: the programs of the step. needs: of library calls.
 
-    tries: in the order made.
+    tries: in the order made. lowest: those of the way down that no budget has a part in. code: peaks of what was
+    lowered, by decisions and fences.
     """
 
     planned: Planned
@@ -65,13 +67,18 @@ class Tuner:
     time_limit: float
     needs: Workspace = nothing
     tries: list[Try] = field(default_factory=list)
+    lowest: list[Try] = field(default_factory=list)
+    code: dict[Any, tuple[dict[str, int], dict[str, int]]] = field(default_factory=dict)
 
     @property
     def budget(self) -> int:
         return self.planned.problem.budget
 
     def lower(self, plan: Plan, fences: Fences) -> Try:
-        made = Try(plan, fences, *lowered_phases(self.planned, self.runs, plan, fences, self.needs))
+        key = plan.chosen, fences
+        if key not in self.code:
+            self.code[key] = lowered_phases(self.planned, self.runs, plan, fences, self.needs)
+        made = Try(plan, fences, *self.code[key])
         self.tries.append(made)
         log.info("lowering %d: solver says %d bytes, code %s, %s", len(self.tries), plan.peak, made.phases, fences.name)
         return made
@@ -106,34 +113,60 @@ class Tuner:
                 break
 
     def explore(self) -> None:
-        """Further plans, at fixed shares above the solver's floor, until one's code holds the budget.
+        """Further plans until one's code holds the budget. Only where to stop depends on it, so all that is refused is
+        refused with the same floor, which is planned: `lowest` ends with it."""
+        for made in self.down():
+            self.lowest.append(made)
+            if made.peak <= self.budget:
+                break
+
+    def down(self) -> Iterator[Try]:
+        """Code at fixed shares above the solver's floor, then what is planned below the least of it, and so on.
 
         At its floor the solver may trade bytes that the code holds elsewhere, so the code's least can lie above it.
         """
-        floor = self.solved(1).peak
+        floor, best = self.solved(1).peak, None
         for share in ABOVE:
-            plan = self.solved(int(floor * share))
-            if not self.known(plan, Fences.TIGHT) and self.lower(plan, Fences.TIGHT).peak <= self.budget:
+            made = self.lower(self.solved(int(floor * share)), Fences.TIGHT)
+            best = made if best is None or made.peak < best.peak else best
+            yield made
+        for _ in range(DESCENTS):
+            assert best is not None
+            made = self.below(best.peak)
+            if made.peak >= best.peak:
                 break
+            best = made
+            yield made
+
+    def below(self, peak: int) -> Try:
+        """The least code found on the way to a budget of a byte less than this."""
+        problem = replace(self.planned.problem, budget=peak - 1)
+        result = replace(self.planned.result, budget=peak - 1, plan=self.solved(peak - 1))
+        other = replace(self, planned=replace(self.planned, problem=problem, result=result), tries=[], lowest=[])
+        other.approach()
+        self.tries += other.tries
+        return min(other.tries, key=lambda t: t.peak)
 
 
 def tuned(planned: Planned, runs: Sequence[Run], time_limit: float, kind: str = "cpu") -> Planned:
     """The plan corrected until its code, rehearsed, holds the budget and wastes little of it.
 
     runs: the programs of the step in the order they run. kind: of device, where library calls are tried for what they
-    need. An infeasible outcome has that status, and the least peak found as floor.
+    need. An infeasible outcome has that status, and the floor as its peak.
     """
     with OpCosts(kind, seconds_limit=SECONDS) as meter:
         tuner = Tuner(planned, runs, time_limit, meter.workspace)
         tuner.approach()
         if planned.result.plan.solver != REUSED and min(t.peak for t in tuner.tries) > tuner.budget:
             tuner.explore()
-    return _with(planned, planned.problem, _best(tuner.tries, tuner.budget), tuner.budget)
+    return _with(planned, planned.problem, _best(tuner, tuner.budget), tuner.budget)
 
 
-def _best(tries: list[Try], budget: int) -> Try:
-    held = [t for t in tries if t.peak <= budget]
-    return min(held, key=lambda t: (t.plan.seconds, t.fences, t.peak)) if held else min(tries, key=lambda t: t.peak)
+def _best(tuner: Tuner, budget: int) -> Try:
+    held = [t for t in tuner.tries if t.peak <= budget]
+    if held:
+        return min(held, key=lambda t: (t.plan.seconds, t.fences, t.peak))
+    return min(tuner.lowest or tuner.tries, key=lambda t: t.peak)
 
 
 def _with(planned: Planned, problem: Problem, best: Try, budget: int) -> Planned:

@@ -1,0 +1,51 @@
+"""The tuner's floor, on a stand-in for Inductor whose code takes more than the plan says, by no rule."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from memopt import tuning
+from memopt.fusion import Fences
+from memopt.pipeline import Planned
+from memopt.plans import Plan, Problem, Status
+from memopt.tuning import tuned
+from tests.report.conftest import planned as tiny
+from tests.report.conftest import recompute
+
+LEAST, FREE = 1000, 2000  # bytes: the solver's floor, and what the step takes unplanned
+
+
+def solved(problem: Problem, *, time_limit: float = 0.0) -> Plan:
+    """A plan of the budget's own bytes; which one is told by how its only remake is called."""
+    peak = min(max(problem.budget, LEAST), FREE)
+    remake = replace(recompute(problem.graph, 0), trade=f"{peak}")
+    status = Status.FEASIBLE if peak <= problem.budget else Status.INFEASIBLE
+    return Plan((remake,), peak, float(FREE - peak), 0.0, status, "frontier")
+
+
+def outcome(monkeypatch: pytest.MonkeyPatch, seed: int, budget: int) -> Planned:
+    """What is made of this budget where code takes 0 to 20 % more than its plan, less the tighter the fences."""
+
+    def phases(planned: Planned, runs: Any, plan: Plan, fences: Fences, needs: Any) -> Any:
+        more = random.Random(f"{seed} {plan.peak} {fences}").uniform(0.0, 0.2 - 0.05 * fences)
+        peaks = {"backward": int(plan.peak * (1 + more))}
+        return peaks, peaks
+
+    monkeypatch.setattr(tuning, "solve", solved)
+    monkeypatch.setattr(tuning, "lowered_phases", phases)
+    result = tiny(budget)
+    problem = Problem(result.before, (), budget)
+    first = Planned(replace(result, plan=solved(problem)), problem, None, (), ())  # type: ignore[arg-type]
+    return tuned(first, (), 1.0)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_every_refusal_names_the_same_floor_which_is_planned(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    floor = outcome(monkeypatch, seed, 1).result.plan.floor
+    assert floor is not None
+    assert outcome(monkeypatch, seed, floor).result.plan.peak <= floor
+    assert outcome(monkeypatch, seed, floor - 1).result.plan.floor == floor
