@@ -43,9 +43,9 @@ def stack(layers: int) -> Bed:
 
 
 def session_for(model: LossOnly, budget: int | str) -> Session:
-    """A session of forward and backward alone, in the eager lowering. Operations are priced by the roofline."""
+    """A session of forward and backward alone, in the eager lowering."""
     request = make_request(device_of(model), budget, None, (), "exact", "eager", "", 1, "sweep")
-    return Session(model, replace(request, has_optimizer=False), measure=False)
+    return Session(model, replace(request, has_optimizer=False))
 
 
 def even(floor: int, top: int, count: int) -> list[int]:
