@@ -151,9 +151,7 @@ class Gaps:
         held, chosen = played.held.copy(), dict(enumerate(played.chosen))
         pairs = [pair for stays in played.lives.values() for pair in pairwise(stays) if pair[1].remake is not None]
         pairs.sort(key=lambda pair: (-self.price[pair[0].value], pair[0].value, pair[0].uses))
-        joined: dict[
-            int, int | None
-        ] = {}  # a remake taken up -> the one that serves its reads now (None: the original)
+        joined: dict[int, int | None] = {}  # remake taken up -> the one that serves its reads now (None: the original)
         for before, after in pairs:
             gap = held[before.uses[-1] + 1 : after.uses[0]]
             if after.remake not in chosen or (len(gap) and int(gap.max()) + self.size[before.value] > target):
