@@ -204,10 +204,10 @@ def _dry_run(
         if isinstance(failed.inner_exception, MemoptError):
             raise failed.inner_exception from failed
         raise CaptureError(sentence(failed)) from failed
-    # What torch and the user's own code raise on fake tensors: shapes that do not match, operations without a fake.
+    # What torch raises on fake tensors: shapes that do not match, operations without a fake.
     except (torch._dynamo.exc.TorchDynamoException, RuntimeError, TypeError, NotImplementedError, Twice) as failed:
         raise CaptureError(sentence(failed)) from failed
-    except (Exception, SystemExit) as failed:
+    except (Exception, SystemExit) as failed:  # the user's forward may raise anything; nothing of it is swallowed
         if isinstance(failed, Killed | MemoptError) or raised_by_us(failed):
             raise
         raise CaptureError(sentence(failed)) from failed
