@@ -23,9 +23,11 @@ from memopt.graph import Step, StepGraph, Storage, TensorInfo
 class Remake:
     """Make `value` (a storage) again for its reads by the steps from span[0] to span[1] (names, both included).
 
-    trade: the trade that proposed it. unpack: the steps that make it again, as they stand in the graph (recompute:
-    its producer). pack: steps put right after the value is made (an offload's copy out). seconds: the cost of the
-    unpack and pack steps alone, without what they in turn need remade.
+    trade: the trade that proposed it. unpack: the steps that make it again: as they stand in the graph (recompute:
+    its producer), or new ones that read what was packed. pack: steps put right after the value is made (an offload's
+    copy out); remakes of a value may name the same ones, which then run once. made: tensors and storages of the new
+    steps, which the graph does not declare. seconds: the cost of the unpack and pack steps alone, without what they in
+    turn need remade.
     """
 
     trade: str
@@ -34,6 +36,12 @@ class Remake:
     unpack: tuple[Step, ...] = ()
     pack: tuple[Step, ...] = ()
     seconds: float = 0.0
+    made: tuple[tuple[TensorInfo, Storage], ...] = ()
+
+    @property
+    def repeats(self) -> bool:
+        """Whether it runs one step of the graph again, and nothing else."""
+        return len(self.unpack) == 1 and not self.pack and not self.made
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +83,7 @@ class Placer:
 
     def covering(self, tensor: str, at: int) -> int | None:
         """Index of the remake that serves a read of `tensor` at position `at`, or None: the original does."""
-        spans = self.spans.get(self.homes[tensor])
+        spans = self.spans.get(self.homes.get(tensor, ""))  # what is packed has no home in the graph, and no remake
         if spans and self.made.get(tensor, at) < at:
             for width, first, index in spans:
                 if first <= at <= first + width:
@@ -123,8 +131,9 @@ class Placer:
     def copy(self, step: Step, at: int) -> Copy:
         count = self.counts[step.name] = self.counts.get(step.name, 0) + 1
         tensors = self.renamed(step.reads, at)
-        for name in step.writes:
-            tensors[name] = f"{name}__{count}"
+        known = step.name in self.graph.position
+        for name in step.writes:  # what unpacks is called like its step: a copy of the value's own maker is another
+            tensors[name] = f"{name if known else step.name}__{count}"
             index = self.covering(name, at)
             if index is not None:
                 self.copies.setdefault((name, index), tensors[name])
@@ -141,23 +150,26 @@ def edited_by(placer: Placer, remakes: Sequence[Remake]) -> StepGraph:
     """As `edit`, by a fresh placer of these remakes, which then knows the copies it has made."""
     graph, schedule = placer.graph, placer.schedule()
     tensors, storages = dict(graph.tensors), dict(graph.storages)
-    packs = _packs(graph, remakes)
+    for info, storage in (pair for remake in remakes for pair in remake.made):
+        tensors[info.name], storages[storage.name] = info, storage
+    packs = packs_of(graph, remakes)
     steps: list[Step] = []
     for at, step in enumerate(graph.steps):
         for copy in schedule.before.get(at, ()):
             steps.append(_copied(graph, copy, step, tensors, storages))
         renamed = schedule.reads.get(at, {})
         steps.append(replace(step, reads=tuple(renamed.get(n, n) for n in step.reads)) if renamed else step)
-        steps.extend(packs.get(at, ()))
+        steps.extend(packs.get(at, {}).values())
     kept = live_steps(steps, graph.outputs)
     return StepGraph(graph.inputs, kept, graph.outputs, tensors, storages)
 
 
-def _packs(graph: StepGraph, remakes: Sequence[Remake]) -> dict[int, list[Step]]:
-    packs: dict[int, list[Step]] = {}
+def packs_of(graph: StepGraph, remakes: Iterable[Remake]) -> dict[int, dict[str, Step]]:
+    """Position that makes a value -> its remakes' pack steps by name, to stand right behind it."""
+    packs: dict[int, dict[str, Step]] = {}
     for remake in remakes:
-        if remake.pack:
-            packs.setdefault(graph.uses[remake.value][0], []).extend(remake.pack)
+        for step in remake.pack:
+            packs.setdefault(graph.uses[remake.value][0], {}).setdefault(step.name, step)
     return packs
 
 
@@ -166,7 +178,7 @@ def _copied(
 ) -> Step:
     """Declare the copy's tensors and storages; return its step. A written view lands in its base's new storage."""
     renamed = dict(copy.tensors)
-    home = {graph.storage_of(name): tensors[renamed.get(name, name)].storage for name in copy.step.reads}
+    home = {tensors[name].storage: tensors[renamed.get(name, name)].storage for name in copy.step.reads}
     for name in copy.step.writes:
         info: TensorInfo = graph.tensors[name]
         if info.storage not in home:

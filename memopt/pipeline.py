@@ -28,6 +28,7 @@ from memopt.optim.photograph import OptimizerPhase, photograph_optimizer
 from memopt.passes import CLEANUPS, TRADES
 from memopt.planfile import PlanFile, check_identity
 from memopt.plans import REUSED, Plan, Problem, Status, simulated
+from memopt.prices import Meter, priced, unmeasured
 from memopt.program import Program, insert, photograph
 from memopt.report import SCHEMA, PlanResult
 from memopt.seams import parts_of, runs_untraced
@@ -41,12 +42,13 @@ Progress = Callable[[str, float | None], None]
 class Costs:
     """What is known of operations by key, measured on the device: seconds and workspace bytes. Empty: the roofline.
 
-    libraries: bytes that libraries hold throughout (memopt.runtime.libraries).
+    libraries: bytes that libraries hold throughout (memopt.runtime.libraries). meter: of steps that trades bring along.
     """
 
     seconds: Mapping[str, float] = field(default_factory=dict)
     workspaces: Mapping[str, int] = field(default_factory=dict)
     libraries: int = 0
+    meter: Meter = unmeasured
 
 
 @dataclass(frozen=True)
@@ -184,10 +186,11 @@ def make_plan(
     phase = optimizer_phase(survey, request)
     parts = parts_of(survey)
     whole = step_graph(survey, parts, request, phase, costs)
-    seconds = _seconds(whole, request, costs)
+    seconds = _seconds(whole, _cost_model(request, costs))
     contracted = fused(whole) if request.lowering == "inductor" else unfused(whole)
     graph, seconds = contracted.graph, fused_seconds(contracted, seconds)
-    remakes = _proposals(graph, seconds, request)
+    remakes, brought = priced(graph, _proposals(graph, seconds, request), _cost_model(request, costs), costs.meter)
+    seconds |= brought
     problem = Problem(graph, remakes, request.budget, seconds, request.device.allocator_block)
     plan = _reused(problem, plan_file, survey) if plan_file else _solved(problem, request, progress)
     after = edit(graph, plan.chosen)
@@ -275,10 +278,12 @@ def _libraries(costs: Costs) -> Iterable[tuple[TensorInfo, Storage]]:
         yield TensorInfo(name, (costs.libraries,), "uint8", name), Storage(name, costs.libraries, "buffer")
 
 
-def _seconds(graph: StepGraph, request: Request, costs: Costs) -> dict[str, float]:
+def _cost_model(request: Request, costs: Costs) -> CostModel:
     model: CostModel = Roofline(request.device)
-    if costs.seconds:
-        model = Measured(costs.seconds, model)
+    return Measured(costs.seconds, model) if costs.seconds else model
+
+
+def _seconds(graph: StepGraph, model: CostModel) -> dict[str, float]:
     return {step.name: model.seconds(graph, step) for step in graph.steps}
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from dataclasses import fields as fields_of
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,15 @@ from memopt.edit import Remake
 from memopt.errors import PlanFileError
 from memopt.files import write_atomic
 from memopt.graph import StepGraph
-from memopt.report import SCHEMA, PlanResult
+from memopt.report import SCHEMA, PlanResult, bytes_let_go
 
 MARK = "memopt plan"  # the file's `format`: tells a plan from any other JSON
 
 
 @dataclass(frozen=True)
 class SavedRemake:
-    """A remake by names. bytes: of the value's storage; seconds: of its unpack and pack steps alone."""
+    """A remake by names. bytes: of the value's storage, less what it was packed into; seconds: of its unpack and pack
+    steps alone."""
 
     trade: str
     value: str
@@ -69,11 +70,18 @@ class PlanFile:
 
         Raises PlanFileError if the graph lacks a step or value that the file names.
         """
-        known = {(r.trade, r.value, r.span, tuple(s.name for s in r.unpack)): r for r in offers}
-        return tuple(known.get(saved.key) or _rebuilt(saved, graph) for saved in self.remakes)
+        known: dict[Any, Remake] = {}
+        for offer in offers:
+            steps = tuple(step.name for step in offer.unpack)
+            known[offer.trade, offer.value, offer.span, steps] = offer
+            known.setdefault((offer.trade, offer.value, steps), offer)
+        return tuple(known.get(saved.key) or _rebuilt(saved, graph, known) for saved in self.remakes)
 
 
-def _rebuilt(saved: SavedRemake, graph: StepGraph) -> Remake:
+def _rebuilt(saved: SavedRemake, graph: StepGraph, offers: Mapping[Any, Remake]) -> Remake:
+    """A remake that no trade offers for this span: of the graph's own steps, or as offered for another one."""
+    if (like := offers.get((saved.trade, saved.value, saved.unpack))) and {*saved.span} <= graph.position.keys():
+        return replace(like, span=saved.span)
     named = (*saved.span, *saved.unpack, *saved.pack)
     if missing := [name for name in named if name not in graph.position]:
         raise PlanFileError(f"the plan names step {missing[0]!r}, which this model's step does not have; plan anew")
@@ -107,7 +115,7 @@ def to_plan_file(result: PlanResult) -> PlanFile:
 
 def _saved(remake: Remake, result: PlanResult) -> SavedRemake:
     unpack, pack = (tuple(step.name for step in steps) for steps in (remake.unpack, remake.pack))
-    nbytes, source = result.before.storages[remake.value].nbytes, result.source_of(remake.value)
+    nbytes, source = bytes_let_go(result.before, remake), result.source_of(remake.value)
     return SavedRemake(remake.trade, remake.value, remake.span, unpack, pack, remake.seconds, nbytes, source)
 
 

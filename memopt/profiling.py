@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import fx
 
 from memopt.devices import Device
 from memopt.facts import cost_key
+from memopt.graph import Step, TensorInfo
+from memopt.operations import overload
 from memopt.pipeline import Costs
 from memopt.program import Program
 from memopt.runtime.libraries import kept_by_libraries
-from memopt.runtime.opcost import OpCosts
+from memopt.runtime.opcost import OpCost, OpCosts, called
 from memopt.runtime.rng import draw
 
 SECONDS = 30.0  # time limit of measuring; operations left over are priced by the roofline
@@ -32,7 +36,23 @@ def measured_costs(programs: Iterable[Program], device: Device, measure: bool) -
     found.update((key, cost) for key, cost in draws.items() if cost is not None)
     workspaces = {key: cost.workspace for key, cost in found.items() if cost.workspace > 0}
     libraries = kept_by_libraries(torch.device(device.kind)) if measure else 0
-    return Costs({key: cost.seconds for key, cost in found.items()}, workspaces, libraries)
+    return Costs({key: cost.seconds for key, cost in found.items()}, workspaces, libraries, partial(_packing, meter))
+
+
+def _packing(meter: OpCosts, step: Step, value: TensorInfo) -> OpCost | None:
+    """What packing or unpacking a value costs, by a run of its own or what is remembered of one."""
+    with meter:
+        return meter.measure(called(overload(step.op), _arguments(step, value), {}))
+
+
+def _arguments(step: Step, value: TensorInfo) -> tuple[Any, ...]:
+    """Arguments of `memopt::pack_*` or `memopt::unpack_*` for a value, on the meta device."""
+    dtype = getattr(torch, value.dtype)
+    like = torch.empty(value.shape, dtype=dtype, device="meta")
+    pack = overload(step.op.replace(".unpack_", ".pack_"))
+    if step.op == str(pack):
+        return like, like.stride()
+    return pack(like, like.stride()), like.shape, like.stride(), dtype
 
 
 def undrawn(node: fx.Node) -> fx.Node:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from memopt.edit import Copy, Placer, Remake
-from memopt.facts import facts, is_getitem, tensor_inputs, tensor_values
+from memopt.edit import Copy, Placer, Remake, packs_of
+from memopt.facts import facts, hint, is_getitem, tensor_inputs, tensor_values
 from memopt.graph import TANGENTS, Phase, Step, StepGraph, Storage, TensorInfo
+from memopt.operations import overload
 
 # A copy of a node whose target is a key calls the value instead: how a random draw is replayed (memopt.runtime.rng).
 AGAIN: dict[Any, Any] = {}
@@ -322,7 +323,8 @@ def insert(program: Program, graph: StepGraph, remakes: Iterable[Remake]) -> Pro
 
     graph: `photograph(program)`, or a larger graph that contains its steps under the same names.
     """
-    schedule = Placer(graph, remakes).schedule()
+    remakes = tuple(remakes)
+    schedule, packs = Placer(graph, remakes).schedule(), packs_of(graph, remakes)
     program = program.copy()
     nodes = {program.name(node): node for node in program.graph.nodes}
     for at, step in enumerate(graph.steps):
@@ -333,13 +335,50 @@ def insert(program: Program, graph: StepGraph, remakes: Iterable[Remake]) -> Pro
             _place(program, nodes, placed, reader)
         for old, new in schedule.reads.get(at, {}).items():
             reader.replace_input_with(nodes[old], nodes[new])
+        for pack in reversed(packs.get(at, {}).values()):  # each goes right behind the value
+            _pack(program, nodes, pack)
     _sweep(program.graph)
     program.graph.lint()
     return program
 
 
+def _pack(program: Program, nodes: dict[str, fx.Node], step: Step) -> None:
+    """Put a packing step behind what it reads; it stays in the forward though only the backward reads it."""
+    value = nodes[step.reads[0]]
+    behind = value.all_input_nodes[0] if is_getitem(value) else value
+    while is_getitem(behind.next):
+        behind = behind.next
+    with program.graph.inserting_after(behind):
+        _made(program, nodes, step, (value, tuple(map(hint, value.meta["val"].stride()))), value)
+    nodes[step.name].meta["partitioner_tag"] = "must_be_in_forward"
+
+
+def _unpack(program: Program, nodes: dict[str, fx.Node], placed: Copy, reader: fx.Node) -> None:
+    """Put an unpacking step before `reader`: it makes a value like the one that was packed."""
+    value, packed = nodes[placed.step.writes[0]], nodes[placed.step.reads[0]]
+    like = value.meta["val"]
+    with program.graph.inserting_before(reader):
+        args = (packed, list(map(hint, like.shape)), list(map(hint, like.stride())), like.dtype)
+        _made(program, nodes, replace(placed.step, name=placed.name), args, value)
+    nodes[placed.name].meta["partitioner_tag"] = "is_backward"
+
+
+def _made(program: Program, nodes: dict[str, fx.Node], step: Step, args: tuple[Any, ...], like: fx.Node) -> None:
+    """A new node at the graph's insertion point, for a step that the captured program does not have."""
+    target = overload(step.op)
+    node = program.graph.call_function(target, args)
+    node.name = step.name.removeprefix(program.prefix)
+    node.meta = {key: value for key, value in like.meta.items() if key in ("stack_trace", "seq_nr")}
+    with like.meta["val"].fake_mode:
+        node.meta["val"] = target(*fx.map_arg(args, lambda arg: arg.meta["val"]))
+    nodes[step.name] = node
+
+
 def _place(program: Program, nodes: dict[str, fx.Node], placed: Copy, reader: fx.Node) -> None:
     """Copy the template's node, and its getitems, before `reader` with its reads renamed."""
+    if placed.step.name not in nodes:
+        _unpack(program, nodes, placed, reader)
+        return
     template, renamed = nodes[placed.step.name], dict(placed.tensors)
 
     def read(arg: fx.Node) -> fx.Node:

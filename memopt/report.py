@@ -44,7 +44,8 @@ class Lever:
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """One value that is let go and made again. bytes: of its storage; seconds: of the copies made for it."""
+    """One value that is let go and made again. bytes: of its storage, less what it was packed into; seconds: of packing
+    it and of the copies made for it."""
 
     value: str
     lever: str
@@ -179,11 +180,10 @@ class PlanResult:
     def decisions(self) -> tuple[Decision, ...]:
         """One a remade value and trade, in the order of the plan. Their seconds add up to the copies' seconds."""
         lines, spent = _sources(self.before), self._spent()
-        chosen = {} if self.infeasible else {(r.value, r.trade): None for r in self.plan.chosen}
-        size = self.before.storages
+        chosen = {} if self.infeasible else {(r.value, r.trade): bytes_let_go(self.before, r) for r in self.plan.chosen}
         return tuple(
-            Decision(value, lever, size[value].nbytes, spent.get((value, lever), 0.0), lines.get(value, ""))
-            for value, lever in chosen
+            Decision(value, lever, size, spent.get((value, lever), 0.0), lines.get(value, ""))
+            for (value, lever), size in chosen.items()
         )
 
     def _spent(self) -> dict[tuple[str, str], float]:
@@ -276,6 +276,11 @@ def held(graph: StepGraph, snapshot: Snapshot) -> tuple[Held, ...]:
         for (source, kind), items in rows.items()
     )
     return tuple(sorted(out, key=lambda row: (-row.bytes, row.source, row.kind)))
+
+
+def bytes_let_go(graph: StepGraph, remake: Remake) -> int:
+    """Bytes of the value's storage, less what stays of it."""
+    return graph.storages[remake.value].nbytes - sum(storage.nbytes for _, storage in remake.made)
 
 
 def _used(graph: StepGraph) -> set[str]:

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from memopt.passbase import Cleanup, Trade
 from memopt.passes.batch_statistics import BatchStatistics
+from memopt.passes.narrow_indices import NarrowIndices
+from memopt.passes.pack_masks import PackMasks
 from memopt.passes.recompute import Recompute
+from memopt.passes.relu_masks import ReluMasks
 from memopt.passes.replay_random import ReplayRandom
 
 CLEANUPS: tuple[type[Cleanup], ...] = (
     BatchStatistics,  # early: what is read for nothing should not be seen by any other pass
+    ReluMasks,  # before trades propose: the masks it makes are packed by one of them
     ReplayRandom,  # last before the photograph: what is random must be replayable when trades propose
 )
 TRADES: tuple[type[Trade], ...] = (
-    Recompute,  # the one trade that needs no copy engine, no consent and no calibration
+    Recompute,  # first: of two ways to let go of a value that cost the same it adds nothing to what is saved
+    PackMasks,  # exact, and without a forward run of what made the mask
+    NarrowIndices,  # as the masks
 )

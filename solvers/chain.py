@@ -58,7 +58,7 @@ def links_of(problem: Problem, space: Space) -> Links | None:
     order = tuple(k for _, k in found)
     crossing, inside = [], []
     for block, k in found:
-        read = space.regions[k].offers
+        read = space.regions[k].again
         mine = frozenset(v for v in read if number[v] == block or shared(space, v))
         cross = tuple(sorted(v for v in reached(space, k, mine) if v in space.makers and v not in mine))
         crossing.append(cross)
@@ -83,7 +83,7 @@ def links_of(problem: Problem, space: Space) -> Links | None:
 
 def shared(space: Space, v: int) -> bool:
     """Offered in more regions than its own and its reader's: a table for all layers, remade for each."""
-    return sum(v in region.offers for region in space.regions) > 2
+    return sum(v in region.offers for region in space.regions) > 2  # by its own step, whose way bears its number
 
 
 def reached(space: Space, k: int, mine: frozenset[int]) -> set[int]:
@@ -164,7 +164,7 @@ def remakes_of(problem: Problem, links: Links, chosen: Segments) -> tuple[Remake
                 out.update(dict.fromkeys((v, (top.first, own.last)) for v in links.crossing[i]))
             if i < last:
                 out.update(dict.fromkeys((v, (top.first, top.last)) for v in sorted(links.rebuilt[i])))
-    offer = {space.number[r.value]: r for r in problem.remakes}
+    offer = {space.number[r.value]: r for r in problem.remakes if r.repeats}
     steps = problem.graph.steps
     return tuple(replace(offer[v], span=(steps[a].name, steps[b].name)) for v, (a, b) in out)
 

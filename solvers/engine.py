@@ -130,17 +130,23 @@ class Engine:
 
     # -- moves ------------------------------------------------------------------------------------------------------
 
-    def drop(self, parts: Parts, v: int) -> Parts:
-        regions = self.space.regions
-        return tuple(part | {v} if v in regions[k].offers else part for k, part in enumerate(parts))
+    def drop(self, parts: Parts, way: int) -> Parts:
+        """Remade in this way wherever it is offered."""
+        regions, v = self.space.regions, self.space.value_of[way]
+        return tuple(
+            (part - {*regions[k].values[v]}) | {way} if way in regions[k].offers else part
+            for k, part in enumerate(parts)
+        )
 
     def keep(self, parts: Parts, v: int) -> Parts:
-        return tuple(part - {v} if v in part else part for part in parts)
+        """Remade nowhere."""
+        regions = self.space.regions
+        return tuple(part - {*regions[k].values.get(v, ())} for k, part in enumerate(parts))
 
     def repair(self, state: State, target: int, most: float = math.inf) -> State:
         """Drop what lowers the peak at least seconds a byte, until it holds, nothing lowers it, or `most` seconds."""
         while state.peak > target and state.seconds < most:
-            trials = (self.space.state(self.drop(state.parts, v)) for v in self.droppable_at(state))
+            trials = (self.space.state(self.drop(state.parts, way)) for way in self.droppable_at(state))
             lower = [s for s in trials if s.peak < state.peak]
             if not lower:
                 break
@@ -148,12 +154,22 @@ class Engine:
         return state
 
     def droppable_at(self, state: State) -> list[int]:
-        """Values whose originals are alive at the peak because they were kept: the cheapest a byte first."""
+        """Ways to let go of values whose originals are alive at the peak because they were kept, or what they were
+        packed into: the cheapest a byte first."""
         space = self.space
         ends = space.ends(state.parts)
-        alive = [v for v in self.order if space.anchor[v] < state.at <= ends[v] and v not in space.held]
-        alive.sort(key=lambda v: (space.makers[v].seconds / max(space.size[v], 1), v))
-        return alive[:TRIES]
+        alive = {v for v, anchor in space.anchor.items() if anchor < state.at <= ends[v] and v not in space.held}
+        packed = {space.packed[v].source for v in alive & space.packed.keys()}
+        taken = {way for part in state.parts for way in part}
+        ways = [way for way in self.order if space.value_of[way] in alive | packed and way not in taken]
+        return sorted(ways, key=lambda way: (self.seconds_a_byte(way), way))[:TRIES]
+
+    def seconds_a_byte(self, way: int) -> float:
+        """Of making a value again in this way once, a byte that is let go."""
+        space, maker = self.space, self.space.makers[way]
+        left = sum(space.size[u] for u in maker.reads if u in space.packed)
+        packing = sum(space.packed[u].seconds for u in maker.reads if u in space.packed)
+        return (maker.seconds + packing) / max(space.size[space.value_of[way]] - left, 1)
 
     def fill(self, state: State, target: int) -> State:
         """Keep again what saves most seconds a byte, while the target holds."""
@@ -187,13 +203,21 @@ class Engine:
 
     def dearest(self, parts: Parts) -> list[int]:
         """Values really copied, those with most seconds first."""
-        return sorted(self.remade(parts), key=lambda v: (-self.space.makers[v].seconds, v))
+        seconds = self.spent(parts)
+        return sorted(seconds, key=lambda v: (-seconds[v], v))
 
     def remade(self, parts: Parts) -> list[int]:
         """Values really copied somewhere, the dearest a byte first."""
-        space = self.space
-        used = dict.fromkeys(v for k, part in enumerate(parts) for v in space.work(k, part).used)
-        return sorted(used, key=lambda v: (-space.makers[v].seconds / max(space.size[v], 1), v))
+        seconds = self.spent(parts)
+        return sorted(seconds, key=lambda v: (-seconds[v] / max(self.space.size[v], 1), v))
+
+    def spent(self, parts: Parts) -> dict[int, float]:
+        """Value really copied somewhere -> seconds of one copy, the dearest of its ways."""
+        space, seconds = self.space, dict[int, float]()
+        for way in (way for k, part in enumerate(parts) for way in space.work(k, part).used):
+            v = space.value_of[way]
+            seconds[v] = max(seconds.get(v, 0.0), space.makers[way].seconds)
+        return seconds
 
     def _certify(self) -> None:
         """Take every correction back: what is left of the rows holds for any choice of the offers."""
@@ -236,9 +260,11 @@ def path(engine: Engine, low: State, high: State) -> Iterable[State]:
     """States on the way from `low` (fewer bytes) to `high` (fewer seconds), one value changed at a time."""
     space = engine.space
     state = low
-    values = [v for v in engine.order if any((v in a) != (v in b) for a, b in zip(low.parts, high.parts, strict=True))]
-    values.sort(key=lambda v: (-space.makers[v].seconds / max(space.size[v], 1), v))
-    for v in values:
-        parts = tuple((a - {v}) | (b & {v}) for a, b in zip(state.parts, high.parts, strict=True))
+    pairs = [*zip(low.parts, high.parts, strict=True)]
+    ways = [way for way in engine.order if any((way in a) != (way in b) for a, b in pairs)]
+    dear = {space.value_of[way]: space.makers[way].seconds for way in ways}
+    for v in sorted(dear, key=lambda v: (-dear[v] / max(space.size[v], 1), v)):
+        mine = [{*region.values.get(v, ())} for region in space.regions]
+        parts = tuple((a - ws) | (b & ws) for a, b, ws in zip(state.parts, high.parts, mine, strict=True))
         state = space.state(parts)
         yield state

@@ -91,7 +91,7 @@ class Gaps:
         graph = self.graph
         self.offers: dict[str, Remake] = {}
         for remake in problem.remakes:
-            if len(remake.unpack) == 1 and not remake.pack and remake.unpack[0].name in graph.position:
+            if remake.repeats and remake.unpack[0].name in graph.position:
                 self.offers.setdefault(remake.value, remake)
         self.size = {v: rounded(graph.storages[v].nbytes, problem.block) for v in self.offers}
         self.reads = {v: read_by(graph, remake) for v, remake in self.offers.items()}
@@ -163,7 +163,7 @@ class Gaps:
             gone = chosen.pop(after.remake)
             joined[after.remake] = first
             if first is not None:
-                chosen[first] = replace(gone, span=(chosen[first].span[0], gone.span[1]))
+                chosen[first] = replace(chosen[first], span=(chosen[first].span[0], gone.span[1]))
         return tuple(chosen.values()) if joined else None
 
     # -- fewer bytes ------------------------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ class Gaps:
                 chosen.append(replace(offer, span=(since, last)))
             else:
                 first, last = chosen[index].span
-                chosen[index] = replace(offer, span=(first, until))
+                chosen[index] = replace(chosen[index], span=(first, until))
                 chosen.append(replace(offer, span=(since, last)))
             for life in gap.extended:
                 if life.remake is not None:

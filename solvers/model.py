@@ -1,15 +1,16 @@
 """The planner's linear model: which originals live how long, which values are remade where, bytes at chosen moments.
 
 x[v, k]  the original of value v lives through its use in region k      (falls with time)
-d[v, k]  value v is remade in region k
+d[w, k]  a value is remade in region k by its way w (memopt/solvers/space.py)
 y[s, k]  maker s runs again in region k, where s makes several values
 e[s]     the forward run of s itself becomes unnecessary (all its readers are served by copies)
 n[v, h]  v has been remade by half-time h of its region, because something already remade there reads it
 
-A read in k wants x + d >= 1; a remade value wants each value its maker reads alive or remade; a memory row adds what
-is certainly alive, x of what may be, and n. Every row is a lower bound of the bytes a choice of offers really holds, so
-the relaxation's optimum is a lower bound on the added seconds of ANY subset of the offers. Left out (hence never above
-the truth): transients inside a burst of copies. The engine adds them as corrections found by simulation.
+A read in k wants x + d >= 1, d summed over ways; a remade value wants each value its maker reads alive or remade; a
+memory row adds what is certainly alive, x of what may be, and n. What a value was packed into is a value too: it has an
+x, which costs the seconds of packing, and no d. Every row is a lower bound of the bytes a choice of offers really
+holds, so the relaxation's optimum is a lower bound on the added seconds of ANY subset of the offers. Left out (hence
+never above the truth): transients inside a burst of copies. The engine adds them as corrections found by simulation.
 """
 
 from __future__ import annotations
@@ -64,48 +65,57 @@ class Model:
         space = self.space
         self.variables[("B", 0, 0)] = self.problem.add_variable("0000000_B", 0, None)
         self.cost[("B", 0, 0)] = 0.0
-        bases: dict[int, set[int]] = {}
-        for k, region in enumerate(space.regions):
-            for v in region.offers:
-                bases.setdefault(v, set()).add(k)
-                for u in space.makers[v].reads:
-                    if u in space.makers:
-                        bases.setdefault(u, set()).add(k)
-        self.pairs = {v: sorted(ks) for v, ks in sorted(bases.items())}
+        self.pairs = self._lives()
         for v, ks in self.pairs.items():
-            xs = [self.var("x", v, k) for k in ks]
+            packing = space.packed[v].seconds if v in space.packed else 0.0
+            xs = [self.var("x", v, k, 0.0 if place else packing) for place, k in enumerate(ks)]
             for early, late in pairwise(xs):
                 self.at_least([(early, 1.0), (late, -1.0)], 0.0)
         for k, region in enumerate(space.regions):
-            for v in region.offers:
-                self._value(v, k)
+            for way in region.offers:
+                self._way(way, k)
+            for v, ways in region.values.items():
+                if k in space.covered[v]:
+                    self.at_least([(self.var("x", v, k), 1.0), *((self.var("d", w, k), 1.0) for w in ways)], 1.0)
         self._free_runs()
 
-    def _value(self, v: int, k: int) -> None:
-        space, maker = self.space, self.space.makers[v]
-        siblings = [w for w in maker.makes if w in space.regions[k].offers]
-        d = self.var("d", v, k, maker.seconds if len(siblings) == 1 else 0.0)
+    def _lives(self) -> dict[int, list[int]]:
+        """Value -> the regions in which a choice decides whether its original is needed."""
+        space, bases = self.space, dict[int, set[int]]()
+        for k, region in enumerate(space.regions):
+            for way in region.offers:
+                bases.setdefault(space.value_of[way], set()).add(k)
+                for u in space.makers[way].reads:
+                    if u in space.movable:
+                        bases.setdefault(u, set()).add(k)
+        return {v: sorted(ks) for v, ks in sorted(bases.items())}
+
+    def _way(self, way: int, k: int) -> None:
+        space, region, maker = self.space, self.space.regions[k], self.space.makers[way]
+        siblings = [] if maker.unpacks else [v for v in maker.makes if v in region.again]
+        d = self.var("d", way, k, 0.0 if len(siblings) > 1 else maker.seconds)
         if len(siblings) > 1:
             self.at_least([(self.var("y", maker.at, k, maker.seconds), 1.0), (d, -1.0)], 0.0)
-        if k in space.covered[v]:
-            self.at_least([(self.var("x", v, k), 1.0), (d, 1.0)], 1.0)
         for u in maker.reads:
-            if u in space.makers and 2 * space.regions[k].last + 1 > space.anchor[u]:
-                terms = [(self.var("x", u, k), 1.0), (d, -1.0)]
-                if u in space.regions[k].offers:
-                    terms.append((self.var("d", u, k), 1.0))
-                self.at_least(terms, 0.0)
+            if u in space.movable and 2 * region.last + 1 > space.anchor[u]:
+                remade = [(self.var("d", w, k), 1.0) for w in region.values.get(u, ())]
+                self.at_least([(self.var("x", u, k), 1.0), (d, -1.0), *remade], 0.0)
 
     def _free_runs(self) -> None:
         """e[s] <= sum over regions of the maker's copies; worth its seconds once."""
+        again = {m.at: m.seconds for m in self.space.makers.values() if not m.unpacks}
         for at in droppable(self.space):
             copies = [key for key in self.variables if key[0] in "dy" and self._maker_of(key) == at]
-            seconds = max(m.seconds for m in self.space.makers.values() if m.at == at)
+            seconds = again[at]
             e = self.var("e", at, 0, -seconds)
             self.at_least([*((self.variables[key], 1.0) for key in copies), (e, -1.0)], 0.0)
 
     def _maker_of(self, key: Key) -> int:
-        return key[1] if key[0] == "y" else self.space.makers[key[1]].at
+        """Position of the step that runs again; -1 where none of the graph does."""
+        if key[0] == "y":
+            return key[1]
+        maker = self.space.makers[key[1]]
+        return -1 if maker.unpacks else maker.at
 
     def _load(self) -> None:
         self.problem.setObjective(
@@ -154,7 +164,7 @@ class Model:
                 continue
             region = self._lives_to(v, ks, half)
             size = space.size[v]
-            if k is not None and region == k and v in space.regions[k].offers and k in space.covered[v]:
+            if k is not None and region == k and v in space.regions[k].values and k in space.covered[v]:
                 if half >= 2 * space.covered[v][k][0]:
                     constant += size
                     continue
@@ -197,18 +207,22 @@ class Model:
         return None
 
     def _pulled(self, half: int, k: int) -> dict[int, int]:
-        """Columns that say a value has been remade by `half` in region k, because a remade one reads it."""
-        space, offers = self.space, self.space.regions[k].offers
-        seen = {v: self.index["d", v, k] for v, (f, _) in space.covered_in(k).items() if 2 * f <= half}
+        """Columns that say a value has been remade by `half` in region k, because a remade one reads it.
+
+        Of a value with several ways none is certain to read anything: what it pulls is left out."""
+        space, values = self.space, self.space.regions[k].values
+        early = [v for v, (first, _) in space.covered_in(k).items() if 2 * first <= half and len(values[v]) == 1]
+        seen = {v: self.index["d", values[v][0], k] for v in early}
         stack = sorted(seen)
         while stack:
             w = stack.pop()
-            for u in space.makers[w].reads:
-                if u not in offers or (u in seen and 2 * space.covered_in(k).get(u, (half + 1, 0))[0] <= half):
+            for u in space.makers[values[w][0]].reads:
+                if u not in values or 2 * space.covered_in(k).get(u, (half + 1, 0))[0] <= half:
                     continue
                 if u not in seen:
                     seen[u] = self._column()
-                    stack.append(u)
+                    if len(values[u]) == 1:
+                        stack.append(u)
                 self.highs.addRow(
                     0.0, highspy.kHighsInf, 3, [seen[u], self.index["x", u, k], seen[w]], [1.0, 1.0, -1.0]
                 )
@@ -218,11 +232,14 @@ class Model:
         """Cut off this choice and all that agree with it on every offer its simulation looked at."""
         space, columns, signs = self.space, [], []
         for k, part in enumerate(parts):
-            offers, used = space.regions[k].offers, space.work(k, part).used
-            looked = {*space.covered_in(k), *used, *(u for v in used for u in space.makers[v].reads)}
-            for v in sorted(looked & offers.keys()):
-                columns.append(self.index["x", v, k])
-                signs.append(1.0 if v in part else -1.0)
+            values, used = space.regions[k].values, space.work(k, part).used
+            read = (u for way in used for u in space.makers[way].reads)
+            looked = {*space.covered_in(k), *(space.value_of[way] for way in used), *read}
+            taken = {space.value_of[way]: way for way in sorted(part, reverse=True)}
+            for v in sorted(looked & values.keys()):
+                several = len(values[v]) > 1 and v in taken
+                columns.append(self.index["d", taken[v], k] if several else self.index["x", v, k])
+                signs.append(1.0 if v in taken and not several else -1.0)
         kept = sum(1 for sign in signs if sign < 0)
         self.highs.addRow(1.0 - kept, highspy.kHighsInf, len(columns), columns, signs)
 
@@ -301,9 +318,13 @@ class Model:
         return float(values[self.index["x", v, k]])
 
     def rounded(self, values: np.ndarray, threshold: float = 0.5) -> Parts:
-        """Remade: every offer whose original does not live through its region."""
+        """Remade: every offered value whose original does not live through its region, by the way most taken."""
         return tuple(
-            frozenset(v for v in region.offers if self.lives(values, v, k) < threshold)
+            frozenset(
+                ways[0] if len(ways) == 1 else max(ways, key=lambda way: (values[self.index["d", way, k]], -way))
+                for v, ways in region.values.items()
+                if self.lives(values, v, k) < threshold
+            )
             for k, region in enumerate(self.space.regions)
         )
 
@@ -311,10 +332,10 @@ class Model:
 def droppable(space: Space) -> list[int]:
     """Makers that no forward step needs unless it can itself be dropped, so that copies may replace them."""
     graph = space.graph
-    makers = {m.at for m in space.makers.values()}
+    makers = {m.at for m in space.makers.values() if not m.unpacks}
     needed: set[str] = set(graph.outputs)
     spare: list[int] = []
-    inside = [(r.first, r.last, r.offers) for r in space.regions]
+    inside = [(r.first, r.last, r.values) for r in space.regions]
     for at in reversed(range(len(graph.steps))):
         step = graph.steps[at]
         late = any(a <= at <= b for a, b, _ in inside)

@@ -42,7 +42,7 @@ def remakes_in_passing(problem: Problem, links: Links, chosen: Segments) -> tupl
             inside = sorted(links.inside[at]) if at != final else []
             for v in (*inside, *(links.crossing[at] if at > first else ())):
                 until[top, v] = max(until.get((top, v), 0), space.regions[links.regions[at]].last)
-    offer = {space.number[r.value]: r for r in problem.remakes}
+    offer = {space.number[r.value]: r for r in problem.remakes if r.repeats}
     steps = problem.graph.steps
     return tuple(replace(offer[v], span=(steps[a].name, steps[b].name)) for (a, v), b in until.items())
 

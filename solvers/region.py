@@ -5,13 +5,14 @@ Time is counted in halves: 2 t is the moment just before step t, when copies are
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import NamedTuple
 
 
 class Maker(NamedTuple):
-    """The step that makes a value: position, values it reads and creates, bytes of workspace, seconds, fused or not."""
+    """The step that makes a value: position, values it reads and creates, bytes of workspace, seconds, fused or not.
+    unpacks: its name if it is no step of the graph but unpacks the value, whose own maker then stands at `at`."""
 
     at: int
     reads: tuple[int, ...]
@@ -19,12 +20,13 @@ class Maker(NamedTuple):
     workspace: int
     seconds: float
     fused: bool = False
+    unpacks: str = ""
 
 
 @dataclass(frozen=True)
 class Work:
     """What a region's copies do. held: (from, to, bytes), half-times, both included; bursts: (half-time, bytes above
-    what stood before); extends: original value -> last half-time a copy reads it; used: values really copied."""
+    what stood before); extends: original value -> last half-time a copy reads it; used: ways really taken."""
 
     held: tuple[tuple[int, int, int], ...]
     bursts: tuple[tuple[int, int], ...]
@@ -34,11 +36,17 @@ class Work:
 
 
 class Walk:
-    """Places copies as `memopt.edit.Placer` does: lazily, before the first read, with what they read in turn."""
+    """Places copies as `memopt.edit.Placer` does: lazily, before the first read, with what they read in turn.
 
-    def __init__(self, makers: Mapping[int, Maker], size: Sequence[int], remade: frozenset[int]) -> None:
-        self.makers, self.size, self.remade = makers, size, remade
+    remade: value -> the way it is remade. offered: ways there are here.
+    """
+
+    def __init__(
+        self, makers: Mapping[int, Maker], size: Sequence[int], remade: Mapping[int, int], offered: Set[int]
+    ) -> None:
+        self.makers, self.size, self.remade, self.offered = makers, size, remade, offered
         self.born: dict[int, int] = {}
+        self.taken: dict[int, int] = {}
         self.last: dict[int, int] = {}
         self.extends: dict[int, int] = {}
         self.bursts: list[tuple[int, list[Maker]]] = []
@@ -53,17 +61,17 @@ class Walk:
                 self.last[v] = 2 * at + 1
         held = tuple((b + 1, self.last[v], self.size[v]) for v, b in self.born.items() if self.last[v] > b)
         tops = tuple((when, self.top(when, makers)) for when, makers in self.bursts)
-        return Work(held, tops, self.extends, self.seconds, tuple(self.born))
+        return Work(held, tops, self.extends, self.seconds, tuple(self.taken.values()))
 
     def burst(self, wanted: Sequence[int], when: int) -> None:
-        needed: dict[int, Maker] = {}
+        needed: dict[tuple[int, str], Maker] = {}
         stack = [v for v in wanted if v not in self.born]
         while stack:
-            maker = self.makers[stack.pop()]
-            if maker.at not in needed:
-                needed[maker.at] = maker
+            maker = self.makers[self.remade[stack.pop()]]
+            if (maker.at, maker.unpacks) not in needed:
+                needed[maker.at, maker.unpacks] = maker
                 stack.extend(u for u in maker.reads if u in self.remade and u not in self.born)
-        order = [needed[at] for at in sorted(needed)]
+        order = [needed[place] for place in sorted(needed)]
         for maker in order:
             self.copy(maker, when)
         self.bursts.append((when, order))
@@ -79,6 +87,8 @@ class Walk:
             if v in self.remade and v not in self.born:
                 self.born[v] = when
                 self.last[v] = when
+                # Made beside what was wanted of its own maker, it need not be unpacked.
+                self.taken[v] = self.remade[v] if maker.unpacks or v not in self.offered else v
 
     def top(self, when: int, makers: Sequence[Maker]) -> int:
         """Most bytes above what stood before the burst: new copies, outputs nobody reads, workspace."""

@@ -1,10 +1,12 @@
 """The choices of a problem as numbers: which offer covers which reads, and a fast simulation of any subset.
 
 Offers whose spans fall into disjoint regions can be simulated region by region, and a region's copies depend on the
-offers chosen in it alone: results are cached by that subset, so trying a change costs one region. The simulation
-follows `memopt.edit` but keeps forward steps that lose all readers (edit drops them) and frees an original that only
-copies still read after the whole burst: its bytes and seconds are never below the edited graph's. Every final answer
-is simulated by `edit` itself.
+offers chosen in it alone: results are cached by that subset, so trying a change costs one region. A value may have
+several ways of being remade: way 0 runs its own step again and bears the value's number; each further one unpacks
+something that was packed when the value was made, a value of its own which lives only where a copy reads it. The
+simulation follows `memopt.edit` but keeps forward steps that lose all readers (edit drops them) and frees an original
+that only copies still read after the whole burst: its bytes and seconds are never below the edited graph's. Every final
+answer is simulated by `edit` itself.
 """
 
 from __future__ import annotations
@@ -20,17 +22,24 @@ from memopt.plans import Problem
 from memopt.solvers.region import Maker, Walk, Work
 from memopt.timeline import rounded
 
-Parts = tuple[frozenset[int], ...]  # values remade, by region
+Parts = tuple[frozenset[int], ...]  # ways taken, by region
 
 
 @dataclass
 class Region:
-    """A span of late steps. offers: value -> offer index. reads: (position, values offered here and read there)."""
+    """A span of late steps. offers: way -> offer index. values: those offered here, each with its ways.
+    reads: (position, values offered here and read there)."""
 
     first: int
     last: int
     offers: dict[int, int] = field(default_factory=dict)
+    values: dict[int, list[int]] = field(default_factory=dict)
     reads: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
+
+    @property
+    def again(self) -> set[int]:
+        """Values whose own step may run again here."""
+        return self.offers.keys() & self.values.keys()
 
 
 @dataclass(frozen=True)
@@ -43,14 +52,27 @@ class State:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Packed:
+    """What a value was packed into. source: that value. born: half-time of the packing. workspace: bytes it takes.
+    seconds: of the packing."""
+
+    source: int
+    born: int
+    workspace: int
+    seconds: float
+
+
 class Space:
     """Index of one problem. Values are numbers, in the order storages are declared; offers keep their order."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem, self.graph = problem, problem.graph
         graph = self.graph
-        self.number = {name: i for i, name in enumerate(graph.storages)}
-        self.size = [rounded(s.nbytes, problem.block) for s in graph.storages.values()]
+        made = {storage.name: storage for remake in problem.remakes for _, storage in remake.made}
+        storages = {**graph.storages, **made}
+        self.number = {name: i for i, name in enumerate(storages)}
+        self.size = [rounded(s.nbytes, problem.block) for s in storages.values()]
         self.steps = len(graph.steps)
         self.workspace = np.array([rounded(step.workspace, problem.block) for step in graph.steps], dtype=np.int64)
         self.uses: list[tuple[int, ...]] = [()] * len(self.size)
@@ -68,40 +90,63 @@ class Space:
         index = {(r.first, r.last): k for k, r in enumerate(self.regions)}
         self.separable = all(a.last < b.first for a, b in zip(self.regions, self.regions[1:], strict=False))
         self.makers: dict[int, Maker] = {}
+        self.value_of: dict[int, int] = {}
+        self.packed: dict[int, Packed] = {}
+        named: dict[tuple[int, str], int] = {}
         for offer, (remake, span) in enumerate(zip(offers, spans, strict=True)):
-            value = self.number[remake.value]
-            known = self.regions[index[span]].offers
-            plain = len(remake.unpack) == 1 and not remake.pack and remake.unpack[0].name in graph.position
-            self.separable &= plain and value not in known
-            if plain:
-                known[value] = offer
-                self.makers.setdefault(value, self.maker(remake))
+            way, known = self._way(remake, named), self.regions[index[span]]
+            self.separable &= way is not None and way not in known.offers
+            if way is not None:
+                known.offers[way] = offer
+                known.values.setdefault(self.value_of[way], []).append(way)
+        self.movable = {*self.value_of.values(), *self.packed}
+
+    def _way(self, remake: Remake, named: dict[tuple[int, str], int]) -> int | None:
+        """The way of this remake, indexed at first sight; None for one that this simulation does not know."""
+        value = self.number[remake.value]
+        plain = remake.repeats and remake.unpack[0].name in self.graph.position
+        if not plain and not (len(remake.unpack) == len(remake.pack) == len(remake.made) == 1):
+            return None
+        way = value if plain else named.setdefault((value, remake.unpack[0].name), len(self.size) + len(named))
+        if way not in self.makers:
+            self.makers[way], self.value_of[way] = self.maker(remake), value
+            if not plain:
+                self._index_packed(remake, value)
+        return way
+
+    def _index_packed(self, remake: Remake, value: int) -> None:
+        step = remake.pack[0]
+        seconds, workspace = self.problem.seconds.get(step.name, 0.0), rounded(step.workspace, self.problem.block)
+        packed = self.number[remake.made[0][1].name]
+        self.packed[packed] = Packed(value, 2 * self.uses[value][0] + 2, workspace, seconds)
 
     def maker(self, remake: Remake) -> Maker:
         step, graph, number = remake.unpack[0], self.graph, self.number
-        reads = tuple(dict.fromkeys(number[graph.storage_of(r)] for r in step.reads))
-        makes = tuple(number[name] for name in graph.created(step))
-        at = graph.position[step.name]
+        homes = {**graph.homes, **{info.name: info.storage for info, _ in remake.made}}
+        reads = tuple(dict.fromkeys(number[homes[r]] for r in step.reads))
+        makes = tuple(number[name] for name in (graph.created(step) if remake.repeats else (remake.value,)))
+        at = graph.position[step.name] if remake.repeats else graph.uses[remake.value][0]
         workspace = rounded(workspace_again(graph, step), self.problem.block)
-        return Maker(at, reads, makes, workspace, self.problem.seconds.get(step.name, 0.0), step.fused)
+        seconds = self.problem.seconds.get(step.name, 0.0)
+        return Maker(at, reads, makes, workspace, seconds, step.fused, "" if remake.repeats else step.name)
 
     def _index_reads(self) -> None:
         """Per region the reads its offers may serve; per value and region the first and last such read."""
         graph, starts = self.graph, [region.first for region in self.regions]
-        self.covered: dict[int, dict[int, tuple[int, int]]] = {v: {} for v in self.makers}
+        self.covered: dict[int, dict[int, tuple[int, int]]] = {v: {} for v in self.movable}
         for at, step in enumerate(graph.steps):
             k = bisect_right(starts, at) - 1
             if k < 0 or at > self.regions[k].last or graph.is_view(step):
                 continue
             region = self.regions[k]
             read = dict.fromkeys(self.number[graph.storage_of(r)] for r in step.reads)
-            served = tuple(v for v in read if v in region.offers)
+            served = tuple(v for v in read if v in region.values)
             if served:
                 region.reads.append((at, served))
             for v in served:
                 self.covered[v][k] = (self.covered[v].get(k, (at, at))[0], at)
         self._covered_in = [
-            {v: self.covered[v][k] for v in region.offers if k in self.covered[v]}
+            {v: self.covered[v][k] for v in region.values if k in self.covered[v]}
             for k, region in enumerate(self.regions)
         ]
         self._index_lives()
@@ -117,26 +162,34 @@ class Space:
             ends[v] = 2 * self.steps if v in held else 2 * uses[-1] + 1 if uses else -1
         self.births, self.fixed_ends, self.held = births, ends, held
         self.anchor: dict[int, int] = {}
-        for v in self.makers:
-            inside = [(r.first, r.last) for r in self.regions if v in r.offers]
+        for v in sorted({*self.value_of.values()}):
+            inside = [(r.first, r.last) for r in self.regions if v in r.values]
             outside = [u for u in self.uses[v] if not any(a <= u <= b for a, b in inside)]
             self.anchor[v] = 2 * max(outside, default=self.uses[v][0]) + 1
+        for v, packed in self.packed.items():  # nobody's, until a copy reads it
+            births[v], self.anchor[v] = packed.born, packed.born - 1
         self.anchored = ends.copy()
         for v, anchor in self.anchor.items():
             self.anchored[v] = ends[v] if v in held else anchor
         self.sizes = np.array(self.size, dtype=np.int64)
+        self._packs = np.array(sorted(self.packed), np.int64)
+        rows = [self.packed[v] for v in sorted(self.packed)]
+        self._sources, self._packed_at = (np.array([getattr(p, n) for p in rows], np.int64) for n in ("source", "born"))
+        self._pack_bytes = np.array([p.workspace for p in rows], np.int64)
+        self._pack_seconds = np.array([p.seconds for p in rows])
 
     def covered_in(self, k: int) -> dict[int, tuple[int, int]]:
         """Values of region k read there by original steps -> first and last of those positions."""
         return self._covered_in[k]
 
     def work(self, k: int, remade: frozenset[int]) -> Work:
-        """Simulate region k when these values are remade in it."""
+        """Simulate region k when these ways are taken in it."""
         found = self._cache.get((k, remade))
         if found is None:
-            found = Walk(self.makers, self.size, remade).run(self.regions[k].reads)
+            ways = {self.value_of[w]: w for w in sorted(remade, reverse=True)}  # of two the one offered first serves
+            found = Walk(self.makers, self.size, ways, self.regions[k].offers.keys()).run(self.regions[k].reads)
             self._cache[k, remade] = found
-            kept = {v: 2 * last + 1 for v, (_, last) in self._covered_in[k].items() if v not in remade}
+            kept = {v: 2 * last + 1 for v, (_, last) in self._covered_in[k].items() if v not in ways}
             born = [(first, size) for first, _, size in found.held]
             dead = [(last + 1, -size) for _, last, size in found.held]
             tables = ([*kept.items(), *found.extends.items()], born + dead, found.bursts)
@@ -155,7 +208,14 @@ class Space:
             self.work(k, part)
         ends = self.anchored.copy()
         np.maximum.at(ends, *self._table(parts, 0))
+        if self.packed:
+            packing = self.packing(ends)
+            np.maximum.at(ends, self._sources[packing], self._packed_at[packing])
         return ends
+
+    def packing(self, ends: np.ndarray) -> np.ndarray:
+        """Which packed values, in ascending order, a copy reads."""
+        return ends[self._packs] >= self._packed_at
 
     def bytes_at(self, parts: Parts) -> tuple[np.ndarray, float]:
         """Bytes at each half-time, the bursts' and workspaces included, and added seconds."""
@@ -170,7 +230,12 @@ class Space:
         held[1::2] += self.workspace
         when, size = self._table(parts, 2)
         held[when] += size
-        return held, sum(work.seconds for work in works)
+        seconds = sum(work.seconds for work in works)
+        if self.packed:
+            packing = self.packing(ends)
+            np.add.at(held, self._packed_at[packing], self._pack_bytes[packing])
+            seconds += float(self._pack_seconds[packing].sum())
+        return held, seconds
 
     def state(self, parts: Parts) -> State:
         held, seconds = self.bytes_at(parts)
@@ -178,7 +243,8 @@ class Space:
         return State(parts, int(held[at]) if len(held) else 0, at, seconds)
 
     def all(self) -> Parts:
-        return tuple(frozenset(region.offers) for region in self.regions)
+        """Every value remade, by the first of its ways."""
+        return tuple(frozenset(min(ways) for ways in region.values.values()) for region in self.regions)
 
     def none(self) -> Parts:
         return tuple(frozenset() for _ in self.regions)
@@ -186,6 +252,6 @@ class Space:
     def remakes(self, parts: Parts) -> tuple[Remake, ...]:
         """The offers that really serve a read, in the problem's order."""
         used: Iterable[int] = (
-            self.regions[k].offers[v] for k, part in enumerate(parts) for v in self.work(k, part).used
+            self.regions[k].offers[way] for k, part in enumerate(parts) for way in self.work(k, part).used
         )
         return tuple(self.problem.remakes[offer] for offer in sorted(used))

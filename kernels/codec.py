@@ -1,0 +1,56 @@
+"""What every packing of a saved tensor shares: a pair of operations, and the order in which elements are packed.
+
+    memopt::pack_<name>(Tensor x, int[] stride) -> Tensor                                   one row of bytes
+    memopt::unpack_<name>(Tensor packed, int[] size, int[] stride, ScalarType dtype) -> Tensor
+
+Elements are packed in the order in which a dense tensor of those strides lies in memory, so that nothing is transposed;
+a tensor laid out otherwise is copied into that order first. A codec works on flat tensors and knows no shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("memopt", "FRAGMENT")
+Pack = Callable[[Tensor], Tensor]  # flat elements -> bytes
+Unpack = Callable[[Tensor, Tensor], None]  # bytes, flat elements to write
+
+
+def register(name: str, pack: Pack, unpack: Unpack, nbytes: Callable[[int], int]) -> None:
+    """Define the pair of operations. nbytes: elements -> bytes they are packed into."""
+
+    def packed(x: Tensor, stride: Sequence[int]) -> Tensor:
+        return pack(flat(x, stride))
+
+    def unpacked(packed: Tensor, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+        out = torch.empty_strided(size, stride, dtype=dtype, device=packed.device)
+        unpack(packed, out.as_strided((out.numel(),), (1,)))
+        return out
+
+    def packed_fake(x: Tensor, stride: Sequence[int]) -> Tensor:
+        return x.new_empty((nbytes(x.numel()),), dtype=torch.uint8)
+
+    def unpacked_fake(packed: Tensor, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.empty_strided(size, stride, dtype=dtype, device=packed.device)
+
+    LIBRARY.define(f"pack_{name}(Tensor x, int[] stride) -> Tensor")
+    LIBRARY.define(f"unpack_{name}(Tensor packed, int[] size, int[] stride, ScalarType dtype) -> Tensor")
+    LIBRARY.impl(f"pack_{name}", packed, "CompositeExplicitAutograd")
+    LIBRARY.impl(f"unpack_{name}", unpacked, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"memopt::pack_{name}", packed_fake, lib=LIBRARY)
+    torch.library.register_fake(f"memopt::unpack_{name}", unpacked_fake, lib=LIBRARY)
+
+
+def flat(x: Tensor, stride: Sequence[int]) -> Tensor:
+    """The elements in memory order of a dense tensor with these strides; a view where x is laid out like that."""
+    if x.stride() != tuple(stride):
+        x = torch.empty_strided(x.shape, stride, dtype=x.dtype, device=x.device).copy_(x)
+    return x.as_strided((x.numel(),), (1,))
+
+
+def chunks(count: int, each: int) -> list[slice]:
+    """Slices of `each` elements, so that what a codec holds beside its input and output is bounded."""
+    return [slice(at, min(at + each, count)) for at in range(0, count, each)]

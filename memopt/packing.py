@@ -1,0 +1,72 @@
+"""Saving a value in fewer bytes: a packing step behind the value, an unpacking step before its late reads.
+
+What every such trade has in common. The operations are pairs `memopt::pack_<codec>`, `memopt::unpack_<codec>`
+(memopt/kernels/codec.py); here they are steps of the photograph, of which only the packed bytes must be known.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass, replace
+from math import prod
+
+from memopt.cost import ITEMSIZE
+from memopt.edit import Remake
+from memopt.graph import Step, StepGraph, Storage, TensorInfo
+from memopt.passbase import Trade
+from memopt.passes.recompute import needed, remakeable, shared_values
+from memopt.solvers.blocks import find_blocks
+
+Codec = tuple[str, int]  # name of a pair of operations, bytes it packs the value into
+
+
+@dataclass(frozen=True)
+class Packing(Trade):
+    """A trade that packs values. Assumes: the codec gives back what it was given, or the trade is lossy and says so."""
+
+    @abstractmethod
+    def codec(self, graph: StepGraph, value: str) -> Codec | None:
+        """How to pack this storage, of one dense tensor; None to leave it alone."""
+
+    def propose(self, graph: StepGraph, seconds: Mapping[str, float]) -> tuple[Remake, ...]:
+        found = ((value, self.codec(graph, value)) for value in packable(graph))
+        remakes = {value: packed(graph, self.name, value, codec) for value, codec in found if codec is not None}
+        return tuple(replace(remakes[value], span=span) for span, value in read_late(graph, remakes.keys()))
+
+
+def packable(graph: StepGraph) -> Iterator[str]:
+    """Storages the forward creates for one dense tensor, which the caller does not hold and later steps read."""
+    held = {*graph.input_storages, *graph.output_storages}
+    for step in graph.steps[: graph.boundary]:
+        for value in graph.created(step):
+            info = graph.tensors.get(value)
+            whole = info is not None and prod(info.shape) * ITEMSIZE.get(info.dtype, 0) == graph.storages[value].nbytes
+            if whole and value not in held and graph.uses[value][-1] >= graph.boundary:
+                yield value
+
+
+def packed(graph: StepGraph, trade: str, value: str, codec: Codec) -> Remake:
+    """The remake that packs the value where it is made; its span is still to be set, as are its seconds."""
+    name, nbytes = codec
+    made = graph.steps[graph.uses[value][0]]
+    to, back = f"{value}_{name}", f"{value}_from_{name}"
+    shape = f"{graph.tensors[value].dtype}{list(graph.tensors[value].shape)}"
+    pack = Step(to, f"memopt.pack_{name}.default", "forward", (value,), (to,), made.source, f"pack_{name}({shape})")
+    unpack = Step(back, f"memopt.unpack_{name}.default", "backward", (to,), (value,), made.source, f"un{pack.key}")
+    new = (TensorInfo(to, (nbytes,), "uint8", to), Storage(to, nbytes))
+    return Remake(trade, value, (made.name, made.name), (unpack,), (pack,), made=(new,))
+
+
+def read_late(graph: StepGraph, values: Set[str]) -> Iterator[tuple[tuple[str, str], str]]:
+    """(span of a block's backward, value) for each of these values that its steps read, or the makers of what those
+    read, in the order of the graph."""
+    blocks, makers = find_blocks(graph), remakeable(graph)
+    shared = shared_values(graph, blocks)
+    for region in filter(None, blocks.regions):
+        first, last = region
+        again = needed(graph, blocks, makers, shared, region)
+        steps = (*graph.steps[first : last + 1], *(step for value in again for step in makers[value]))
+        read = {graph.storage_of(name) for step in steps if not graph.is_view(step) for name in step.reads}
+        span = (graph.steps[first].name, graph.steps[last].name)
+        yield from ((span, value) for value in values if value in read)

@@ -1,0 +1,42 @@
+"""Indices in the smallest integers that hold them: where a pooling found its maximum, what a sort or a top-k chose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from memopt.graph import Step, StepGraph
+from memopt.packing import Codec, Packing
+from memopt.passbase import Numerics
+
+# Operations whose 64-bit output counts places in what they read: it is below the number of its elements (ATen).
+INDEXING = frozenset({
+    *("max_pool2d_with_indices", "max_pool3d_with_indices", "adaptive_max_pool2d", "adaptive_max_pool3d"),
+    *("fractional_max_pool2d", "sort", "topk", "argmax", "argmin", "argsort", "max", "min", "median", "mode"),
+})  # fmt: skip
+WIDTHS = (("uint8", 1, 2**8), ("int16", 2, 2**15), ("int32", 4, 2**31))  # codec, bytes an element, first it cannot hold
+
+
+@dataclass(frozen=True)
+class NarrowIndices(Packing):
+    """Save 64-bit indices of known range in 8, 16 or 32 bits."""
+
+    name, numerics = "narrow_indices", Numerics.EXACT
+
+    def codec(self, graph: StepGraph, value: str) -> Codec | None:
+        """The narrowest type by the elements the indices count in."""
+        maker = graph.steps[graph.uses[value][0]]
+        if graph.tensors[value].dtype != "int64" or not indexing(maker):
+            return None
+        count, limit = prod(graph.tensors[value].shape), places(graph, maker)
+        return next(((name, count * size) for name, size, beyond in WIDTHS if limit <= beyond), None)
+
+
+def indexing(step: Step) -> bool:
+    """Whether its integers are places in what it reads."""
+    return step.op.split(".")[:1] == ["aten"] and step.op.split(".")[1] in INDEXING
+
+
+def places(graph: StepGraph, step: Step) -> int:
+    """Elements of the largest tensor it reads: all its indices are below."""
+    return max(prod(graph.tensors[name].shape) for name in step.reads)

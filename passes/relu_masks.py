@@ -1,0 +1,90 @@
+"""What a relu let through, not what it made: saved as booleans where nothing else of the backward reads its output.
+
+The backward of a relu is `where(result <= threshold, 0, grad)` (derivatives.yaml, threshold_backward). As one operation
+it holds the whole output until then. With the comparison made in the forward it holds a byte an element, and
+`memopt.passes.pack_masks` an eighth of that.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from memopt.facts import FACTS, facts, tensor_inputs
+from memopt.graph import StepGraph
+from memopt.passbase import Cleanup, Numerics, PassResult
+from memopt.program import Program, boundary, normalised, photograph
+
+ATEN = torch.ops.aten
+SAME = (ATEN.detach.default, ATEN.alias.default)
+COMPARISONS = (ATEN.le.Scalar, ATEN.gt.Scalar, ATEN.lt.Scalar, ATEN.ge.Scalar)
+
+
+def relu_masks(program: Program) -> PassResult:
+    """Compare in the forward what the backward would only compare."""
+    graph = photograph(program)
+    late = Counter(
+        graph.storage_of(name)
+        for step in graph.steps[graph.boundary :]
+        if not graph.is_view(step)
+        for name in step.reads
+    )
+    changed = program.copy()
+    sites = [node for node in _backward(changed) if (read := _compared(node)) and _alone(changed, graph, late, read)]
+    for node in sites:
+        _compare_early(changed.graph, node)
+    return PassResult(normalised(changed) if sites else program, len(sites))
+
+
+def _backward(program: Program) -> list[fx.Node]:
+    nodes = list(program.graph.nodes)
+    first = boundary(program)
+    return nodes[nodes.index(first) :] if first is not None else []
+
+
+def _compared(node: fx.Node) -> fx.Node | None:
+    """The value that this node only compares with a number; None if it does something else."""
+    if node.target is not ATEN.threshold_backward.default and node.target not in COMPARISONS:
+        return None
+    value = tensor_inputs(node)[-1]
+    while value.target in SAME:
+        value = value.all_input_nodes[0]
+    return value
+
+
+def _alone(program: Program, graph: StepGraph, late: Counter[str], read: fx.Node) -> bool:
+    """Whether the value is made in the forward and let go there by all others."""
+    name = program.name(read)
+    made = graph.producer.get(name, graph.boundary)
+    home = graph.storage_of(name)
+    return made < graph.boundary and late[home] == 1 and home not in graph.output_storages
+
+
+def _compare_early(graph: fx.Graph, node: fx.Node) -> None:
+    read = _compared(node)
+    assert read is not None
+    with graph.inserting_after(read):
+        number = node.args[2] if node.target is ATEN.threshold_backward.default else node.args[1]
+        target = ATEN.le.Scalar if node.target is ATEN.threshold_backward.default else node.target
+        mask = graph.call_function(target, (read, number))  # type: ignore[arg-type]
+    mask.meta = {key: value for key, value in read.meta.items() if key not in (FACTS, "val", "tensor_meta")}
+    mask.meta["partitioner_tag"] = "must_be_in_forward"
+    with read.meta["val"].fake_mode:
+        mask.meta["val"] = target(read.meta["val"], number)  # type: ignore[operator]
+    facts(mask)
+    if target is node.target:
+        node.replace_all_uses_with(mask)
+        graph.erase_node(node)
+        return
+    node.target, node.args = ATEN.where.ScalarSelf, (mask, 0.0, node.args[0])
+    node.meta.pop(FACTS, None)
+
+
+@dataclass(frozen=True)
+class ReluMasks(Cleanup):
+    """Let no backward hold a relu's output to compare it. Assumes: nothing; the same comparison is made earlier."""
+
+    name, numerics, run = "relu_masks", Numerics.EXACT, staticmethod(relu_masks)

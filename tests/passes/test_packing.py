@@ -1,0 +1,140 @@
+"""Exact savings: masks as bits, narrow indices, a relu's mask instead of its output; and what is left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import memopt
+from memopt.capture import survey
+from memopt.graph import StepGraph
+from memopt.passes.narrow_indices import NarrowIndices
+from memopt.passes.pack_masks import PackMasks
+from memopt.passes.relu_masks import relu_masks
+from memopt.passes.replay_random import replay_random
+from memopt.program import Program, photograph
+from memopt.runtime.measure import measure_step
+
+
+class Dropping(nn.Module):
+    """Dropouts whose masks weigh more than what else a block saves: wide values from narrow ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rise = nn.ModuleList([nn.Linear(8, 512) for _ in range(4)])
+        self.fall = nn.ModuleList([nn.Linear(512, 8) for _ in range(4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for rise, fall in zip(self.rise, self.fall, strict=True):
+            x = x + fall(nn.functional.dropout(torch.relu(rise(x)), 0.2))
+        return x.square().mean()
+
+
+class Pooling(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(4, 4, 3, padding=1) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv in self.convs:
+            x = nn.functional.max_pool2d(conv(x).sin(), 3, stride=1, padding=1)
+        return x.square().mean()
+
+
+def captured(model: nn.Module, *inputs: Tensor) -> Program:
+    return (
+        survey(model, inputs, {}, lambda program: replay_random(relu_masks(program).program).program)
+        .captures[0]
+        .program
+    )
+
+
+def dropped() -> StepGraph:
+    return photograph(captured(Dropping(), torch.randn(64, 8)))
+
+
+def test_every_mask_the_backward_reads_is_offered_as_bits() -> None:
+    graph = dropped()
+    masks = {
+        name for name, info in graph.tensors.items() if info.dtype == "bool" and graph.uses[name][-1] >= graph.boundary
+    }
+    offers = PackMasks().propose(graph, {})
+    assert {offer.value for offer in offers} == masks
+    assert len(masks) == 8  # four of dropouts, four of relus
+    for offer in offers:
+        ((_, storage),) = offer.made
+        assert storage.nbytes == graph.storages[offer.value].nbytes // 8
+
+
+def test_indices_are_offered_in_the_narrowest_type_of_the_plane() -> None:
+    for side, name, size in ((2, "uint8", 1), (16, "int16", 2), (128, "int32", 4)):
+        graph = photograph(captured(Pooling(), torch.randn(2, 4, side, side)))
+        offers = NarrowIndices().propose(graph, {})
+        assert {offer.unpack[0].op for offer in offers} == {f"memopt.unpack_{name}.default"}
+        for offer in offers:
+            assert offer.made[0][1].nbytes * 8 == graph.storages[offer.value].nbytes * size
+
+
+def test_integers_of_unknown_range_are_left_alone() -> None:
+    class Shifted(nn.Module):
+        def forward(self, x: Tensor, at: Tensor) -> Tensor:
+            return x.gather(0, at * 3 - 2).square().sum()
+
+    x, at = torch.randn(64, requires_grad=True), torch.ones(64, dtype=torch.int64)
+    assert NarrowIndices().propose(photograph(captured(Shifted(), x, at)), {}) == ()
+
+
+def test_a_relu_whose_output_is_saved_anyway_keeps_it() -> None:
+    saved = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+
+    class Summed(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return saved(x).sum()
+
+    program = survey(Summed(), (torch.randn(4, 8),), {}, lambda program: program).captures[0].program
+    assert relu_masks(program).sites == 0
+
+
+def test_the_second_run_finds_nothing() -> None:
+    program = survey(Dropping(), (torch.randn(64, 8),), {}, lambda program: program).captures[0].program
+    once = relu_masks(program)
+    assert once.sites == 4
+    assert relu_masks(once.program).sites == 0
+
+
+# lever -> (model, shape of its input, share of its peak that the lever alone reaches)
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], float]] = {
+    "pack_masks": (Dropping, (1024, 8), 0.9),
+    "narrow_indices": (Pooling, (4, 4, 64, 64), 0.95),
+}
+
+
+@pytest.mark.parametrize("lever", MODELS)
+def test_a_lever_fires_lowers_the_measured_peak_and_changes_no_bit(lever: str) -> None:
+    build, shape, share = MODELS[lever]
+    torch.manual_seed(0)
+    model, x = build(), torch.randn(shape)
+    want = stepped(model, x)
+    plan: Any = memopt.plan(build(), (x,), budget="4GB", lowering="eager", numerics="exact")
+    budget = int(share * plan.peak)
+    optimizer = torch.optim.AdamW(model.parameters())
+    memopt.compile(model, budget, optimizer=optimizer, lowering="eager", numerics="exact", passes="-recompute")
+    assert all(map(torch.equal, stepped(model, x), want))
+    result: Any = model.memopt.plan
+    assert [found.lever for found in result.levers] == [lever]
+    measured = measure_step(lambda: model(x), optimizer, resident=[model, x])
+    assert measured.peak_bytes == result.peak <= budget
+
+
+def stepped(model: nn.Module, x: Tensor) -> list[Tensor]:
+    torch.manual_seed(5)
+    model.zero_grad(set_to_none=True)
+    loss = model(x)
+    loss.backward()
+    found = [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    model.zero_grad(set_to_none=True)
+    return found

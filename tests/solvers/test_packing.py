@@ -1,0 +1,102 @@
+"""Values that may also be unpacked: the solvers against brute force, the fast simulation against the edited graph."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memopt.edit import Remake, edit
+from memopt.graph import StepGraph, verify
+from memopt.packing import packable, packed, read_late
+from memopt.passes.recompute import Recompute
+from memopt.plans import Plan, Problem, Status, simulated
+from memopt.solvers import brute, milp, solve
+from memopt.solvers.space import Space
+from memopt.timeline import peak
+from tests.synthetic import random_step
+
+
+def offers_of(graph: StepGraph, seconds: dict[str, float], seed: int) -> tuple[tuple[Remake, ...], dict[str, float]]:
+    """Recomputation and, for some of the values, one or two codecs; seconds with those of packing and unpacking."""
+    rng = random.Random(seed)
+    offers, spent = [*Recompute().propose(graph, seconds)], dict(seconds)
+    for name, share in (("half", 2), ("eighth", 8)):
+        values = [value for value in packable(graph) if rng.random() < 0.5]
+        remakes = {v: packed(graph, name, v, (name, graph.storages[v].nbytes // share)) for v in values}
+        for remake in remakes.values():
+            for step in (*remake.pack, *remake.unpack):
+                spent[step.name] = rng.choice((0.2, 1.0, 5.0)) * 1e-5
+        for value, remake in remakes.items():
+            workspace = rng.choice((0, 0, 64))
+            pack = tuple(replace(step, workspace=workspace) for step in remake.pack)
+            unpack = tuple(replace(step, workspace=workspace) for step in remake.unpack)
+            remakes[value] = replace(remake, pack=pack, unpack=unpack)
+        offers += [replace(remakes[v], span=span) for span, v in read_late(graph, remakes.keys())]
+    rng.shuffle(offers)
+    return tuple(offers), spent
+
+
+def problem_of(seed: int, share: float, most: int = 8) -> Problem:
+    graph, seconds = random_step(seed)
+    offers, spent = offers_of(graph, seconds, seed)
+    floor = brute(Problem(graph, offers[:most], 0, spent)).peak
+    return Problem(graph, offers[:most], int(floor + share * (peak(graph) - floor)), spent)
+
+
+PROBLEMS = st.builds(problem_of, st.integers(0, 10**6), st.sampled_from((0.0, 0.3, 0.6, 0.95)))
+
+
+def check(problem: Problem, plan: Plan) -> None:
+    edited = edit(problem.graph, plan.chosen)
+    verify(edited)
+    assert plan.peak == peak(edited, problem.block)
+    assert (plan.status is Status.INFEASIBLE) == (plan.peak > problem.budget)
+
+
+@settings(max_examples=60, deadline=None)
+@given(PROBLEMS)
+def test_milp_is_brute_force_only_faster(problem: Problem) -> None:
+    want, got = brute(problem), milp(problem)
+    check(problem, got)
+    assert got.status is want.status
+    assert got.seconds == pytest.approx(want.seconds)
+
+
+@settings(max_examples=60, deadline=None)
+@given(PROBLEMS)
+def test_no_bound_is_above_the_optimum(problem: Problem) -> None:
+    want, got = brute(problem), solve(problem)
+    check(problem, got)
+    if want.status is not Status.INFEASIBLE and got.status is not Status.INFEASIBLE:
+        assert got.lower_bound <= want.seconds + 1e-9
+        if got.status is Status.OPTIMAL:
+            assert got.seconds <= want.seconds / 0.99 + 1e-9
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 10**6))
+def test_the_fast_simulation_is_never_below_the_edited_graph(seed: int, choice: int) -> None:
+    graph, seconds = random_step(seed)
+    offers, spent = offers_of(graph, seconds, seed)
+    problem = Problem(graph, offers, 0, spent)
+    space, rng = Space(problem), random.Random(choice)
+    assert space.separable
+    parts = tuple(
+        frozenset(rng.choice(ways) for ways in region.values.values() if rng.random() < 0.5) for region in space.regions
+    )
+    state, plan = space.state(parts), simulated(problem, space.remakes(parts), "test")
+    assert state.peak >= plan.peak
+    assert state.seconds >= plan.seconds - 1e-12
+
+
+def test_what_nobody_unpacks_is_not_packed() -> None:
+    graph, seconds = random_step(3)
+    offers, _ = offers_of(graph, seconds, 3)
+    first = next(remake for remake in offers if remake.pack)
+    unread = replace(first, span=(graph.steps[0].name, graph.steps[0].name))
+    assert edit(graph, (unread,)).steps == edit(graph, (replace(unread, pack=()),)).steps
+    assert first.pack[0].name not in edit(graph, (unread,)).position
