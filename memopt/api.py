@@ -98,6 +98,9 @@ def plan(
     return session.plan_for(*as_call(example_inputs)).result
 
 
+LOSSY = tuple(trade.name for trade in TRADES if trade.numerics is Numerics.LOSSY)  # each by consent
+
+
 def make_request(
     device: Device,
     budget: int | str,
@@ -112,8 +115,11 @@ def make_request(
     """Check every option and resolve it. ValueError in one sentence with what is known."""
     check_environment()
     _known("numerics", numerics, ("exact", "reordered"))
-    for lever in [allow] if isinstance(allow, str) else allow:
-        _known("allow", lever, tuple(t.name for t in TRADES if t.numerics is Numerics.LOSSY))
+    allowed = frozenset(_known("allow", name, LOSSY) for name in ([allow] if isinstance(allow, str) else allow))
+    if allowed and numerics == "exact":
+        raise ValueError(
+            f'numerics="exact" and allow={min(allowed)!r} contradict each other: what allow names is lossy'
+        )
     if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
         raise ValueError(f"accumulate={accumulate!r} refused: it counts backwards per optimizer step, 1 or more")
     return Request(
@@ -123,7 +129,7 @@ def make_request(
         model=name,
         optimizer=optimizer,
         numerics=numerics,
-        off=switched_off(passes),
+        off=switched_off(passes) | (frozenset(LOSSY) - allowed),
         accumulate=accumulate,
     )
 

@@ -26,12 +26,11 @@ class Packing(Trade):
     """A trade that packs values. Assumes: the codec gives back what it was given, or the trade is lossy and says so."""
 
     @abstractmethod
-    def codec(self, graph: StepGraph, value: str) -> Codec | None:
-        """How to pack this storage, of one dense tensor; None to leave it alone."""
+    def codecs(self, graph: StepGraph) -> Mapping[str, Codec]:
+        """Of the `packable` storages those to pack, and how."""
 
     def propose(self, graph: StepGraph, seconds: Mapping[str, float]) -> tuple[Remake, ...]:
-        found = ((value, self.codec(graph, value)) for value in packable(graph))
-        remakes = {value: packed(graph, self.name, value, codec) for value, codec in found if codec is not None}
+        remakes = {value: packed(graph, self.name, value, codec) for value, codec in self.codecs(graph).items()}
         return tuple(replace(remakes[value], span=span) for span, value in read_late(graph, remakes.keys()))
 
 

@@ -138,9 +138,11 @@ class Refused:
         return WayOut(change, plan.peak, plan.seconds, numerics, plan.peak <= self.result.budget)
 
     def _levers(self) -> Iterator[WayOut]:
-        """Levers that were switched off, or are lossy and were not named."""
-        for trade in TRADES:
-            if trade.name in self.request.off:
+        """Levers that were switched off; of those that are lossy and were not named, the first."""
+        off = [trade for trade in TRADES if trade.name in self.request.off]
+        lossy = [trade for trade in off if trade.numerics is Numerics.LOSSY]
+        for trade in off:
+            if trade not in lossy[1:]:
                 word = self.spelling.allow if trade.numerics is Numerics.LOSSY else self.spelling.on
                 request = replace(self.request, off=self.request.off - {trade.name})
                 yield self._way(word.format(trade.name), trade.numerics.value, self._plan(self.found, request))

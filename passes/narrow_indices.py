@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
 from memopt.graph import Step, StepGraph
-from memopt.packing import Codec, Packing
+from memopt.packing import Codec, Packing, packable
 from memopt.passbase import Numerics
 
 # Operations whose 64-bit output counts places in what they read: it is below the number of its elements (ATen).
@@ -23,13 +24,20 @@ class NarrowIndices(Packing):
 
     name, numerics = "narrow_indices", Numerics.EXACT
 
-    def codec(self, graph: StepGraph, value: str) -> Codec | None:
-        """The narrowest type by the elements the indices count in."""
-        maker = graph.steps[graph.uses[value][0]]
-        if graph.tensors[value].dtype != "int64" or not indexing(maker):
-            return None
-        count, limit = prod(graph.tensors[value].shape), places(graph, maker)
-        return next(((name, count * size) for name, size, beyond in WIDTHS if limit <= beyond), None)
+    def codecs(self, graph: StepGraph) -> Mapping[str, Codec]:
+        """The narrowest type by the elements that the indices count in."""
+        indices = (value for value in packable(graph) if graph.tensors[value].dtype == "int64")
+        found = ((value, narrowest(graph, value)) for value in indices)
+        return {value: codec for value, codec in found if codec is not None}
+
+
+def narrowest(graph: StepGraph, value: str) -> Codec | None:
+    """The codec of the smallest integers that hold these; None where their range is not known."""
+    maker, count = graph.steps[graph.uses[value][0]], prod(graph.tensors[value].shape)
+    if not indexing(maker):
+        return None
+    limit = places(graph, maker)
+    return next(((name, count * size) for name, size, beyond in WIDTHS if limit <= beyond), None)
 
 
 def indexing(step: Step) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from memopt.graph import StepGraph
-from memopt.packing import Codec, Packing
+from memopt.packing import Codec, Packing, packable
 from memopt.passbase import Numerics
 
 
@@ -15,7 +16,8 @@ class PackMasks(Packing):
 
     name, numerics = "pack_masks", Numerics.EXACT
 
-    def codec(self, graph: StepGraph, value: str) -> Codec | None:
+    def codecs(self, graph: StepGraph) -> Mapping[str, Codec]:
         """One bit an element, rounded up to bytes."""
-        nbytes = graph.storages[value].nbytes
-        return ("bits", -(-nbytes // 8)) if graph.tensors[value].dtype == "bool" and nbytes > 1 else None
+        masks = (value for value in packable(graph) if graph.tensors[value].dtype == "bool")
+        sizes = ((value, graph.storages[value].nbytes) for value in masks)
+        return {value: ("bits", -(-nbytes // 8)) for value, nbytes in sizes if nbytes > 1}

@@ -91,7 +91,27 @@ def solve(problem: Problem, *, method: str = "auto", gap: float = 0.01, time_lim
     if not problem.remakes:
         return simulated(problem, (), "none")
     space = Space(problem)
-    return planned(problem, space, gap, time_limit, progress) if space.separable else greedy(problem)
+    if not space.separable:
+        return greedy(problem)
+    plan = planned(problem, space, gap, time_limit, progress)
+    return plan if not space.packed else never_worse(problem, plan, repeating(problem, gap, time_limit, progress))
+
+
+def repeating(problem: Problem, gap: float, time_limit: float, progress: Progress | None) -> Plan:
+    """The plan of the same problem without what packs values."""
+    alone = replace(problem, remakes=tuple(remake for remake in problem.remakes if remake.repeats))
+    return solve(alone, gap=gap, time_limit=time_limit, progress=progress)
+
+
+def never_worse(problem: Problem, plan: Plan, alone: Plan) -> Plan:
+    """The cheaper of two within the budget, else the lower: what is found among more offers may be the worse of both.
+
+    The bound is that of all offers; a plan that undercuts it is none of them, as in `certified`."""
+    best = min(plan, alone, key=lambda p: (max(p.peak - problem.budget, 0), p.seconds, p.peak))
+    if best is plan or best.status is Status.INFEASIBLE:
+        return best
+    bound = 0.0 if best.seconds < plan.lower_bound * (1 - 1e-9) else min(plan.lower_bound, best.seconds)
+    return replace(best, lower_bound=bound, status=Status.FEASIBLE)
 
 
 def planned(problem: Problem, space: Space, gap: float, time_limit: float, progress: Progress | None) -> Plan:

@@ -100,3 +100,16 @@ def test_what_nobody_unpacks_is_not_packed() -> None:
     unread = replace(first, span=(graph.steps[0].name, graph.steps[0].name))
     assert edit(graph, (unread,)).steps == edit(graph, (replace(unread, pack=()),)).steps
     assert first.pack[0].name not in edit(graph, (unread,)).position
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from((0.1, 0.4, 0.8)))
+def test_more_offers_never_make_a_dearer_plan(seed: int, share: float) -> None:
+    graph, seconds = random_step(seed)
+    offers, spent = offers_of(graph, seconds, seed)
+    again = tuple(offer for offer in offers if offer.repeats)
+    floor = solve(Problem(graph, again, 0, spent)).peak
+    budget = int(floor + share * (peak(graph) - floor))
+    few, many = solve(Problem(graph, again, budget, spent)), solve(Problem(graph, offers, budget, spent))
+    assert many.peak <= budget
+    assert many.seconds <= few.seconds + 1e-12

@@ -1,0 +1,107 @@
+"""Floating-point values in 8, 4 or 2 bits, by groups, rounded stochastically: lossy, and unbiased.
+
+A group of G = 256 elements in memory order keeps its least value lo and a step s = (hi - lo) / L in fp32, L = 2^b - 1
+(as ActNN, arXiv:2104.14129, and Mesa, arXiv:2111.11124). x is saved as q = floor((x - lo) / s + u) with u uniform in
+[0, 1), so that E[lo + q s] = x for every x of the group: rounding adds noise of at most one step and no bias.
+
+u comes from a table of fixed noise, turned by an offset that a hash of the values gives: the global generator stays
+where it is, and packing the same values twice gives the same bytes. A group with an infinity comes back as NaN.
+Layout: 8 bytes a group (lo, s), then the codes of whole groups, the lowest bits first.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache, partial
+
+import torch
+from torch import Tensor
+
+from memopt.kernels.codec import chunks, register
+
+GROUP = 256
+EACH = 256  # groups at a time
+BITS = {"int8": 8, "int4": 4, "int2": 2}
+
+
+def nbytes(count: int, bits: int) -> int:
+    """Bytes for so many elements: parameters and codes of whole groups."""
+    return -(-count // GROUP) * (8 + GROUP * bits // 8)
+
+
+@lru_cache(maxsize=8)
+def noise(device: torch.device) -> Tensor:
+    """Uniform in [0, 1), one a place in a chunk, twice over so that every offset finds a whole chunk."""
+    once = torch.rand(EACH * GROUP, generator=torch.Generator().manual_seed(0x5EED))
+    return torch.cat((once, once)).to(device)
+
+
+def offset(x: Tensor) -> int:
+    """Where in the noise to begin: a hash of some of the values, spread over the tensor."""
+    seen = x[:: max(1, x.numel() // 64)].float().contiguous().view(torch.int32).to(torch.int64)
+    place = torch.arange(1, seen.numel() + 1, device=x.device)
+    return int((seen * place * 0x9E3779B1 >> 7).sum() % (EACH * GROUP))
+
+
+def pack(x: Tensor, bits: int, start: int | None = None) -> Tensor:
+    """Parameters and codes of flat values. start: where in the noise to begin; None: by the values."""
+    groups, levels = -(-x.numel() // GROUP), (1 << bits) - 1
+    out = x.new_empty((nbytes(x.numel(), bits),), dtype=torch.uint8)
+    terms = out[: groups * 8].view(torch.float32).view(groups, 2)
+    codes = out[groups * 8 :].view(groups, -1)
+    start = (offset(x) if x.numel() else 0) if start is None else start
+    for part in chunks(groups, EACH):
+        rows = _rows(x, part)
+        low = rows.amin(1)
+        step = (rows.amax(1) - low) / levels  # amin and amax: aminmax takes ten times as long on CPU
+        terms[part, 0], terms[part, 1] = low, step
+        turned = (start + part.start * 40_503) % (EACH * GROUP)
+        u = noise(x.device)[turned : turned + rows.numel()].view(rows.shape)
+        inverse = torch.where(step > 0, 1 / step, 0)
+        q = rows.sub(low[:, None]).mul_(inverse[:, None]).add_(u).floor_().clamp_(0, levels).to(torch.uint8)
+        codes[part] = _joined(q, bits)
+    return out
+
+
+def unpack(packed: Tensor, out: Tensor, bits: int) -> None:
+    """Write lo + q s."""
+    groups = -(-out.numel() // GROUP)
+    terms = packed[: groups * 8].view(torch.float32).view(groups, 2)
+    codes = packed[groups * 8 :].view(groups, -1)
+    for part in chunks(groups, EACH):
+        q = _parted(codes[part], bits).to(torch.float32)
+        rows = q.mul_(terms[part, 1:]).add_(terms[part, :1]).view(-1)
+        into = out[part.start * GROUP : part.stop * GROUP]
+        into.copy_(rows[: into.numel()])
+
+
+def _rows(x: Tensor, part: slice) -> Tensor:
+    """These groups in fp32, a copy; the last one filled up with its own last value."""
+    values = x[part.start * GROUP : part.stop * GROUP].to(torch.float32, copy=True)
+    if missing := (part.stop - part.start) * GROUP - values.numel():
+        values = torch.cat((values, values[-1:].expand(missing)))
+    return values.view(-1, GROUP)
+
+
+def _joined(q: Tensor, bits: int) -> Tensor:
+    """Codes of a byte each, several to a byte."""
+    each = 8 // bits
+    if each == 1:
+        return q
+    split = q.view(q.shape[0], -1, each)
+    joined = split[..., 0].clone()
+    for place in range(1, each):
+        joined |= split[..., place] << (bits * place)
+    return joined
+
+
+def _parted(codes: Tensor, bits: int) -> Tensor:
+    """The codes of a byte each again."""
+    each, mask = 8 // bits, (1 << bits) - 1
+    if each == 1:
+        return codes
+    parts = [(codes >> (bits * place)) & mask for place in range(each)]
+    return torch.stack(parts, -1).view(codes.shape[0], -1)
+
+
+for name, bits in BITS.items():
+    register(name, partial(pack, bits=bits), partial(unpack, bits=bits), partial(nbytes, bits=bits))

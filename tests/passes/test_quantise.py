@@ -1,0 +1,95 @@
+"""Quantised saving runs only when named, keeps the forward exact, and lets a step fit that would not otherwise."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import memopt
+from memopt.passes.quantise import Int8Activations, quantisable
+from memopt.runtime.measure import measure_step
+from tests.passes.test_packing import Dropping, captured, photograph, stepped
+
+
+class Stack(nn.Module):
+    """Products of their own inputs' width, so that making one again costs more than packing its input."""
+
+    def __init__(self, wide: int = 384) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(wide, wide) for _ in range(6)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x.square().mean()
+
+
+def compiled(model: nn.Module, x: Tensor, budget: int | str, **options: Any) -> Any:
+    return memopt.compile(model, budget, example_inputs=(x,), lowering="eager", **options)
+
+
+def inputs() -> Tensor:
+    return torch.randn(2048, 384, generator=torch.Generator().manual_seed(1))
+
+
+def test_what_is_offered_is_read_by_the_backward_and_made_of_the_batch() -> None:
+    graph = photograph(captured(Dropping(), torch.randn(512, 8)))
+    taken = quantisable(graph)
+    assert taken
+    for offer in Int8Activations().propose(graph, {}):
+        assert offer.value in taken
+        assert graph.tensors[offer.value].dtype == "float32"
+        assert graph.storages[offer.value].kind == "activation"
+
+
+def test_it_is_never_chosen_unless_it_is_named() -> None:
+    torch.manual_seed(0)
+    x = inputs()
+    whole = compiled(Stack(), x, "4GB").memopt.plan.peak
+    planned = compiled(Stack(), x, int(0.8 * whole), passes="-recompute", allow=("int8_activations",)).memopt.plan
+    assert [(lever.lever, lever.numerics) for lever in planned.levers] == [("int8_activations", "lossy")]
+    with pytest.raises(memopt.BudgetError) as refused:
+        compiled(Stack(), x, int(0.8 * whole), passes="-recompute")
+    assert 'allow=("int8_activations",)' in str(refused.value)
+
+
+def test_exact_numerics_and_consent_contradict_each_other() -> None:
+    with pytest.raises(ValueError, match="contradict"):
+        memopt.compile(Stack(), "1GB", numerics="exact", allow=("int8_activations",))
+
+
+@pytest.mark.parametrize(
+    ("lever", "most"), [("int8_activations", 0.02), ("fp8_activations", 0.05), ("int4_activations", 0.3)]
+)
+def test_the_forward_stays_exact_and_the_gradients_are_near(lever: str, most: float) -> None:
+    torch.manual_seed(0)
+    model, x = Stack(), inputs()
+    want = stepped(model, x)
+    whole = compiled(Stack(), x, "4GB").memopt.plan.peak
+    optimizer = torch.optim.AdamW(model.parameters())
+    budget = int(0.8 * whole)
+    compiled(model, x, budget, passes="-recompute", allow=(lever,), optimizer=optimizer)
+    got = stepped(model, x)
+    assert torch.equal(got[0], want[0])
+    ours, plain = (torch.cat([g.flatten() for g in grads[1:]]) for grads in (got, want))
+    assert 0 < float((ours - plain).norm() / plain.norm()) < most
+    measured = measure_step(lambda: model(x), optimizer, resident=[model, x])
+    result: Any = model.memopt.plan
+    assert measured.peak_bytes == result.peak <= budget
+
+
+def test_a_saved_plan_is_used_again(tmp_path: Any) -> None:
+    from memopt.planfile import save_plan
+
+    torch.manual_seed(0)
+    x = inputs()
+    whole = compiled(Stack(), x, "4GB").memopt.plan.peak
+    options = {"passes": "-recompute", "allow": ("int8_activations",)}
+    first = compiled(Stack(), x, int(0.8 * whole), **options).memopt.plan
+    save_plan(first, tmp_path / "plan.memopt.json")
+    again = compiled(Stack(), x, int(0.8 * whole), plan_file=tmp_path / "plan.memopt.json", **options).memopt.plan
+    assert again.plan.chosen == first.plan.chosen
+    assert again.peak == first.peak
