@@ -16,9 +16,11 @@ from memopt.dumps import check_environment
 from memopt.lowering import LOWERINGS
 from memopt.passbase import Numerics
 from memopt.passes import CLEANUPS, TRADES
+from memopt.passes.offload_disk import OffloadDisk
 from memopt.pipeline import Request, silent
 from memopt.planfile import PlanFile, load_plan
 from memopt.report import PlanResult
+from memopt.runtime import disk
 from memopt.runtime.here import device_of
 from memopt.session import Session, attach
 from memopt.units import resolve_budget
@@ -39,6 +41,8 @@ def compile(
     accumulate: int = 1,
     gradients: str = "loss",
     plan_file: str | Path | PlanFile | None = None,
+    disk_budget: int | str | None = None,
+    disk_path: str | Path | None = None,
 ) -> nn.Module:
     """Make the model's training step run within `budget` bytes, parameters, gradients and optimizer included.
 
@@ -49,7 +53,9 @@ def compile(
     budget: int bytes, "24GB", "24GiB", "80%" of the device, "-2GiB" (left free) or "auto". optimizer: planned with
     the step; None assumes AdamW. numerics: "exact" permits only bit-identical levers and the eager lowering.
     lowering: "auto", "inductor" or "eager". accumulate: backwards per optimizer step. gradients: "loss" or "all"
-    outputs carry gradients (memopt.outputs). plan_file: reuse a saved plan.
+    outputs carry gradients (memopt.outputs). plan_file: reuse a saved plan. allow: lossy levers that may be used, by
+    name. disk_budget: what saved activations may take on disk, written as `budget` is, of the space free in disk_path
+    (the system's folder for temporary files if left out).
 
     Raises ValueError for an option it does not know, CaptureError, and BudgetError (with the floor and ways out) before
     anything is allocated; then the model is as it was.
@@ -58,8 +64,9 @@ def compile(
         raise ValueError(f"model must be a torch.nn.Module, not {type(model).__name__}")
     _check_optimizer(model, optimizer)
     request = make_request(
-        device_of(model), budget, optimizer, allow, numerics, lowering, passes, accumulate, type(model).__name__
-    )
+        device_of(model), budget, optimizer, allow, numerics, lowering, passes, accumulate, type(model).__name__,
+        disk_budget, disk_path,
+    )  # fmt: skip
     session = Session(model, request, _known("gradients", gradients, GRADIENTS), _plan_file(plan_file))
     if example_inputs is not None:
         session.plan_for(*as_call(example_inputs))
@@ -80,6 +87,8 @@ def plan(
     accumulate: int = 1,
     gradients: str = "loss",
     plan_file: str | Path | PlanFile | None = None,
+    disk_budget: int | str | None = None,
+    disk_path: str | Path | None = None,
 ) -> PlanResult:
     """The plan for one training step, under fake tensors: nothing is allocated, nothing is compiled.
 
@@ -91,8 +100,9 @@ def plan(
     _check_optimizer(model, optimizer)
     target = known_device(device) if device else device_of(model)
     request = make_request(
-        target, budget, optimizer, allow, numerics, lowering, passes, accumulate, type(model).__name__
-    )
+        target, budget, optimizer, allow, numerics, lowering, passes, accumulate, type(model).__name__,
+        disk_budget, disk_path,
+    )  # fmt: skip
     known = _known("gradients", gradients, GRADIENTS)
     session = Session(model, request, known, _plan_file(plan_file), silent, measure=False)
     return session.plan_for(*as_call(example_inputs)).result
@@ -111,6 +121,8 @@ def make_request(
     passes: str,
     accumulate: int,
     name: str,
+    disk_budget: int | str | None = None,
+    disk_path: str | Path | None = None,
 ) -> Request:
     """Check every option and resolve it. ValueError in one sentence with what is known."""
     check_environment()
@@ -122,6 +134,7 @@ def make_request(
         )
     if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
         raise ValueError(f"accumulate={accumulate!r} refused: it counts backwards per optimizer step, 1 or more")
+    limit = disk_limit(disk_budget, disk_path, device)
     return Request(
         budget=resolve_budget(budget, capacity=device.memory),
         device=device,
@@ -129,9 +142,25 @@ def make_request(
         model=name,
         optimizer=optimizer,
         numerics=numerics,
-        off=switched_off(passes) | (frozenset(LOSSY) - allowed),
+        off=switched_off(passes) | (frozenset(LOSSY) - allowed) | (frozenset() if limit else {OffloadDisk.name}),
         accumulate=accumulate,
+        disk=limit,
     )
+
+
+def disk_limit(budget: int | str | None, folder: str | Path | None, device: Device) -> int:
+    """Bytes that offloads may take on disk; 0 without a budget. Readies the folder.
+
+    Raises ValueError for a folder that is missing or cannot be written to, and for more than is free there.
+    """
+    if budget is None or budget == "":
+        if folder is not None:
+            raise ValueError("disk_path says where; disk_budget says how much may lie there: give both")
+        return 0
+    if device.kind != "cpu":
+        raise ValueError(f"disk_budget is for steps on cpu in this version, and this one is for {device.name}")
+    place = disk.use(folder).folder
+    return resolve_budget(budget, capacity=shutil.disk_usage(place).free)
 
 
 def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:

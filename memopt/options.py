@@ -46,6 +46,9 @@ class PlanOptions(Output):
     passes: Annotated[str, typer.Option(metavar="+A,-B", help="Switch passes on or off by name.")] = ""
     host_budget: Annotated[str | None, typer.Option(metavar="SIZE", help="Host memory offloads may take.")] = None
     disk_budget: Annotated[str | None, typer.Option(metavar="SIZE", help="Disk space offloads may take.")] = None
+    disk_path: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where offloads lie; the system's temporary folder if left out.")
+    ] = None
     lowering: Annotated[Lowering, typer.Option(help="What runs the planned graph.")] = "auto"
     plan: Annotated[Path | None, typer.Option(metavar="FILE", help="Reuse a saved plan instead of solving.")] = None
     formula: Annotated[
@@ -61,7 +64,7 @@ class PlanOptions(Output):
     def workload_options(self, budget: str) -> dict[str, Any]:
         """Keyword arguments of the engine's doors, all but the plan file and progress."""
         same = ("batch", "seq", "dtype", "device", "optimizer", "accumulate", "numerics", "passes")
-        more = ("host_budget", "disk_budget", "lowering")
+        more = ("host_budget", "disk_budget", "disk_path", "lowering")
         allow = tuple(name.strip() for name in self.allow.split(",") if name.strip())
         formula = not self.as_json if self.formula is None else self.formula
         return {name: getattr(self, name) for name in (*same, *more)} | {

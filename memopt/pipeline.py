@@ -25,7 +25,9 @@ from memopt.fusion import Fences, Fused, expanded, fused, fused_seconds, unfused
 from memopt.graph import TANGENTS, StepGraph, Storage, TensorInfo, verify
 from memopt.joints import Part
 from memopt.optim.photograph import OptimizerPhase, photograph_optimizer
+from memopt.passbase import Trade
 from memopt.passes import CLEANUPS, TRADES
+from memopt.passes.offload_disk import OffloadDisk
 from memopt.planfile import PlanFile, check_identity
 from memopt.plans import REUSED, Plan, Problem, Status, simulated
 from memopt.prices import Meter, priced, unmeasured
@@ -55,7 +57,8 @@ class Costs:
 class Request:
     """What the user asked for, resolved. budget: bytes. passes: names switched off ("-recompute").
 
-    accumulate: forwards and backwards per update. lowering: "eager" or "inductor", never "auto" here.
+    accumulate: forwards and backwards per update. lowering: "eager" or "inductor", never "auto" here. disk: bytes that
+    offloads may take on disk.
     """
 
     budget: int
@@ -68,6 +71,7 @@ class Request:
     off: frozenset[str] = frozenset()
     accumulate: int = 1
     time_limit: float = 20.0
+    disk: int = 0
 
     @property
     def exact(self) -> bool:
@@ -288,7 +292,8 @@ def _seconds(graph: StepGraph, model: CostModel) -> dict[str, float]:
 
 
 def _proposals(graph: StepGraph, seconds: Mapping[str, float], request: Request) -> tuple[Remake, ...]:
-    offered = [trade() for trade in TRADES if trade.name not in request.off]
+    limited: dict[type[Trade], Trade] = {OffloadDisk: OffloadDisk(request.disk)}
+    offered = [limited.get(trade) or trade() for trade in TRADES if trade.name not in request.off]
     return tuple(remake for trade in offered for remake in trade.propose(graph, seconds))
 
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
 from torch import fx
 
+from memopt.cost import ITEMSIZE
 from memopt.devices import Device
 from memopt.facts import cost_key
 from memopt.graph import Step, TensorInfo
 from memopt.operations import overload
 from memopt.pipeline import Costs
 from memopt.program import Program
+from memopt.runtime import disk
 from memopt.runtime.libraries import kept_by_libraries
 from memopt.runtime.opcost import OpCost, OpCosts, called
 from memopt.runtime.rng import draw
@@ -41,8 +44,17 @@ def measured_costs(programs: Iterable[Program], device: Device, measure: bool) -
 
 def _packing(meter: OpCosts, step: Step, value: TensorInfo) -> OpCost | None:
     """What packing or unpacking a value costs, by a run of its own or what is remembered of one."""
+    if step.op.endswith("_disk.default"):
+        return _on_disk(step, value)
     with meter:
         return meter.measure(called(overload(step.op), _arguments(step, value), {}))
+
+
+def _on_disk(step: Step, value: TensorInfo) -> OpCost:
+    """By the rates of the folder in use."""
+    known, nbytes = disk.rates(), prod(value.shape) * ITEMSIZE[value.dtype]
+    rate = known.write if step.op.startswith("memopt.pack_") else known.read
+    return OpCost(known.least + nbytes / rate, 0, 0)
 
 
 def _arguments(step: Step, value: TensorInfo) -> tuple[Any, ...]:

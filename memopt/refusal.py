@@ -13,6 +13,7 @@ from memopt.capture import Survey
 from memopt.errors import BudgetError, MemoptError, WayOut
 from memopt.passbase import Numerics
 from memopt.passes import TRADES
+from memopt.passes.offload_disk import OffloadDisk
 from memopt.pipeline import Costs, Request, make_plan, silent
 from memopt.plans import Plan
 from memopt.report import PlanResult
@@ -71,6 +72,7 @@ class Spelling:
     seq: str = "{} instead of {} along dimension 1 of the inputs (the sequence)"
     optimizer: str = "optimizer=torch.optim.SGD(...)"
     allow: str = 'allow=("{}",)'
+    disk: str = 'disk_budget="{}"'
     numerics: str = 'numerics="reordered", lowering="eager"'
     on: str = 'passes without "-{}"'
     anew: str = "a plan made anew, without plan_file"
@@ -82,6 +84,7 @@ COMMAND_LINE = Spelling(
     seq="--seq {}",
     optimizer="--optimizer sgd",
     allow="--allow {}",
+    disk="--disk-budget {}",
     numerics="--numerics reordered --lowering eager",
     on="--passes without -{}",
     anew="a plan made anew, without --plan",
@@ -120,6 +123,7 @@ class Refused:
 
     def _changes(self) -> Iterator[WayOut]:
         yield from self._levers()
+        yield from self._disk()
         yield from self._numerics()
         yield from self._optimizers()
         yield from self._smaller()
@@ -139,13 +143,22 @@ class Refused:
 
     def _levers(self) -> Iterator[WayOut]:
         """Levers that were switched off; of those that are lossy and were not named, the first."""
-        off = [trade for trade in TRADES if trade.name in self.request.off]
+        off = [trade for trade in TRADES if trade.name in self.request.off and trade is not OffloadDisk]
         lossy = [trade for trade in off if trade.numerics is Numerics.LOSSY]
         for trade in off:
             if trade not in lossy[1:]:
                 word = self.spelling.allow if trade.numerics is Numerics.LOSSY else self.spelling.on
                 request = replace(self.request, off=self.request.off - {trade.name})
                 yield self._way(word.format(trade.name), trade.numerics.value, self._plan(self.found, request))
+
+    def _disk(self) -> Iterator[WayOut]:
+        """A disk, as large as the plan with any disk uses of it."""
+        if self.request.device.kind == "cpu" and OffloadDisk.name in self.request.off:
+            request = replace(self.request, off=self.request.off - {OffloadDisk.name}, disk=1 << 62)
+            plan, size = self._plan(self.found, request), self.result.before.storages
+            stored = {r.value: size[r.value].nbytes for r in plan.chosen if r.trade == OffloadDisk.name}
+            word = self.spelling.disk.format(round_up(sum(stored.values())))
+            yield self._way(word, OffloadDisk.numerics.value, plan)
 
     def _numerics(self) -> Iterator[WayOut]:
         """A recurrent layer that is one operation when exact, and its cells otherwise."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -138,13 +139,15 @@ class Asked:
     accumulate: int
     plan_file: PlanFile | None
     progress: Progress
+    disk_budget: str | None = None
+    disk_path: str | Path | None = None
 
     def session(self, bench: Bench, model: LossModel, measure: bool = False) -> Session:
         """The session of this call. measure: price operations by running them, for a step that will run here."""
         optimizer = bench.optimizer_over(model)
         request = make_request(
             bench.target, self.budget, optimizer, self.allow, self.numerics, self.lowering, self.passes,
-            self.accumulate, bench.workload.name,
+            self.accumulate, bench.workload.name, self.disk_budget, self.disk_path,
         )  # fmt: skip
         request = replace(request, has_optimizer=optimizer is not None)
         return Session(
@@ -173,6 +176,7 @@ def plan_workload(
     passes: str = "",
     host_budget: str | None = None,
     disk_budget: str | None = None,
+    disk_path: str | Path | None = None,
     lowering: str = "auto",
     accumulate: int = 1,
     plan_file: PlanFile | None = None,
@@ -180,9 +184,11 @@ def plan_workload(
     progress: Progress | None = None,
 ) -> PlanResult:
     """The plan of one training step of the workload, under fake tensors. An infeasible one is returned, not raised."""
-    _no_offload(host_budget, disk_budget)
+    _no_host(host_budget)
     made = bench(workload, batch, seq, dtype, optimizer, device)
-    asked = Asked(budget, allow, numerics, passes, lowering, accumulate, plan_file, progress or silent)
+    asked = Asked(
+        budget, allow, numerics, passes, lowering, accumulate, plan_file, progress or silent, disk_budget, disk_path
+    )
     return _stated(made, asked) if formula else _planned(made, asked, advise=True)
 
 
@@ -294,7 +300,7 @@ def _guess(made: Bench, asked: Asked, vary: str) -> int:
 
 
 def _split(workload: Workload, options: dict[str, Any]) -> tuple[Bench, Asked]:
-    _no_offload(options.pop("host_budget", None), options.pop("disk_budget", None))
+    _no_host(options.pop("host_budget", None))
     options.pop("formula", None)
     made = bench(
         workload, options.pop("batch", None), options.pop("seq", None), options.pop("dtype", "fp32"),
@@ -307,9 +313,9 @@ def _split(workload: Workload, options: dict[str, Any]) -> tuple[Bench, Asked]:
     return made, Asked(**{**defaults, **options}, progress=progress)
 
 
-def _no_offload(host_budget: str | None, disk_budget: str | None) -> None:
-    if host_budget or disk_budget:
-        raise ValueError("host_budget and disk_budget are for offload levers, which this version does not have")
+def _no_host(host_budget: str | None) -> None:
+    if host_budget:
+        raise ValueError("host_budget is for offloading to host memory, which this version does not have")
 
 
 def doctor(calibrate: bool = False) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from memopt.passbase import Cleanup, Trade
 from memopt.passes.batch_statistics import BatchStatistics
 from memopt.passes.narrow_indices import NarrowIndices
+from memopt.passes.offload_disk import OffloadDisk
 from memopt.passes.pack_masks import PackMasks
 from memopt.passes.quantise import Fp8Activations, Int2Activations, Int4Activations, Int8Activations
 from memopt.passes.recompute import Recompute
@@ -20,6 +21,7 @@ TRADES: tuple[type[Trade], ...] = (
     Recompute,  # first: of two ways to let go of a value that cost the same it adds nothing to what is saved
     PackMasks,  # exact, and without a forward run of what made the mask
     NarrowIndices,  # as the masks
+    OffloadDisk,  # exact, where a disk was named
     Int8Activations,  # from here on lossy, the least first: none runs unless it was named
     Fp8Activations,
     Int4Activations,

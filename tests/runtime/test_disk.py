@@ -1,0 +1,149 @@
+"""Activations on disk: the step is bit-identical, the file is bounded and nameless, and what goes wrong is said."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import memopt
+from memopt.runtime import disk
+from memopt.runtime.measure import measure_step
+from tests.passes.test_packing import stepped
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(256, 256) for _ in range(5)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = nn.functional.dropout(torch.tanh(layer(x)), 0.1) + x
+        return x.square().mean()
+
+
+@pytest.fixture
+def x() -> Tensor:
+    return torch.randn(2048, 256, generator=torch.Generator().manual_seed(1))
+
+
+def compiled(x: Tensor, budget: int | str, **options: Any) -> Any:
+    torch.manual_seed(0)
+    model = Stack()
+    options.setdefault("optimizer", torch.optim.SGD(model.parameters(), 1e-3))
+    return memopt.compile(model, budget, example_inputs=(x,), lowering="eager", numerics="exact", **options)
+
+
+@pytest.fixture
+def whole(x: Tensor) -> int:
+    """Peak of the step without a budget, bytes."""
+    return int(compiled(x, "4GB").memopt.plan.peak)
+
+
+def test_a_step_with_activations_on_disk_changes_no_bit_and_is_as_small_as_planned(
+    x: Tensor, whole: int, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    want = stepped(Stack(), x)
+    model = compiled(x, int(0.7 * whole), passes="-recompute,-pack_masks", disk_budget="1GB", disk_path=tmp_path)
+    pool = disk.use(tmp_path)
+    for _ in range(3):
+        assert all(map(torch.equal, stepped(model, x), want))
+        assert pool.held == 0
+    plan = model.memopt.plan
+    assert [lever.lever for lever in plan.levers] == ["offload_disk"]
+    stored = sum(decision.bytes for decision in plan.decisions)
+    assert stored <= pool.end <= max(2 * stored, 2 * disk.TRIAL)  # places are used again, step after step
+    assert list(tmp_path.iterdir()) == []  # the file has no name
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    measured = measure_step(lambda: model(x), optimizer, resident=[model, x])
+    assert measured.peak_bytes == plan.peak <= int(0.7 * whole)
+
+
+def test_what_lies_on_disk_stays_within_its_budget(x: Tensor, whole: int, tmp_path: Path) -> None:
+    limit = 3 * x.numel() * 4
+    plan = compiled(x, int(0.9 * whole), passes="-recompute", disk_budget=limit, disk_path=tmp_path).memopt.plan
+    stored = [d.bytes + 16 for d in plan.decisions if d.lever == "offload_disk"]
+    assert 0 < sum(stored) <= limit
+
+
+def test_it_is_named_as_a_way_out(x: Tensor, whole: int) -> None:
+    with pytest.raises(memopt.BudgetError) as refused:
+        compiled(x, int(0.8 * whole), passes="-recompute,-pack_masks")
+    ways = {way.change: way for way in refused.value.ways_out}
+    (found,) = [change for change in ways if change.startswith("disk_budget=")]
+    assert ways[found].numerics == "exact"
+
+
+def test_a_forward_without_a_backward_leaves_nothing_there(x: Tensor, whole: int, tmp_path: Path) -> None:
+    model = compiled(x, int(0.7 * whole), passes="-recompute", disk_budget="1GB", disk_path=tmp_path)
+    loss = model(x)
+    assert disk.use(tmp_path).held > 0
+    del loss
+    gc.collect()
+    assert disk.use(tmp_path).held == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"disk_budget": "1GB", "disk_path": "/nowhere/at/all"}, "is not a folder"),
+        ({"disk_path": "/tmp"}, "give both"),
+        ({"disk_budget": "many"}, "budget 'many' refused"),
+        ({"disk_budget": "900PB"}, "refused"),
+    ],
+)
+def test_bad_folders_and_budgets_are_refused_before_anything_happens(x: Tensor, options: Any, said: str) -> None:
+    model = Stack()
+    with pytest.raises(ValueError, match=said):
+        memopt.compile(model, "1GB", **options)
+    assert not hasattr(model, "memopt")
+
+
+def test_a_full_disk_gives_up_the_step_and_changes_nothing(x: Tensor, whole: int, tmp_path: Path) -> None:
+    model = compiled(x, int(0.7 * whole), passes="-recompute", disk_budget="1GB", disk_path=tmp_path)
+    want = stepped(model, x)
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def full(*_: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    with patch.object(disk.os, "pwrite", full), pytest.raises(disk.DiskError, match="No space left on device"):
+        model(x)
+    gc.collect()
+    assert disk.use(tmp_path).held == 0
+    assert all(map(torch.equal, model.parameters(), before))
+    assert all(map(torch.equal, stepped(model, x), want))  # and the next step runs as ever
+
+
+def test_a_file_that_was_cut_is_an_error_not_a_wrong_gradient(x: Tensor, whole: int, tmp_path: Path) -> None:
+    model = compiled(x, int(0.7 * whole), passes="-recompute", disk_budget="1GB", disk_path=tmp_path)
+    loss = model(x)
+    os.ftruncate(disk.use(tmp_path).file.fileno(), 0)
+    with pytest.raises(disk.DiskError, match="the file was cut"):
+        loss.backward()
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_killed_process_leaves_no_file(tmp_path: Path) -> None:
+    script = f"""
+        import os, signal, torch
+        from memopt.runtime import disk
+        disk.use({str(tmp_path)!r})
+        token = torch.ops.memopt.pack_disk(torch.ones(1 << 20), (1,))
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert list(tmp_path.iterdir()) == []
