@@ -11,6 +11,7 @@ from memopt.runtime.rehearse import Ledger, nothing, perform, stand_ins
 
 empty_strided_cpu = torch._C._dynamo.guards._empty_strided_cpu
 reinterpret_tensor = torch._C._dynamo.guards._reinterpret_tensor
+assert_size_stride = torch._C._dynamo.guards.assert_size_stride
 extern_kernels: Any = torch  # Inductor binds library calls with out= under this name
 
 KB = 256  # floats of a kilobyte
@@ -91,3 +92,25 @@ def test_arguments_that_share_a_storage_are_counted_once() -> None:
         return left, right
 
     assert rehearse(both, [base, base.view(4, KB)], [True, True]).peak == 4096
+
+
+def asserted(args: list[Any]) -> Any:
+    """A convolution whose result the device lays out channels last, as the code asserts; then a call that reads it."""
+    image, weight = args
+    args.clear()
+    made = extern_kernels.convolution(image, weight, stride=(1, 1), padding=(0, 0), dilation=(1, 1), transposed=False,
+                                      output_padding=(0, 0), groups=1, bias=None)  # fmt: skip
+    assert_size_stride(made, (2, 8, 4, 4), (128, 1, 32, 8))
+    return (torch.ops.aten.exp.default(made),)
+
+
+def test_what_the_code_asserts_of_a_layout_is_what_later_calls_are_given() -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def workspace(op: Any, args: Any, kwargs: Any) -> int:
+        seen.append(args[0].stride())
+        return 0
+
+    inputs = [torch.empty(2, 3, 4, 4, device="meta"), torch.empty(8, 3, 1, 1, device="meta")]
+    rehearse(asserted, inputs, [True, True], workspace)
+    assert seen[-1] == (128, 1, 32, 8)
