@@ -90,7 +90,8 @@ def test_every_option_reaches_the_engine(engine: Engine) -> None:
     assert given == {
         "budget": "-2GiB", "batch": 2, "seq": 128, "dtype": "amp-bf16", "device": "h200", "optimizer": "sgd",
         "accumulate": 4, "allow": ("adamw8bit", "int4"), "numerics": "exact", "passes": "-late_fills,+x",
-        "host_budget": "1GB", "disk_budget": "2GB", "disk_path": None, "lowering": "eager", "formula": True, "plan_file": None,
+        "host_budget": "1GB", "disk_budget": "2GB", "disk_path": None, "lowering": "eager", "formula": True,
+        "plan_file": None,
         "steps": 5,
     }  # fmt: skip
 
