@@ -33,7 +33,8 @@ def relu_masks(program: Program) -> PassResult:
         for name in step.reads
     )
     changed = program.copy()
-    sites = [node for node in _backward(changed) if (read := _compared(node)) and _alone(changed, graph, late, read)]
+    compared = ((node, read) for node in _backward(changed) if (read := _compared(node)) is not None)
+    sites = [node for node, read in compared if _alone(changed, graph, late, read) and _alike(node, read)]
     for node in sites:
         _compare_early(changed.graph, node)
     return PassResult(normalised(changed) if sites else program, len(sites))
@@ -61,6 +62,16 @@ def _alone(program: Program, graph: StepGraph, late: Counter[str], read: fx.Node
     made = graph.producer.get(name, graph.boundary)
     home = graph.storage_of(name)
     return made < graph.boundary and late[home] == 1 and home not in graph.output_storages
+
+
+def _alike(node: fx.Node, read: fx.Node) -> bool:
+    """Whether the new operation lays its result out as the old one: sums of it are then taken in the same order."""
+    if node.target is not ATEN.threshold_backward.default:
+        return True
+    grad, value, old = (n.meta["val"] for n in (tensor_inputs(node)[0], read, node))
+    with old.fake_mode:
+        new = ATEN.where.ScalarSelf(ATEN.le.Scalar(value, node.args[2]), 0.0, grad)
+    return (new.dtype, new.shape, new.stride()) == (old.dtype, old.shape, old.stride())
 
 
 def _compare_early(graph: fx.Graph, node: fx.Node) -> None:
