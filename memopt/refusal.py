@@ -63,6 +63,9 @@ def round_up(nbytes: int) -> str:
     return f"{math.ceil(nbytes * scale / 1000**power) / scale:g}{DECIMAL[power]}"
 
 
+MANY = 5_000  # steps above which a lossy lever that nobody named is not tried: minutes for 80 layers
+
+
 @dataclass(frozen=True)
 class Spelling:
     """How a door writes its options. batch: with the size, the one asked for, backwards an update; seq: the sizes."""
@@ -142,11 +145,13 @@ class Refused:
         return WayOut(change, plan.peak, plan.seconds, numerics, plan.peak <= self.result.budget)
 
     def _levers(self) -> Iterator[WayOut]:
-        """Levers that were switched off; of those that are lossy and were not named, the first."""
+        """Levers that were switched off; of those that are lossy and were not named, the first, where that is soon
+        planned: it offers every activation once more."""
         off = [trade for trade in TRADES if trade.name in self.request.off and trade is not OffloadDisk]
         lossy = [trade for trade in off if trade.numerics is Numerics.LOSSY]
+        tried = lossy[:1] if len(self.result.before.steps) <= MANY else []
         for trade in off:
-            if trade not in lossy[1:]:
+            if trade not in lossy or trade in tried:
                 word = self.spelling.allow if trade.numerics is Numerics.LOSSY else self.spelling.on
                 request = replace(self.request, off=self.request.off - {trade.name})
                 yield self._way(word.format(trade.name), trade.numerics.value, self._plan(self.found, request))
