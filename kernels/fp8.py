@@ -14,6 +14,7 @@ from memopt.kernels.codec import chunks, register
 
 GROUP = 256
 EACH = 256  # groups at a time
+SMALLEST = torch.finfo(torch.float32).tiny  # a scale: smaller ones are denormal, and dividing by them overflows
 LARGEST = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -31,9 +32,9 @@ def pack(x: Tensor) -> Tensor:
         rows = x[part].to(torch.float32, copy=True)
         mine = slice(part.start // GROUP, -(-part.stop // GROUP))
         for which, whole in _split(rows):
-            scale = whole.abs().amax(dim=1).div_(LARGEST)
+            scale = whole.abs().amax(dim=1).div_(LARGEST).clamp_min_(SMALLEST)
             scales[mine][which] = scale
-            whole.mul_(torch.where(scale > 0, 1 / scale, 0)[:, None])
+            whole.div_(scale[:, None])
         codes[part] = rows.to(torch.float8_e4m3fn)
     return out
 

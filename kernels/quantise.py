@@ -20,6 +20,7 @@ from memopt.kernels.codec import chunks, register
 
 GROUP = 256
 EACH = 256  # groups at a time
+SMALLEST = torch.finfo(torch.float32).tiny
 BITS = {"int8": 8, "int4": 4, "int2": 2}
 
 
@@ -56,7 +57,7 @@ def pack(x: Tensor, bits: int, start: int | None = None) -> Tensor:
         terms[part, 0], terms[part, 1] = low, step
         turned = (start + part.start * 40_503) % (EACH * GROUP)
         u = noise(x.device)[turned : turned + rows.numel()].view(rows.shape)
-        inverse = torch.where(step > 0, 1 / step, 0)
+        inverse = torch.where(step >= SMALLEST, 1 / step, 0)  # a denormal's inverse overflows
         q = rows.sub(low[:, None]).mul_(inverse[:, None]).add_(u).floor_().clamp_(0, levels).to(torch.uint8)
         codes[part] = _joined(q, bits)
     return out

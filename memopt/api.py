@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -142,25 +143,28 @@ def make_request(
         model=name,
         optimizer=optimizer,
         numerics=numerics,
-        off=switched_off(passes) | (frozenset(LOSSY) - allowed) | (frozenset() if limit else {OffloadDisk.name}),
+        off=switched_off(passes) | (frozenset(LOSSY) - allowed) | (frozenset() if limit[0] else {OffloadDisk.name}),
         accumulate=accumulate,
         disk=limit,
     )
 
 
-def disk_limit(budget: int | str | None, folder: str | Path | None, device: Device) -> int:
-    """Bytes that offloads may take on disk; 0 without a budget. Readies the folder.
+def disk_limit(budget: int | str | None, folder: str | Path | None, device: Device) -> tuple[int, str]:
+    """Bytes that offloads may take on disk, 0 without a budget, and the codec of their pool, which is opened.
 
     Raises ValueError for a folder that is missing or cannot be written to, and for more than is free there.
     """
     if budget is None or budget == "":
         if folder is not None:
             raise ValueError("disk_path says where; disk_budget says how much may lie there: give both")
-        return 0
+        return 0, ""
     if device.kind != "cpu":
         raise ValueError(f"disk_budget is for steps on cpu in this version, and this one is for {device.name}")
-    place = disk.use(folder).folder
-    return resolve_budget(budget, capacity=shutil.disk_usage(place).free)
+    place = Path(folder if folder is not None else tempfile.gettempdir())
+    if not place.is_dir():
+        raise ValueError(f"disk_path {str(place)!r} is not a folder; name one that exists, on the disk to use")
+    limit = resolve_budget(budget, capacity=shutil.disk_usage(place).free)
+    return limit, disk.use(place, limit).codec
 
 
 def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:

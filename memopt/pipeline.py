@@ -58,7 +58,7 @@ class Request:
     """What the user asked for, resolved. budget: bytes. passes: names switched off ("-recompute").
 
     accumulate: forwards and backwards per update. lowering: "eager" or "inductor", never "auto" here. disk: bytes that
-    offloads may take on disk.
+    offloads may take on disk, and the codec of the pool they go to.
     """
 
     budget: int
@@ -71,7 +71,7 @@ class Request:
     off: frozenset[str] = frozenset()
     accumulate: int = 1
     time_limit: float = 20.0
-    disk: int = 0
+    disk: tuple[int, str] = (0, "")
 
     @property
     def exact(self) -> bool:
@@ -292,7 +292,7 @@ def _seconds(graph: StepGraph, model: CostModel) -> dict[str, float]:
 
 
 def _proposals(graph: StepGraph, seconds: Mapping[str, float], request: Request) -> tuple[Remake, ...]:
-    limited: dict[type[Trade], Trade] = {OffloadDisk: OffloadDisk(request.disk)}
+    limited: dict[type[Trade], Trade] = {OffloadDisk: OffloadDisk(*request.disk)}
     offered = [limited.get(trade) or trade() for trade in TRADES if trade.name not in request.off]
     return tuple(remake for trade in offered for remake in trade.propose(graph, seconds))
 

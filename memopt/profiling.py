@@ -44,15 +44,16 @@ def measured_costs(programs: Iterable[Program], device: Device, measure: bool) -
 
 def _packing(meter: OpCosts, step: Step, value: TensorInfo) -> OpCost | None:
     """What packing or unpacking a value costs, by a run of its own or what is remembered of one."""
-    if step.op.endswith("_disk.default"):
-        return _on_disk(step, value)
+    codec = step.op.partition("pack_")[2].removesuffix(".default")
+    if codec.startswith("disk_"):
+        return _on_disk(step, value, disk.pool_of(codec).rates())
     with meter:
         return meter.measure(called(overload(step.op), _arguments(step, value), {}))
 
 
-def _on_disk(step: Step, value: TensorInfo) -> OpCost:
-    """By the rates of the folder in use."""
-    known, nbytes = disk.rates(), prod(value.shape) * ITEMSIZE[value.dtype]
+def _on_disk(step: Step, value: TensorInfo, known: disk.DiskRates) -> OpCost:
+    """By the rates of the folder."""
+    nbytes = prod(value.shape) * ITEMSIZE[value.dtype]
     rate = known.write if step.op.startswith("memopt.pack_") else known.read
     return OpCost(known.least + nbytes / rate, 0, 0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +18,7 @@ from memopt.passes.offload_disk import OffloadDisk
 from memopt.pipeline import Costs, Request, make_plan, silent
 from memopt.plans import Plan
 from memopt.report import PlanResult
+from memopt.runtime import disk
 from memopt.smaller import Call, Tried, cut, largest_fitting, shared_size, sizes_below
 from memopt.timeline import at_peak, by_kind
 from memopt.units import DECIMAL, format_seconds, format_size
@@ -63,6 +65,7 @@ def round_up(nbytes: int) -> str:
     return f"{math.ceil(nbytes * scale / 1000**power) / scale:g}{DECIMAL[power]}"
 
 
+ANY = 1 << 62  # bytes of a disk as large as one likes
 MANY = 5_000  # steps above which a lossy lever that nobody named is not tried: minutes for 80 layers
 
 
@@ -157,13 +160,19 @@ class Refused:
                 yield self._way(word.format(trade.name), trade.numerics.value, self._plan(self.found, request))
 
     def _disk(self) -> Iterator[WayOut]:
-        """A disk, as large as the plan with any disk uses of it."""
-        if self.request.device.kind == "cpu" and OffloadDisk.name in self.request.off:
-            request = replace(self.request, off=self.request.off - {OffloadDisk.name}, disk=1 << 62)
-            plan, size = self._plan(self.found, request), self.result.before.storages
-            stored = {r.value: size[r.value].nbytes for r in plan.chosen if r.trade == OffloadDisk.name}
-            word = self.spelling.disk.format(round_up(sum(stored.values())))
-            yield self._way(word, OffloadDisk.numerics.value, plan)
+        """A disk, as large as the plan with any disk uses of it; none where temporary files cannot be written."""
+        if self.request.device.kind != "cpu" or OffloadDisk.name not in self.request.off:
+            return
+        try:
+            codec = disk.use(tempfile.gettempdir(), ANY).codec
+            disk.pool_of(codec).rates()
+        except (ValueError, disk.DiskError):
+            return
+        request = replace(self.request, off=self.request.off - {OffloadDisk.name}, disk=(ANY, codec))
+        plan, size = self._plan(self.found, request), self.result.before.storages
+        stored = {r.value: size[r.value].nbytes for r in plan.chosen if r.trade == OffloadDisk.name}
+        word = self.spelling.disk.format(round_up(sum(stored.values())))
+        yield self._way(word, OffloadDisk.numerics.value, plan)
 
     def _numerics(self) -> Iterator[WayOut]:
         """A recurrent layer that is one operation when exact, and its cells otherwise."""

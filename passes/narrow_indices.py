@@ -7,14 +7,20 @@ from dataclasses import dataclass
 from math import prod
 
 from memopt.graph import Step, StepGraph
-from memopt.packing import Codec, Packing, packable
 from memopt.passbase import Numerics
+from memopt.passes.packing import Codec, Packing, packable
 
-# Operations whose 64-bit output counts places in what they read: it is below the number of its elements (ATen).
-INDEXING = frozenset({
-    *("max_pool2d_with_indices", "max_pool3d_with_indices", "adaptive_max_pool2d", "adaptive_max_pool3d"),
-    *("fractional_max_pool2d", "sort", "topk", "argmax", "argmin", "argsort", "max", "min", "median", "mode"),
-})  # fmt: skip
+# Operation -> which of its outputs counts places in what it reads (ATen): each is below the number of its elements.
+# Others of their outputs are values, which may be integers too and of any size.
+INDEXING = {
+    **dict.fromkeys(("max_pool2d_with_indices.default", "max_pool3d_with_indices.default"), 1),
+    **dict.fromkeys(("adaptive_max_pool2d.default", "adaptive_max_pool3d.default"), 1),
+    **dict.fromkeys(("fractional_max_pool2d.default", "fractional_max_pool3d.default"), 1),
+    **dict.fromkeys(
+        ("sort.default", "sort.stable", "topk.default", "max.dim", "min.dim", "median.dim", "mode.default"), 1
+    ),
+    **dict.fromkeys(("argmax.default", "argmin.default", "argsort.default", "argsort.stable"), 0),
+}
 WIDTHS = (("uint8", 1, 2**8), ("int16", 2, 2**15), ("int32", 4, 2**31))  # codec, bytes an element, first it cannot hold
 
 
@@ -34,15 +40,16 @@ class NarrowIndices(Packing):
 def narrowest(graph: StepGraph, value: str) -> Codec | None:
     """The codec of the smallest integers that hold these; None where their range is not known."""
     maker, count = graph.steps[graph.uses[value][0]], prod(graph.tensors[value].shape)
-    if not indexing(maker):
+    if not indexing(maker, value):
         return None
     limit = places(graph, maker)
     return next(((name, count * size) for name, size, beyond in WIDTHS if limit <= beyond), None)
 
 
-def indexing(step: Step) -> bool:
-    """Whether its integers are places in what it reads."""
-    return step.op.split(".")[:1] == ["aten"] and step.op.split(".")[1] in INDEXING
+def indexing(step: Step, value: str) -> bool:
+    """Whether these integers are places in what the step reads."""
+    at = INDEXING.get(step.op.removeprefix("aten."))
+    return at is not None and at < len(step.writes) and step.writes[at] == value
 
 
 def places(graph: StepGraph, step: Step) -> int:

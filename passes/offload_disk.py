@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from math import inf
 
 from memopt.graph import StepGraph
-from memopt.packing import Codec, Packing, packable
 from memopt.passbase import Numerics
+from memopt.passes.packing import Codec, Packing, packable
 
 TOKEN = 16  # bytes that stay in memory (memopt/runtime/disk.py)
 LEAST = (
@@ -18,7 +18,8 @@ LEAST = (
 
 @dataclass(frozen=True)
 class OffloadDisk(Packing):
-    """Keep values on disk. Assumes: a folder was named (memopt.runtime.disk.use). limit: bytes on disk at one time.
+    """Keep values on disk. Assumes: a folder was named. limit: bytes on disk at one time. pool: the codec of what lies
+    in that folder (memopt.runtime.disk.use).
 
     Where the limit is less than all that could go there, the largest values are offered, of equal ones the earliest,
     which lie there longest (PipeOffload, arXiv:2503.01328: first what lives longest for what it adds to the peak).
@@ -26,6 +27,7 @@ class OffloadDisk(Packing):
 
     name, numerics = "offload_disk", Numerics.EXACT
     limit: float = inf
+    pool: str = "disk_0"
 
     def codecs(self, graph: StepGraph) -> Mapping[str, Codec]:
         """A token each, for as many as fit on disk together."""
@@ -35,5 +37,5 @@ class OffloadDisk(Packing):
         for value in sorted(sizes, key=lambda value: -sizes[value]):
             if LEAST <= sizes[value] <= room:
                 room -= sizes[value]
-                found[value] = ("disk", TOKEN)
+                found[value] = (self.pool, TOKEN)
         return found

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from memopt.graph import StepGraph
-from memopt.packing import Codec, Packing, packable
 from memopt.passbase import Numerics
+from memopt.passes.packing import Codec, Packing, packable
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from math import prod
 from typing import ClassVar
 
 from memopt.graph import StepGraph, TensorInfo
-from memopt.packing import Codec, Packing, packable
 from memopt.passbase import Numerics
+from memopt.passes.packing import Codec, Packing, packable
 
 FLOATS = frozenset({"float32", "bfloat16", "float16"})
 GROUP = 256  # elements that share their parameters (memopt/kernels/quantise.py, memopt/kernels/fp8.py)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import fx
@@ -57,20 +58,26 @@ def _compared(node: fx.Node) -> fx.Node | None:
 
 
 def _alone(program: Program, graph: StepGraph, late: Counter[str], read: fx.Node) -> bool:
-    """Whether the value is made in the forward and let go there by all others."""
+    """Whether the value is made in the forward, let go there by all others, and more bytes than a mask of it."""
     name = program.name(read)
     made = graph.producer.get(name, graph.boundary)
     home = graph.storage_of(name)
-    return made < graph.boundary and late[home] == 1 and home not in graph.output_storages
+    held = home in graph.output_storages or home in graph.input_storages
+    smaller = prod(graph.tensors[name].shape) < graph.storages[home].nbytes  # not so of an expanded value
+    return made < graph.boundary and late[home] == 1 and not held and smaller
 
 
 def _alike(node: fx.Node, read: fx.Node) -> bool:
-    """Whether the new operation lays its result out as the old one: sums of it are then taken in the same order."""
+    """Whether elements compare as before, and the new operation lays its result out as the old one, so that sums of it
+    are taken in the same order. A relu's backward compares in fp32; `le` rounds the number to the value's type."""
     if node.target is not ATEN.threshold_backward.default:
-        return True
+        return isinstance(node.args[1], int | float)
     grad, value, old = (n.meta["val"] for n in (tensor_inputs(node)[0], read, node))
+    number = node.args[2]
+    if not isinstance(number, int | float) or torch.tensor(number, dtype=value.dtype).item() != number:
+        return False
     with old.fake_mode:
-        new = ATEN.where.ScalarSelf(ATEN.le.Scalar(value, node.args[2]), 0.0, grad)
+        new = ATEN.where.ScalarSelf(ATEN.le.Scalar(value, number), 0.0, grad)
     return (new.dtype, new.shape, new.stride()) == (old.dtype, old.shape, old.stride())
 
 

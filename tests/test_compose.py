@@ -35,4 +35,6 @@ def test_without_an_optimizer_too_a_refusal_has_its_floor_and_ways_out() -> None
     refused, inputs = session(1, 1)
     with pytest.raises(BudgetError) as error:
         refused.plan_for((), inputs)
-    assert error.value.floor_bytes == min(way.peak_bytes for way in error.value.ways_out if "budget=" in way.change)
+    assert error.value.floor_bytes == min(
+        way.peak_bytes for way in error.value.ways_out if way.change.startswith("budget=")
+    )

@@ -84,6 +84,13 @@ def test_fp8_keeps_four_significant_bits() -> None:
 
 
 @pytest.mark.parametrize("name", [*BITS, "fp8"])
+def test_values_too_small_to_divide_by_are_finite_and_small(name: str) -> None:
+    x = torch.tensor([1e-37, 3e-38, 0.0, 1e-42]).repeat(100)
+    back = through(name, x)
+    assert bool((back.abs() <= 2e-37).all())
+
+
+@pytest.mark.parametrize("name", [*BITS, "fp8"])
 def test_an_infinity_is_not_passed_over_in_silence(name: str) -> None:
     x = values(3 * GROUP)
     x[GROUP + 5] = float("inf")

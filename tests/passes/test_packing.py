@@ -88,6 +88,41 @@ def test_integers_of_unknown_range_are_left_alone() -> None:
     assert NarrowIndices().propose(photograph(captured(Shifted(), x, at)), {}) == ()
 
 
+@pytest.mark.parametrize("pick", [lambda ids: ids.sort(1)[0], lambda ids: ids.topk(3, 1)[0], lambda ids: ids.max(1)[0]])
+def test_integers_that_a_sort_hands_through_are_no_indices(pick: Any) -> None:
+    class Sorted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(5000, 8)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.embed(pick(ids)).square().sum()
+
+    graph = photograph(captured(Sorted(), torch.randint(0, 5000, (4, 60))))
+    assert NarrowIndices().propose(graph, {}) == ()
+
+
+class Compared(nn.Module):
+    """A comparison of a value that is more, or less, than its mask; or whose number the value's type rounds."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.weight = kind, nn.Parameter(torch.randn(64, 64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        value = {"expanded": (x @ self.weight)[:, :1].expand(64, 512), "parameter": self.weight.t()}.get(self.kind, x)
+        if self.kind == "rounded":
+            return nn.functional.threshold(x @ self.weight, 0.1, 0.0).sum()
+        return value.clamp(min=0).mean(1).sum() + x.sum()
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("expanded", None), ("parameter", None), ("rounded", torch.bfloat16)])
+def test_a_comparison_that_would_cost_bytes_or_round_otherwise_stays(kind: str, dtype: Any) -> None:
+    model, x = Compared(kind).to(dtype), torch.randn(64, 64, dtype=dtype)
+    program = survey(model, (x,), {}, lambda program: program).captures[0].program
+    assert relu_masks(program).sites == 0
+
+
 def test_a_relu_whose_output_is_saved_anyway_keeps_it() -> None:
     saved = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
 

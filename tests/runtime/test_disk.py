@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -38,6 +39,9 @@ def x() -> Tensor:
     return torch.randn(2048, 256, generator=torch.Generator().manual_seed(1))
 
 
+GB = 10**9
+
+
 def compiled(x: Tensor, budget: int | str, **options: Any) -> Any:
     torch.manual_seed(0)
     model = Stack()
@@ -57,10 +61,10 @@ def test_a_step_with_activations_on_disk_changes_no_bit_and_is_as_small_as_plann
     torch.manual_seed(0)
     want = stepped(Stack(), x)
     model = compiled(x, int(0.7 * whole), passes="-recompute,-pack_masks", disk_budget="1GB", disk_path=tmp_path)
-    pool = disk.use(tmp_path)
+    pool = disk.use(tmp_path, GB)
     for _ in range(3):
         assert all(map(torch.equal, stepped(model, x), want))
-        assert pool.held == 0
+        assert (pool.held, pool.slots) == (0, {})
     plan = model.memopt.plan
     assert [lever.lever for lever in plan.levers] == ["offload_disk"]
     stored = sum(decision.bytes for decision in plan.decisions)
@@ -89,10 +93,10 @@ def test_it_is_named_as_a_way_out(x: Tensor, whole: int) -> None:
 def test_a_forward_without_a_backward_leaves_nothing_there(x: Tensor, whole: int, tmp_path: Path) -> None:
     model = compiled(x, int(0.7 * whole), passes="-recompute", disk_budget="1GB", disk_path=tmp_path)
     loss = model(x)
-    assert disk.use(tmp_path).held > 0
+    assert disk.use(tmp_path, GB).held > 0
     del loss
     gc.collect()
-    assert disk.use(tmp_path).held == 0
+    assert disk.use(tmp_path, GB).held == 0
 
 
 @pytest.mark.parametrize(
@@ -122,7 +126,7 @@ def test_a_full_disk_gives_up_the_step_and_changes_nothing(x: Tensor, whole: int
     with patch.object(disk.os, "pwrite", full), pytest.raises(disk.DiskError, match="No space left on device"):
         model(x)
     gc.collect()
-    assert disk.use(tmp_path).held == 0
+    assert disk.use(tmp_path, GB).held == 0
     assert all(map(torch.equal, model.parameters(), before))
     assert all(map(torch.equal, stepped(model, x), want))  # and the next step runs as ever
 
@@ -130,7 +134,7 @@ def test_a_full_disk_gives_up_the_step_and_changes_nothing(x: Tensor, whole: int
 def test_a_file_that_was_cut_is_an_error_not_a_wrong_gradient(x: Tensor, whole: int, tmp_path: Path) -> None:
     model = compiled(x, int(0.7 * whole), passes="-recompute", disk_budget="1GB", disk_path=tmp_path)
     loss = model(x)
-    os.ftruncate(disk.use(tmp_path).file.fileno(), 0)
+    os.ftruncate(disk.use(tmp_path, GB).file.fileno(), 0)
     with pytest.raises(disk.DiskError, match="the file was cut"):
         loss.backward()
     assert all(p.grad is None for p in model.parameters())
@@ -140,10 +144,85 @@ def test_a_killed_process_leaves_no_file(tmp_path: Path) -> None:
     script = f"""
         import os, signal, torch
         from memopt.runtime import disk
-        disk.use({str(tmp_path)!r})
-        token = torch.ops.memopt.pack_disk(torch.ones(1 << 20), (1,))
+        pool = disk.use({str(tmp_path)!r}, 10**9)
+        token = pool.pack(torch.ones(1 << 20))
+        assert os.fstat(pool.file.fileno()).st_size == 4 << 20
         os.kill(os.getpid(), signal.SIGKILL)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=False)
     assert done.returncode == -signal.SIGKILL
     assert list(tmp_path.iterdir()) == []
+
+
+def test_models_keep_to_their_own_folders_and_limits(x: Tensor, whole: int, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    options = {"passes": "-recompute", "disk_budget": "1GB"}
+    first = compiled(x, int(0.7 * whole), disk_path=tmp_path / "a", **options)
+    second = compiled(x, int(0.7 * whole), disk_path=tmp_path / "b", **options)
+    for model, mine, other in ((first, "a", "b"), (second, "b", "a")):
+        loss = model(x)
+        assert disk.use(tmp_path / mine, GB).held > 0
+        assert disk.use(tmp_path / other, GB).held == 0
+        del loss
+        gc.collect()
+
+
+def test_more_than_the_budget_is_refused_while_it_runs(tmp_path: Path) -> None:
+    pool = disk.use(tmp_path, 1 << 20)
+    tokens = [pool.pack(torch.ones(1 << 17)) for _ in range(2)]
+    with pytest.raises(disk.DiskError, match="exceed the disk_budget"):
+        pool.pack(torch.ones(1))
+    tokens.pop()
+    pool.pack(torch.ones(1))
+
+
+def test_threads_do_not_write_over_each_other(tmp_path: Path) -> None:
+    pool = disk.use(tmp_path, GB)
+
+    def through(value: float) -> bool:
+        out = torch.empty(1 << 20)
+        for turn in range(5):
+            token = pool.pack(torch.full((1 << 20,), value + turn))
+            pool.unpack(token, out)
+            if not bool((out == value + turn).all()):
+                return False
+        return True
+
+    with ThreadPoolExecutor(4) as workers:
+        assert all(workers.map(through, (0.0, 10.0, 20.0, 30.0)))
+    assert (pool.held, pool.slots) == (0, {})
+
+
+def test_a_forked_child_has_a_file_of_its_own(tmp_path: Path) -> None:
+    pool = disk.use(tmp_path, GB)
+    token, out = pool.pack(torch.full((1000,), 3.0)), torch.empty(1000)
+    if (child := os.fork()) == 0:
+        code = 1
+        try:
+            with pytest.raises(disk.DiskError, match="another process"):
+                pool.unpack(token, out)
+            own = pool.pack(torch.full((1000,), 7.0))
+            pool.unpack(own, out)
+            code = 0 if bool((out == 7.0).all()) else 2
+        finally:
+            os._exit(code)
+    assert os.waitpid(child, 0)[1] == 0
+    pool.unpack(token, out)
+    assert bool((out == 3.0).all())
+
+
+def test_a_folder_that_cannot_be_written_is_no_way_out_and_no_other_error(x: Tensor, whole: int) -> None:
+    def full(*_: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    unused: dict[Any, Any] = {}
+    with (
+        patch.object(disk.os, "pwrite", full),
+        patch.object(disk, "pools", unused),
+        pytest.raises(memopt.BudgetError) as refused,
+    ):
+        compiled(x, int(0.8 * whole), passes="-recompute,-pack_masks")
+    for pool in unused.values():
+        pool.file.close()
+    assert not [way for way in refused.value.ways_out if way.change.startswith("disk_budget=")]

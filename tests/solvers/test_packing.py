@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from memopt.edit import Remake, edit
 from memopt.graph import StepGraph, verify
-from memopt.packing import packable, packed, read_late
+from memopt.passes.packing import packable, packed, read_late
 from memopt.passes.recompute import Recompute
 from memopt.plans import Plan, Problem, Status, simulated
 from memopt.solvers import brute, milp, solve

@@ -35,8 +35,10 @@ class Packing(Trade):
 
 
 def packable(graph: StepGraph) -> Iterator[str]:
-    """Storages the forward creates for one dense tensor, which the caller does not hold and later steps read."""
-    held = {*graph.input_storages, *graph.output_storages}
+    """Storages the forward creates for one dense tensor, which the caller does not hold, no impure step writes, and
+    later steps read."""
+    spoilt = (graph.storage_of(name) for step in graph.steps if not step.pure for name in step.writes)
+    held = {*graph.input_storages, *graph.output_storages, *spoilt}
     for step in graph.steps[: graph.boundary]:
         for value in graph.created(step):
             info = graph.tensors.get(value)
@@ -49,7 +51,8 @@ def packed(graph: StepGraph, trade: str, value: str, codec: Codec) -> Remake:
     """The remake that packs the value where it is made; its span is still to be set, as are its seconds."""
     name, nbytes = codec
     made = graph.steps[graph.uses[value][0]]
-    to, back = f"{value}_{name}", f"{value}_from_{name}"
+    label = name.partition("_")[0]  # a disk's pools are numbered: which one is no part of a plan
+    to, back = f"{value}_{label}", f"{value}_from_{label}"
     shape = f"{graph.tensors[value].dtype}{list(graph.tensors[value].shape)}"
     pack = Step(to, f"memopt.pack_{name}.default", "forward", (value,), (to,), made.source, f"pack_{name}({shape})")
     unpack = Step(back, f"memopt.unpack_{name}.default", "backward", (to,), (value,), made.source, f"un{pack.key}")
