@@ -82,6 +82,9 @@ def _rebuilt(saved: SavedRemake, graph: StepGraph, offers: Mapping[Any, Remake])
     """A remake that no trade offers for this span: of the graph's own steps, or as offered for another one."""
     if (like := offers.get((saved.trade, saved.value, saved.unpack))) and {*saved.span} <= graph.position.keys():
         return replace(like, span=saved.span)
+    if saved.pack:
+        how = "allow the lever, or give it its disk, as when the plan was made, or plan anew"
+        raise PlanFileError(f"the plan uses {saved.trade!r} on {saved.value!r}, which this call does not offer; {how}")
     named = (*saved.span, *saved.unpack, *saved.pack)
     if missing := [name for name in named if name not in graph.position]:
         raise PlanFileError(f"the plan names step {missing[0]!r}, which this model's step does not have; plan anew")

@@ -93,3 +93,5 @@ def test_a_saved_plan_is_used_again(tmp_path: Any) -> None:
     again = compiled(Stack(), x, int(0.8 * whole), plan_file=tmp_path / "plan.memopt.json", **options).memopt.plan
     assert again.plan.chosen == first.plan.chosen
     assert again.peak == first.peak
+    with pytest.raises(memopt.PlanFileError, match=r"uses 'int8_activations' on .* allow the lever"):
+        compiled(Stack(), x, int(0.8 * whole), plan_file=tmp_path / "plan.memopt.json")
