@@ -17,6 +17,7 @@ from torch import Tensor
 LIBRARY = torch.library.Library("memopt", "FRAGMENT")
 Pack = Callable[[Tensor], Tensor]  # flat elements -> bytes
 Unpack = Callable[[Tensor, Tensor], None]  # bytes, flat elements to write
+PACKED_BYTES: dict[str, Callable[[int], int]] = {}  # codec -> elements -> bytes they are packed into
 
 
 def register(name: str, pack: Pack, unpack: Unpack, nbytes: Callable[[int], int]) -> None:
@@ -36,6 +37,7 @@ def register(name: str, pack: Pack, unpack: Unpack, nbytes: Callable[[int], int]
     def unpacked_fake(packed: Tensor, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty_strided(size, stride, dtype=dtype, device=packed.device)
 
+    PACKED_BYTES[name] = nbytes
     LIBRARY.define(f"pack_{name}(Tensor x, int[] stride) -> Tensor")
     LIBRARY.define(f"unpack_{name}(Tensor packed, int[] size, int[] stride, ScalarType dtype) -> Tensor")
     LIBRARY.impl(f"pack_{name}", packed, "CompositeExplicitAutograd")

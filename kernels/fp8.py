@@ -1,6 +1,6 @@
 """Floating-point values as 8-bit floats (e4m3), each group scaled to their range: lossy, rounded to nearest.
 
-Three bits of mantissa whatever the magnitude: a relative error of at most 1/16 for each value within 2^-15 of its
+Three bits of mantissa whatever the magnitude: a relative error of at most 1/16 for each value within 2^-14 of its
 group's largest (Micikevicius et al., arXiv:2209.05433), where int8 has a constant step for the group.
 Layout: 4 bytes a group (its scale), then a byte an element.
 """

@@ -94,7 +94,8 @@ def plan(
     """The plan for one training step, under fake tensors: nothing is allocated, nothing is compiled.
 
     model and example_inputs may be real, or built under FakeTensorMode. device: a name of `memopt devices` to plan
-    for; the device the model is on if left out. The rest as in `compile`. Raises BudgetError if no plan fits.
+    for; the device the model is on if left out. The rest as in `compile`; with a disk_budget a few MiB are written to
+    that folder once, to learn how fast it is. Raises BudgetError if no plan fits.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, not {type(model).__name__}")

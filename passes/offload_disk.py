@@ -9,8 +9,8 @@ from math import inf
 from memopt.graph import StepGraph
 from memopt.passbase import Numerics
 from memopt.passes.packing import Codec, Packing, packable
+from memopt.runtime.disk import TOKEN
 
-TOKEN = 16  # bytes that stay in memory (memopt/runtime/disk.py)
 LEAST = (
     1 << 16
 )  # bytes of a value that is worth it: a read costs its latency however small (LLM in a flash, 2312.11514)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from memopt.graph import StepGraph
+from memopt.kernels.codec import PACKED_BYTES
 from memopt.passbase import Numerics
 from memopt.passes.packing import Codec, Packing, packable
 
@@ -20,4 +21,4 @@ class PackMasks(Packing):
         """One bit an element, rounded up to bytes."""
         masks = (value for value in packable(graph) if graph.tensors[value].dtype == "bool")
         sizes = ((value, graph.storages[value].nbytes) for value in masks)
-        return {value: ("bits", -(-nbytes // 8)) for value, nbytes in sizes if nbytes > 1}
+        return {value: ("bits", PACKED_BYTES["bits"](nbytes)) for value, nbytes in sizes if nbytes > 1}

@@ -8,12 +8,12 @@ from math import prod
 from typing import ClassVar
 
 from memopt.graph import StepGraph, TensorInfo
+from memopt.kernels.codec import PACKED_BYTES
 from memopt.passbase import Numerics
 from memopt.passes.packing import Codec, Packing, packable
 
 FLOATS = frozenset({"float32", "bfloat16", "float16"})
-GROUP = 256  # elements that share their parameters (memopt/kernels/quantise.py, memopt/kernels/fp8.py)
-FEWEST = 16 * GROUP  # elements of a value that is worth it
+FEWEST = 4096  # elements of a value that is worth it
 
 
 @dataclass(frozen=True)
@@ -29,15 +29,9 @@ class Quantised(Packing):
 
     def codecs(self, graph: StepGraph) -> Mapping[str, Codec]:
         """The pair of operations for every value it may take and makes smaller."""
-        taken = quantisable(graph)
-        sizes = {
-            value: self.packed_bytes(prod(graph.tensors[value].shape)) for value in packable(graph) if value in taken
-        }
-        return {v: (self.codec_name, size) for v, size in sizes.items() if size < graph.storages[v].nbytes}
-
-    def packed_bytes(self, count: int) -> int:
-        """Bytes for so many elements."""
-        raise NotImplementedError
+        taken, size = quantisable(graph), PACKED_BYTES[self.codec_name]
+        sizes = {value: size(prod(graph.tensors[value].shape)) for value in packable(graph) if value in taken}
+        return {v: (self.codec_name, nbytes) for v, nbytes in sizes.items() if nbytes < graph.storages[v].nbytes}
 
 
 def quantisable(graph: StepGraph) -> set[str]:
@@ -68,18 +62,12 @@ class Int8Activations(Quantised):
 
     name, codec_name = "int8_activations", "int8"
 
-    def packed_bytes(self, count: int) -> int:
-        return -(-count // GROUP) * (8 + GROUP)
-
 
 @dataclass(frozen=True)
 class Int4Activations(Quantised):
     """16 levels a group, rounded stochastically: unbiased."""
 
     name, codec_name = "int4_activations", "int4"
-
-    def packed_bytes(self, count: int) -> int:
-        return -(-count // GROUP) * (8 + GROUP // 2)
 
 
 @dataclass(frozen=True)
@@ -88,15 +76,9 @@ class Int2Activations(Quantised):
 
     name, codec_name = "int2_activations", "int2"
 
-    def packed_bytes(self, count: int) -> int:
-        return -(-count // GROUP) * (8 + GROUP // 4)
-
 
 @dataclass(frozen=True)
 class Fp8Activations(Quantised):
     """Three bits of mantissa at any magnitude, rounded to nearest."""
 
     name, codec_name = "fp8_activations", "fp8"
-
-    def packed_bytes(self, count: int) -> int:
-        return -(-count // GROUP) * 4 + count

@@ -122,8 +122,8 @@ class Space:
 
     def maker(self, remake: Remake) -> Maker:
         step, graph, number = remake.unpack[0], self.graph, self.number
-        homes = {**graph.homes, **{info.name: info.storage for info, _ in remake.made}}
-        reads = tuple(dict.fromkeys(number[homes[r]] for r in step.reads))
+        new = {info.name: info.storage for info, _ in remake.made}
+        reads = tuple(dict.fromkeys(number[new.get(r) or graph.storage_of(r)] for r in step.reads))
         makes = tuple(number[name] for name in (graph.created(step) if remake.repeats else (remake.value,)))
         at = graph.position[step.name] if remake.repeats else graph.uses[remake.value][0]
         workspace = rounded(workspace_again(graph, step), self.problem.block)
