@@ -15,11 +15,12 @@ from memopt.devices import Device
 from memopt.devices import device as known_device
 from memopt.dumps import check_environment
 from memopt.lowering import LOWERINGS
-from memopt.passbase import Numerics
+from memopt.noise import LOSSY
 from memopt.passes import CLEANUPS, TRADES
 from memopt.passes.offload_disk import OffloadDisk
 from memopt.pipeline import Request, silent
 from memopt.planfile import PlanFile, load_plan
+from memopt.plans import MAX_GRAD_ERROR
 from memopt.report import PlanResult
 from memopt.runtime import disk
 from memopt.runtime.here import device_of
@@ -44,6 +45,7 @@ def compile(
     plan_file: str | Path | PlanFile | None = None,
     disk_budget: int | str | None = None,
     disk_path: str | Path | None = None,
+    max_grad_error: float = MAX_GRAD_ERROR,
 ) -> nn.Module:
     """Make the model's training step run within `budget` bytes, parameters, gradients and optimizer included.
 
@@ -55,7 +57,8 @@ def compile(
     the step; None assumes AdamW. numerics: "exact" permits only bit-identical levers and the eager lowering.
     lowering: "auto", "inductor" or "eager". accumulate: backwards per optimizer step. gradients: "loss" or "all"
     outputs carry gradients (memopt.outputs). plan_file: reuse a saved plan. allow: lossy levers that may be used, by
-    name. disk_budget: what saved activations may take on disk, written as `budget` is, of the space free in disk_path
+    name. max_grad_error: how far off they may put the gradient together, ||g' - g|| / ||g||, estimated on the first
+    batch. disk_budget: what saved activations may take on disk, written as `budget` is, of the space free in disk_path
     (the system's folder for temporary files if left out).
 
     Raises ValueError for an option it does not know, CaptureError, and BudgetError (with the floor and ways out) before
@@ -66,7 +69,7 @@ def compile(
     _check_optimizer(model, optimizer)
     request = make_request(
         device_of(model), budget, optimizer, allow, numerics, lowering, passes, accumulate, type(model).__name__,
-        disk_budget, disk_path,
+        disk_budget, disk_path, max_grad_error,
     )  # fmt: skip
     session = Session(model, request, _known("gradients", gradients, GRADIENTS), _plan_file(plan_file))
     if example_inputs is not None:
@@ -90,6 +93,7 @@ def plan(
     plan_file: str | Path | PlanFile | None = None,
     disk_budget: int | str | None = None,
     disk_path: str | Path | None = None,
+    max_grad_error: float = MAX_GRAD_ERROR,
 ) -> PlanResult:
     """The plan for one training step, under fake tensors: nothing is allocated, nothing is compiled.
 
@@ -103,14 +107,11 @@ def plan(
     target = known_device(device) if device else device_of(model)
     request = make_request(
         target, budget, optimizer, allow, numerics, lowering, passes, accumulate, type(model).__name__,
-        disk_budget, disk_path,
+        disk_budget, disk_path, max_grad_error,
     )  # fmt: skip
     known = _known("gradients", gradients, GRADIENTS)
     session = Session(model, request, known, _plan_file(plan_file), silent, measure=False)
     return session.plan_for(*as_call(example_inputs)).result
-
-
-LOSSY = tuple(trade.name for trade in TRADES if trade.numerics is Numerics.LOSSY)  # each by consent
 
 
 def make_request(
@@ -125,6 +126,7 @@ def make_request(
     name: str,
     disk_budget: int | str | None = None,
     disk_path: str | Path | None = None,
+    max_grad_error: float = MAX_GRAD_ERROR,
 ) -> Request:
     """Check every option and resolve it. ValueError in one sentence with what is known."""
     check_environment()
@@ -147,7 +149,15 @@ def make_request(
         off=switched_off(passes) | (frozenset(LOSSY) - allowed) | (frozenset() if limit[0] else {OffloadDisk.name}),
         accumulate=accumulate,
         disk=limit,
+        max_grad_error=_share("max_grad_error", max_grad_error),
     )
+
+
+def _share(option: str, value: float) -> float:
+    """A relative error; ValueError for what is none."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+        raise ValueError(f"{option}={value!r} refused: it is a relative error, 0.1 for a tenth, 0 or more")
+    return float(value)
 
 
 def disk_limit(budget: int | str | None, folder: str | Path | None, device: Device) -> tuple[int, str]:

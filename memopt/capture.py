@@ -42,12 +42,14 @@ FROZEN = "no gradient is asked for: none of the model's parameters requires one;
 class Capture:
     """One run of a graph of the step. program: prepared (cleanups done). signature: of the program as captured.
 
+    sources: of its arguments: the parameter's or buffer's name, or the number of the call's leaf; None: neither.
     given, returned: storages of the graph's arguments and results (None: no tensor), as numbers that are equal where
     storages are; fresh: those of its arguments that no graph made, nor the caller gave.
     """
 
     program: Program
     signature: str
+    sources: tuple[str | int | None, ...] = ()
     given: tuple[int | None, ...] = ()
     returned: tuple[int | None, ...] = ()
     fresh: frozenset[int] = frozenset()
@@ -79,7 +81,7 @@ class _Recorder:
     """A Dynamo backend that differentiates each graph, records its runs and lets the fake run go on.
 
     storages: every one seen, held so that no number is used again; known: numbers of those the caller gave or a graph
-    made.
+    made. leaves: id of an input -> its number among the call's.
     """
 
     names: Mapping[int, str]
@@ -92,6 +94,7 @@ class _Recorder:
     graphs: list[tuple[Callable[..., Any], Capture]] = field(default_factory=list)
     storages: list[Any] = field(default_factory=list)
     known: set[int] = field(default_factory=set)
+    leaves: dict[int, int] = field(default_factory=dict)
 
     @property
     def trained(self) -> int:
@@ -118,7 +121,8 @@ class _Recorder:
             place = len(self.captures)
             given = self.numbers(args)
             fresh = frozenset(key for key in given if key is not None) - self.known
-            self.captures.append(replace(graph, program=self.named(graph.program, args), given=given, fresh=fresh))
+            named, sources = self.named(graph.program, args), tuple(map(self.source, args))
+            self.captures.append(replace(graph, program=named, sources=sources, given=given, fresh=fresh))
             outputs = run(*args)
             _refuse_twice(outputs)
             self.captures[place] = replace(self.captures[place], returned=self.numbers(outputs))
@@ -134,6 +138,10 @@ class _Recorder:
             if at < len(args) and id(args[at]) in self.names:
                 names[node.name] = self.names[id(args[at])]
         return replace(program, names=names, prefix=f"g{len(self.captures)}/" if self.captures else "")
+
+    def source(self, arg: Any) -> str | int | None:
+        """Where an argument comes from, as in Capture."""
+        return self.names.get(id(arg), self.leaves.get(id(arg)))
 
     def numbers(self, values: Sequence[Any]) -> tuple[int | None, ...]:
         """The storages' numbers; None for what is no tensor."""
@@ -169,6 +177,7 @@ def survey(
     args, kwargs = tree_map_only(torch.Tensor, lambda t: fake_tensor(t, mode), (tuple(args), dict(kwargs)))
     recorder = _Recorder(tensor_names(twin), prepare, lowering, gradients == "loss", exact)
     recorder.know((args, kwargs, list(twin.parameters()), list(twin.buffers())))
+    recorder.leaves = {id(leaf): at for at, leaf in enumerate(tree_leaves((args, kwargs)))}
     try:
         outputs, notes = _dry_run(twin, args, kwargs, mode, recorder)
         if not recorder.trained and any(map(_trained, tree_leaves(outputs))):  # by operations outside every graph

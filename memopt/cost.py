@@ -34,6 +34,11 @@ def is_view(graph: StepGraph, step: Step) -> bool:
     return step.pure and bool(step.writes) and not graph.created(step)
 
 
+def codec_of(step: Step) -> str:
+    """The codec of a step that packs or unpacks a value (memopt/kernels/codec.py); '' for any other."""
+    return step.op.partition("pack_")[2].removesuffix(".default") if step.op.startswith("memopt.") else ""
+
+
 def _tensor_bytes(graph: StepGraph, name: str) -> int:
     info = graph.tensors[name]
     count = 1
@@ -71,9 +76,16 @@ class Roofline:
     def seconds(self, graph: StepGraph, step: Step) -> float:
         if is_view(graph, step):
             return 0.0
+        if (codec := codec_of(step)) in self.device.codecs:
+            return self._packing(graph, step, codec) + self.device.launch_seconds
         compute = step.flops / self.device.flops(main_dtypes(graph, step)) if step.flops else 0.0
         memory = moved_bytes(graph, step) / self.device.memory_bandwidth
         return max(compute, memory) / self.device.efficiency + self.device.launch_seconds
+
+    def _packing(self, graph: StepGraph, step: Step, codec: str) -> float:
+        packing = step.op.startswith("memopt.pack_")
+        values = step.reads if packing else step.writes
+        return sum(_tensor_bytes(graph, name) for name in values) / self.device.codecs[codec][0 if packing else 1]
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ least seen in the public reports named in `source` is taken.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 MIB, GIB = 1024**2, 1024**3
@@ -40,7 +40,8 @@ class Device:
     fp32, tf32, bf16, fp16, fp8: floating-point operations a second; 0 where the device has no units for it.
     launch_seconds: least seconds any kernel takes. allocator_block: bytes an allocation is rounded up to.
     compute_capability: (major, minor) on CUDA. source: where each figure comes from. efficiency: share of the published
-    rates that a good kernel reaches; 1.0 once the rates were measured (memopt/runtime/calibrate.py).
+    rates that a good kernel reaches; 1.0 once the rates were measured (memopt/runtime/calibrate.py). codecs: codec ->
+    bytes a second of values it packs, and of values it unpacks, where that was measured.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Device:
     compute_capability: tuple[int, int] | None
     source: str
     efficiency: float = 0.7
+    codecs: Mapping[str, tuple[float, float]] = field(default_factory=dict, hash=False)
 
     def flops(self, dtypes: Collection[str]) -> float:
         """Operations a second on these dtypes: the rate of the widest, fp32 if none is floating or it has no units.

@@ -18,6 +18,9 @@ from dataclasses import dataclass, replace
 
 from memopt.graph import Step, StepGraph, Storage, TensorInfo
 
+GRADIENT = "gradient"  # a resource: squares of relative errors of the gradient, which add where errors are independent
+DISK = "disk"  # bytes there
+
 
 @dataclass(frozen=True, slots=True)
 class Remake:
@@ -27,7 +30,8 @@ class Remake:
     its producer), or new ones that read what was packed. pack: steps put right after the value is made (an offload's
     copy out); remakes of a value may name the same ones, which then run once. made: tensors and storages of the new
     steps, which the graph does not declare. seconds: the cost of the unpack and pack steps alone, without what they in
-    turn need remade.
+    turn need remade. takes: what packing takes of resources besides memory and time, by name (`taken`). slope: what it
+    makes has the value's slope and no more: steps of the graph read it, copies read the original.
     """
 
     trade: str
@@ -37,6 +41,8 @@ class Remake:
     pack: tuple[Step, ...] = ()
     seconds: float = 0.0
     made: tuple[tuple[TensorInfo, Storage], ...] = ()
+    takes: tuple[tuple[str, float], ...] = ()
+    slope: bool = False
 
     @property
     def repeats(self) -> bool:
@@ -71,7 +77,12 @@ class Placer:
         self.graph = graph
         self.spans: dict[str, list[tuple[int, int, int]]] = {}
         self.unpack: dict[int, dict[str, Step]] = {}
+        self.slopes: set[int] = set()
+        self.stand_ins: set[str] = set()
         for index, remake in enumerate(remakes):
+            if remake.slope:
+                self.slopes.add(index)
+                self.stand_ins.update(step.name for step in remake.unpack)
             first, last = (graph.position[name] for name in remake.span)
             self.spans.setdefault(remake.value, []).append((last - first, first, index))
             self.unpack[index] = {w: step for step in remake.unpack for w in step.writes}
@@ -81,13 +92,15 @@ class Placer:
         self.copies: dict[tuple[str, int], str] = {}
         self.counts: dict[str, int] = {}
 
-    def covering(self, tensor: str, at: int) -> int | None:
-        """Index of the remake that serves a read of `tensor` at position `at`, or None: the original does."""
+    def covering(self, tensor: str, at: int, copying: bool = False) -> int | None:
+        """Index of the remake that serves a read of `tensor` at position `at`, or None: the original does.
+
+        copying: the reader is a copy, to which a slope's stand-in is of no use."""
         spans = self.spans.get(self.homes.get(tensor, ""))  # what is packed has no home in the graph, and no remake
         if spans and self.made.get(tensor, at) < at:
             for width, first, index in spans:
                 if first <= at <= first + width:
-                    return index
+                    return None if copying and index in self.slopes else index
         return None
 
     def maker(self, tensor: str, remake: int) -> Step:
@@ -107,36 +120,48 @@ class Placer:
                 reads[at] = renamed
         return Schedule(before, reads)
 
-    def renamed(self, tensors: Sequence[str], at: int) -> dict[str, str]:
-        served = ((name, self.covering(name, at)) for name in dict.fromkeys(tensors))
+    def renamed(self, tensors: Sequence[str], at: int, copying: bool = False) -> dict[str, str]:
+        served = ((name, self.covering(name, at, copying)) for name in dict.fromkeys(tensors))
         return {name: self.copies[name, i] for name, i in served if i is not None}
 
     def place(self, wanted: Sequence[str], at: int) -> list[Copy]:
         """Copies needed so that every wanted tensor can be read at `at`, in the original order of their steps."""
-        needed: dict[str, Step] = {}
-        stack = list(wanted)
+        needed: dict[tuple[str, bool], Step] = {}
+        stack = [(name, False) for name in wanted]
         while stack:
-            name = stack.pop()
-            index = self.covering(name, at)
+            name, copying = stack.pop()
+            index = self.covering(name, at, copying)
             if index is None or (name, index) in self.copies:
                 continue
             step = self.maker(name, index)
-            if step.name not in needed:
-                needed[step.name] = step
-                stack.extend(step.reads)
+            copying = copying or not self.looks(step)
+            if (step.name, copying) not in needed:
+                needed[step.name, copying] = step
+                stack.extend((read, copying) for read in step.reads)
         # In the order the originals were made; an unpack that is no original step counts as its value's producer.
-        order = sorted(needed.values(), key=lambda s: (self.graph.producer[s.writes[0]], s.name))
-        return [self.copy(step, at) for step in order]
+        order = sorted(needed, key=lambda key: (self.graph.producer[needed[key].writes[0]], key))
+        return [self.copy(needed[key], at, key[1]) for key in order]
 
-    def copy(self, step: Step, at: int) -> Copy:
+    def looks(self, step: Step) -> bool:
+        """Whether it is a view of the graph: who reads a copy of it reads the value."""
+        return bool(self.slopes) and step.name in self.graph.position and self.graph.is_view(step)
+
+    def readers(self, step: Step, copying: bool) -> tuple[bool, ...]:
+        """Whom a copy of the step serves: steps of the graph (False), copies (True), or both."""
+        if not self.slopes or step.name in self.stand_ins:
+            return (False,)
+        return (copying,) if self.looks(step) else (False, True)
+
+    def copy(self, step: Step, at: int, copying: bool) -> Copy:
         count = self.counts[step.name] = self.counts.get(step.name, 0) + 1
-        tensors = self.renamed(step.reads, at)
+        tensors = self.renamed(step.reads, at, copying)
         known = step.name in self.graph.position
         for name in step.writes:  # what unpacks is called like its step: a copy of the value's own maker is another
             tensors[name] = f"{name if known else step.name}__{count}"
-            index = self.covering(name, at)
-            if index is not None:
-                self.copies.setdefault((name, index), tensors[name])
+            for reader in self.readers(step, copying):
+                index = self.covering(name, at, reader)
+                if index is not None:
+                    self.copies.setdefault((name, index), tensors[name])
         return Copy(step, f"{step.name}__{count}", tuple(tensors.items()))
 
 
@@ -171,6 +196,15 @@ def packs_of(graph: StepGraph, remakes: Iterable[Remake]) -> dict[int, dict[str,
         for step in remake.pack:
             packs.setdefault(graph.uses[remake.value][0], {}).setdefault(step.name, step)
     return packs
+
+
+def taken(remakes: Iterable[Remake]) -> dict[str, float]:
+    """Resource -> what these remakes take of it. A value packed once counts once, however many remakes unpack it."""
+    found: dict[str, float] = {}
+    for takes in {remake.pack[0].name: remake.takes for remake in remakes if remake.takes}.values():
+        for name, amount in takes:
+            found[name] = found.get(name, 0.0) + amount
+    return found
 
 
 def _copied(

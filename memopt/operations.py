@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-import memopt.kernels.fp8  # noqa: F401  # for what importing does
+import memopt.kernels.fewbit  # noqa: F401  # for what importing does
+import memopt.kernels.fp8  # noqa: F401
 import memopt.kernels.narrow  # noqa: F401
 import memopt.kernels.pack_bits  # noqa: F401
 import memopt.kernels.quantise  # noqa: F401

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, TypeVar, get_type_hints
 
 import typer
 
+from memopt.plans import MAX_GRAD_ERROR
+
 # `from __future__ import annotations` makes these strings; `as_command` resolves them for typer.
 Dtype = Literal["fp32", "bf16", "fp16", "amp-bf16"]
 Numerics = Literal["exact", "reordered"]
@@ -42,6 +44,9 @@ class PlanOptions(Output):
     optimizer: Annotated[str, typer.Option(help="The optimizer whose state and update are planned.")] = "adamw"
     accumulate: Annotated[int, typer.Option(min=1, help="Micro-batches an optimizer step.")] = 1
     allow: Annotated[str, typer.Option(metavar="A,B", help="Lossy levers that may be used, by name.")] = ""
+    max_grad_error: Annotated[
+        float, typer.Option(min=0.0, metavar="SHARE", help="How far off lossy levers may put the gradient, relative.")
+    ] = MAX_GRAD_ERROR
     numerics: Annotated[Numerics, typer.Option(help="exact: only bit-identical levers.")] = "reordered"
     passes: Annotated[str, typer.Option(metavar="+A,-B", help="Switch passes on or off by name.")] = ""
     host_budget: Annotated[str | None, typer.Option(metavar="SIZE", help="Host memory offloads may take.")] = None
@@ -64,7 +69,7 @@ class PlanOptions(Output):
     def workload_options(self, budget: str) -> dict[str, Any]:
         """Keyword arguments of the engine's doors, all but the plan file and progress."""
         same = ("batch", "seq", "dtype", "device", "optimizer", "accumulate", "numerics", "passes")
-        more = ("host_budget", "disk_budget", "disk_path", "lowering")
+        more = ("host_budget", "disk_budget", "disk_path", "max_grad_error", "lowering")
         allow = tuple(name.strip() for name in self.allow.split(",") if name.strip())
         formula = not self.as_json if self.formula is None else self.formula
         return {name: getattr(self, name) for name in (*same, *more)} | {

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import sqrt
 
 import torch
 
@@ -17,27 +18,31 @@ from memopt.compose import whole_step, with_inputs, with_workspaces, without_out
 from memopt.cost import CostModel, Measured, Roofline
 from memopt.devices import Device
 from memopt.dumps import CAPTURED, count, dump_program, passed
-from memopt.edit import Remake, edit
-from memopt.errors import Binding, VerifyError
+from memopt.edit import DISK, GRADIENT, Remake, edit
+from memopt.errors import Binding, PlanFileError, VerifyError
 from memopt.facts import storage_bytes
 from memopt.fences import fenced
 from memopt.fusion import Fences, Fused, expanded, fused, fused_seconds, unfused
 from memopt.graph import TANGENTS, StepGraph, Storage, TensorInfo, verify
 from memopt.joints import Part
+from memopt.noise import Noise
 from memopt.optim.photograph import OptimizerPhase, photograph_optimizer
 from memopt.passbase import Trade
 from memopt.passes import CLEANUPS, TRADES
+from memopt.passes.few_bit import FewBit
 from memopt.passes.offload_disk import OffloadDisk
 from memopt.planfile import PlanFile, check_identity
-from memopt.plans import REUSED, Plan, Problem, Status, simulated
+from memopt.plans import MAX_GRAD_ERROR, REUSED, Plan, Problem, Status, simulated
 from memopt.prices import Meter, priced, unmeasured
 from memopt.program import Program, insert, photograph
 from memopt.report import SCHEMA, PlanResult
 from memopt.seams import parts_of, runs_untraced
 from memopt.solvers import solve
 from memopt.timeline import at_peak, by_kind, peak
+from memopt.units import format_size
 
 Progress = Callable[[str, float | None], None]
+UNMEASURED = Noise()
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Request:
     """What the user asked for, resolved. budget: bytes. passes: names switched off ("-recompute").
 
     accumulate: forwards and backwards per update. lowering: "eager" or "inductor", never "auto" here. disk: bytes that
-    offloads may take on disk, and the codec of the pool they go to.
+    offloads may take on disk, and the codec of the pool they go to. max_grad_error: relative, of lossy levers together.
     """
 
     budget: int
@@ -72,6 +77,12 @@ class Request:
     accumulate: int = 1
     time_limit: float = 20.0
     disk: tuple[int, str] = (0, "")
+    max_grad_error: float = MAX_GRAD_ERROR
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """What packing may take of resources besides memory and time."""
+        return {GRADIENT: self.max_grad_error**2, DISK: float(self.disk[0])}
 
     @property
     def exact(self) -> bool:
@@ -181,10 +192,12 @@ def make_plan(
     capture_seconds: float,
     progress: Progress,
     plan_file: PlanFile | None = None,
+    noise: Noise = UNMEASURED,
 ) -> Planned:
     """Plan the surveyed step within the request's budget. An infeasible step gives a Planned with that status.
 
-    plan_file: reuse its decisions instead of solving; PlanFileError if it was made for another step.
+    plan_file: reuse its decisions instead of solving; PlanFileError if it was made for another step. noise: of lossy
+    levers, as far as it was measured.
     """
     started = time.perf_counter()
     phase = optimizer_phase(survey, request)
@@ -195,7 +208,8 @@ def make_plan(
     graph, seconds = contracted.graph, fused_seconds(contracted, seconds)
     remakes, brought = priced(graph, _proposals(graph, seconds, request), _cost_model(request, costs), costs.meter)
     seconds |= brought
-    problem = Problem(graph, remakes, request.budget, seconds, request.device.allocator_block)
+    problem = Problem(graph, (), request.budget, seconds, request.device.allocator_block, request.limits)
+    problem = replace(problem, remakes=tuple(r for r in noise.of(remakes, whole) if problem.allows((r,))))
     plan = _reused(problem, plan_file, survey) if plan_file else _solved(problem, request, progress)
     after = edit(graph, plan.chosen)
     result = PlanResult(
@@ -211,8 +225,9 @@ def make_plan(
         timings={"capture": capture_seconds, "plan": time.perf_counter() - started, "lower": 0.0},
         binding=binding(after, request.device.allocator_block) if plan.status is Status.INFEASIBLE else None,
         classes={trade.name: trade.numerics.value for trade in TRADES},
-        notes=(*_notes(survey, parts, phase), _priced(whole, costs, request.device)),
+        notes=(*_notes(survey, parts, phase, request), _priced(whole, costs, request.device)),
         identity=identity(survey),
+        max_grad_error=request.max_grad_error,
     )
     signatures = tuple(capture.signature for capture in survey.captures)
     return Planned(result, problem, contracted, signatures, tuple(c.program.names for c in survey.captures))
@@ -225,7 +240,19 @@ def _solved(problem: Problem, request: Request, progress: Progress) -> Plan:
 
 def _reused(problem: Problem, plan_file: PlanFile, survey: Survey) -> Plan:
     check_identity(plan_file, identity(survey))
-    return simulated(problem, plan_file.chosen(problem.graph, problem.remakes), REUSED)
+    plan = simulated(problem, plan_file.chosen(problem.graph, problem.remakes), REUSED)
+    exceeded = problem.exceeded(plan.chosen)
+    if GRADIENT in exceeded:
+        raise PlanFileError(
+            f"the plan's lossy levers put the gradient off by {plan.grad_error:.2g} of its length, more than "
+            f"max_grad_error={sqrt(problem.limits[GRADIENT]):.2g} allows; raise it, or plan anew"
+        )
+    if DISK in exceeded:
+        raise PlanFileError(
+            f"the plan keeps {format_size(int(exceeded[DISK]))} on disk, more than the disk_budget of "
+            f"{format_size(int(problem.limits[DISK]))}; raise it, or plan anew"
+        )
+    return plan
 
 
 def identity(survey: Survey) -> dict[str, str]:
@@ -292,8 +319,8 @@ def _seconds(graph: StepGraph, model: CostModel) -> dict[str, float]:
 
 
 def _proposals(graph: StepGraph, seconds: Mapping[str, float], request: Request) -> tuple[Remake, ...]:
-    limited: dict[type[Trade], Trade] = {OffloadDisk: OffloadDisk(*request.disk)}
-    offered = [limited.get(trade) or trade() for trade in TRADES if trade.name not in request.off]
+    placed: dict[type[Trade], Trade] = {OffloadDisk: OffloadDisk(request.disk[1])}
+    offered = [placed.get(trade) or trade() for trade in TRADES if trade.name not in request.off]
     return tuple(remake for trade in offered for remake in trade.propose(graph, seconds))
 
 
@@ -304,8 +331,10 @@ def binding(graph: StepGraph, block: int) -> Binding:
     return Binding(step.name, step.op, step.source, snapshot.bytes, tuple(by_kind(graph, snapshot).items()))
 
 
-def _notes(survey: Survey, parts: Sequence[Part], phase: OptimizerPhase) -> tuple[str, ...]:
+def _notes(survey: Survey, parts: Sequence[Part], phase: OptimizerPhase, request: Request) -> tuple[str, ...]:
     notes = [*survey.notes, *([phase.assumed] if phase.assumed else [])]
+    if FewBit.name not in request.off and request.lowering == "inductor":
+        notes.append('fewbit finds nothing under Inductor, which takes nonlinearities apart: lowering="eager"')
     if len(survey.captures) > 1:
         notes.append(f"the model breaks into {len(survey.captures)} graphs; one budget is shared among them")
     if runs_untraced(parts):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from memopt.edit import Remake, edit
+from memopt.edit import GRADIENT, Remake, edit, taken
 from memopt.graph import StepGraph
 from memopt.timeline import peak
 
+ROUNDING = 1e-6  # of a limit: a solver's tolerance
+MAX_GRAD_ERROR = 0.1  # a tenth of its length: less than what another batch of the same data changes of a gradient
 REUSED = "plan file"  # the solver of a plan whose decisions were saved earlier
 
 
@@ -28,6 +31,7 @@ class Problem:
     """graph: the whole step. remakes: every offer of every trade. budget: bytes. block: allocator rounding, bytes.
 
     seconds: step name -> predicted seconds of one run of that step (missing: 0), the price of a copy of it.
+    limits: resource -> how much of it all packing may take together (`memopt.edit.taken`).
     """
 
     graph: StepGraph
@@ -35,6 +39,16 @@ class Problem:
     budget: int
     seconds: Mapping[str, float] = field(default_factory=dict, repr=False)
     block: int = 1
+    limits: Mapping[str, float] = field(default_factory=dict)
+
+    def allows(self, chosen: Iterable[Remake]) -> bool:
+        """Whether these remakes keep to the limits, as solvers do to within their rounding."""
+        return not self.exceeded(chosen)
+
+    def exceeded(self, chosen: Iterable[Remake]) -> dict[str, float]:
+        """Resource -> what these remakes take of it, where that is more than its limit."""
+        amounts = taken(chosen) if self.limits else {}
+        return {name: size for name, size in amounts.items() if size > self.limits.get(name, size) * (1 + ROUNDING)}
 
 
 @dataclass(frozen=True)
@@ -51,6 +65,11 @@ class Plan:
     lower_bound: float
     status: Status
     solver: str = ""
+
+    @property
+    def grad_error(self) -> float:
+        """What the lossy ones among the remakes make of the gradient, ||g' - g|| / ||g||, as estimated."""
+        return math.sqrt(taken(self.chosen).get(GRADIENT, 0.0))
 
     @property
     def floor(self) -> int | None:
@@ -82,11 +101,11 @@ def original(step: str) -> str:
 def simulated(problem: Problem, chosen: tuple[Remake, ...], solver: str, lower_bound: float = 0.0) -> Plan:
     """The plan for these remakes with peak and seconds taken from the edited graph, nothing else.
 
-    Its status is FEASIBLE within the budget, else INFEASIBLE.
+    Its status is FEASIBLE within the budget and the limits, else INFEASIBLE.
     """
     edited = edit(problem.graph, chosen)
     top = peak(edited, problem.block)
-    status = Status.FEASIBLE if top <= problem.budget else Status.INFEASIBLE
+    status = Status.FEASIBLE if top <= problem.budget and problem.allows(chosen) else Status.INFEASIBLE
     return Plan(chosen, top, added_seconds(problem, edited), lower_bound, status, solver)
 
 

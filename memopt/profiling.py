@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from memopt.cost import ITEMSIZE
+from memopt.cost import ITEMSIZE, codec_of
 from memopt.devices import Device
 from memopt.facts import cost_key
 from memopt.graph import Step, TensorInfo
@@ -44,7 +44,7 @@ def measured_costs(programs: Iterable[Program], device: Device, measure: bool) -
 
 def _packing(meter: OpCosts, step: Step, value: TensorInfo) -> OpCost | None:
     """What packing or unpacking a value costs, by a run of its own or what is remembered of one."""
-    codec = step.op.partition("pack_")[2].removesuffix(".default")
+    codec = codec_of(step)
     if codec.startswith("disk_"):
         return _on_disk(step, value, disk.pool_of(codec).rates())
     with meter:

@@ -12,10 +12,11 @@ import torch
 
 from memopt.capture import Survey
 from memopt.errors import BudgetError, MemoptError, WayOut
+from memopt.noise import LOSSY, Noise
 from memopt.passbase import Numerics
 from memopt.passes import TRADES
 from memopt.passes.offload_disk import OffloadDisk
-from memopt.pipeline import Costs, Request, make_plan, silent
+from memopt.pipeline import UNMEASURED, Costs, Request, make_plan, silent
 from memopt.plans import Plan
 from memopt.report import PlanResult
 from memopt.runtime import disk
@@ -65,6 +66,12 @@ def round_up(nbytes: int) -> str:
     return f"{math.ceil(nbytes * scale / 1000**power) / scale:g}{DECIMAL[power]}"
 
 
+def round_off(error: float) -> float:
+    """A relative error of two figures, never less."""
+    scale = 10 ** (1 - math.floor(math.log10(error))) if error > 0 else 1.0
+    return math.ceil(error * scale) / scale
+
+
 ANY = 1 << 62  # bytes of a disk as large as one likes
 MANY = 5_000  # steps above which a lossy lever that nobody named is not tried: minutes for 80 layers
 
@@ -78,6 +85,7 @@ class Spelling:
     seq: str = "{} instead of {} along dimension 1 of the inputs (the sequence)"
     optimizer: str = "optimizer=torch.optim.SGD(...)"
     allow: str = 'allow=("{}",)'
+    off: str = "max_grad_error={:.2g}"
     disk: str = 'disk_budget="{}"'
     numerics: str = 'numerics="reordered", lowering="eager"'
     on: str = 'passes without "-{}"'
@@ -90,6 +98,7 @@ COMMAND_LINE = Spelling(
     seq="--seq {}",
     optimizer="--optimizer sgd",
     allow="--allow {}",
+    off="--max-grad-error {:.2g}",
     disk="--disk-budget {}",
     numerics="--numerics reordered --lowering eager",
     on="--passes without -{}",
@@ -103,7 +112,7 @@ class Refused:
 
     price: the costs of a survey's operations. capture: surveys a call with other inputs.
     call: the positional and keyword inputs, or None if they are not known. reordered: surveys that call as it runs with
-    reordered numerics, where that runs other operations; else None.
+    reordered numerics, where that runs other operations; else None. noise: what is known of lossy levers.
     """
 
     result: PlanResult
@@ -114,6 +123,7 @@ class Refused:
     capture: Callable[[Call], Survey]
     reordered: Callable[[Call], Survey] | None = None
     spelling: Spelling = Spelling()
+    noise: Noise = UNMEASURED
 
     def ways_out(self) -> tuple[WayOut, ...]:
         """Each change with the peak and the seconds it leads to; what fits first, exact before lossy."""
@@ -129,6 +139,7 @@ class Refused:
 
     def _changes(self) -> Iterator[WayOut]:
         yield from self._levers()
+        yield from self._further_off()
         yield from self._disk()
         yield from self._numerics()
         yield from self._optimizers()
@@ -141,7 +152,7 @@ class Refused:
         yield self._way(self.spelling.anew, max(classes, key=ORDER.__getitem__, default="exact"), plan)
 
     def _plan(self, found: Survey, request: Request) -> Plan:
-        return make_plan(found, request, self.price(found), 0.0, silent).result.plan
+        return make_plan(found, request, self.price(found), 0.0, silent, noise=self.noise).result.plan
 
     def _way(self, change: str, numerics: str, plan: Plan) -> WayOut:
         """What this change leads to: the plan's peak if it fits, else the floor it leaves."""
@@ -158,6 +169,14 @@ class Refused:
                 word = self.spelling.allow if trade.numerics is Numerics.LOSSY else self.spelling.on
                 request = replace(self.request, off=self.request.off - {trade.name})
                 yield self._way(word.format(trade.name), trade.numerics.value, self._plan(self.found, request))
+
+    def _further_off(self) -> Iterator[WayOut]:
+        """The lossy levers that are allowed, with the error of the gradient that their plan needs."""
+        if set(LOSSY) - self.request.off:
+            plan = self._plan(self.found, replace(self.request, max_grad_error=math.inf))
+            needed = round_off(plan.grad_error)
+            if needed > self.request.max_grad_error:
+                yield self._way(self.spelling.off.format(needed), "lossy", plan)
 
     def _disk(self) -> Iterator[WayOut]:
         """A disk, as large as the plan with any disk uses of it; none where temporary files cannot be written."""

@@ -6,6 +6,7 @@ stored twice, so the three views cannot disagree. No torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -75,6 +76,8 @@ class PlanResult:
     classes: lever -> "exact", "reordered" or "lossy". formula: the peak in batch B and sequence S. notes: what was
     assumed. lowered: peak bytes of each phase of the compiled code, {} if the graph runs step by step.
     identity: {"graph": hash, "torch": version, "schema": "1"}, what a plan file is checked against.
+    max_grad_error: what lossy levers may make of the gradient, relative; measured_grad_error: what these decisions made
+    of one batch's.
     """
 
     model: str
@@ -95,6 +98,8 @@ class PlanResult:
     measured: MeasuredStep | None = None
     lowered: Mapping[str, int] = field(default_factory=dict)
     identity: Mapping[str, str] = field(default_factory=dict)
+    max_grad_error: float = math.inf
+    measured_grad_error: float | None = None
 
     @property
     def infeasible(self) -> bool:
@@ -142,7 +147,16 @@ class PlanResult:
         why = WHY.get(self.plan.solver) if self.gap > SMALL_GAP and not self.infeasible else None
         gap = (f"gap {100 * self.gap:.2f} % of the step time: {why}",) if why else ()
         slowed = (PROFILED,) if self.measured is not None and self.measured.profiled else ()
-        return (*self.notes, *gap, *slowed)
+        return (*self.notes, *gap, *self._off(), *slowed)
+
+    def _off(self) -> tuple[str, ...]:
+        """How far lossy levers put the gradient off, if any is used."""
+        if not self.plan.grad_error:
+            return ()
+        seen = self.measured_grad_error
+        known = "not measured" if seen is None else f"{100 * seen:.2g} % measured on one batch"
+        predicted, limit = 100 * self.plan.grad_error, 100 * self.max_grad_error
+        return (f"gradient off by {predicted:.2g} % predicted, {known}; max_grad_error is {limit:.3g} %",)
 
     @property
     def held(self) -> bool | None:
@@ -232,6 +246,11 @@ class PlanResult:
             "graph": {"steps": len(self.before.steps), "storages": len(_used(self.before)), "breaks": self.breaks},
             "timings": dict(self.timings),
             "at_peak": by_kind(self.after, self.snapshot) if self.after.steps else {},
+            "grad_error": {
+                "max": self.max_grad_error if math.isfinite(self.max_grad_error) else None,
+                "predicted": self.plan.grad_error,
+                "measured": self.measured_grad_error,
+            },
             "formula": self.formula,
             "notes": list(self.remarks),
         }

@@ -14,12 +14,14 @@ import torch
 from torch import fx, nn
 from torch.utils._pytree import tree_flatten
 
+from memopt.accuracy import Accuracy
 from memopt.capture import Capture, Survey, entry, survey, tensor_names
 from memopt.dumps import PLANNED, dump_program, plan_made
 from memopt.errors import BudgetError, MemoptError
 from memopt.frames import dynamo_set
 from memopt.hosts import as_in_eager, without_full_mask
 from memopt.lowering import Transform, lower, signature
+from memopt.noise import Noise
 from memopt.pipeline import Costs, Planned, Progress, Request, make_plan, prepare, silent
 from memopt.planfile import PlanFile
 from memopt.plans import MeasuredStep
@@ -68,6 +70,7 @@ class Session:
     missed: int = 0
     corrections: int = 0
     turns: dict[str, int] = field(default_factory=dict)
+    accuracy: Accuracy = field(default_factory=Accuracy)
 
     def __post_init__(self) -> None:
         self.watch = StepWatch(self.resident, self.request.device.kind)
@@ -101,18 +104,24 @@ class Session:
     def adopt(self, found: Survey, capture_seconds: float, call: Call | None = None) -> Planned:
         """Price and plan a survey. Raises BudgetError; call: inputs it may try smaller."""
         costs = self.costs(found)
+        probe = self.accuracy.probe(found, call, self.request) if self.measure else None
+        make = partial(self.planned, found, costs, capture_seconds)
+        planned = self.accuracy.held(make, probe, self.request.max_grad_error).missing(self.missed)
+        if planned.result.infeasible:
+            self.refused = self.advised(planned.result, found, call)
+            raise infeasible(self.refused)
+        plan_made(lambda: to_text(planned.result), planned.result.to_json)
+        return planned
+
+    def planned(self, found: Survey, costs: Costs, capture_seconds: float, noise: Noise) -> Planned:
+        """The plan within the budget less what real steps were seen to take beyond theirs."""
         request = replace(self.request, budget=max(self.request.budget - self.missed, 1))
-        planned = make_plan(found, request, costs, capture_seconds, self.progress, self.plan_file)
+        planned = make_plan(found, request, costs, capture_seconds, self.progress, self.plan_file, noise)
         if self.request.lowering == "inductor" and self.measure:
             from memopt.tuning import tuned  # loads Inductor
 
             runs = tuple(zip((capture.program for capture in found.captures), parts_of(found), strict=True))
             planned = tuned(planned, runs, self.request.time_limit, self.request.device.kind)
-        planned = planned.missing(self.missed)
-        if planned.result.infeasible:
-            self.refused = self.advised(planned.result, found, call)
-            raise infeasible(self.refused)
-        plan_made(lambda: to_text(planned.result), planned.result.to_json)
         return planned
 
     def advised(self, result: PlanResult, found: Survey, call: Call | None) -> PlanResult:
@@ -123,7 +132,9 @@ class Session:
         reordered = (
             partial(self.capture, exact=False) if any(fused_cells(c.program.graph) for c in found.captures) else None
         )
-        refused = Refused(result, found, self.request, self.costs, call, self.capture, reordered, self.spelling)
+        refused = Refused(
+            result, found, self.request, self.costs, call, self.capture, reordered, self.spelling, self.accuracy.noise
+        )
         return replace(result, ways_out=refused.ways_out())
 
     def step(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

@@ -21,6 +21,7 @@ from memopt.devices import CATALOGUE, Device, device
 from memopt.errors import BudgetError, CaptureError
 from memopt.pipeline import Progress, silent
 from memopt.planfile import PlanFile
+from memopt.plans import MAX_GRAD_ERROR
 from memopt.refusal import COMMAND_LINE, Spelling
 from memopt.report import PlanResult
 from memopt.runtime.calibrate import load_rates, measure_rates, save_rates
@@ -141,13 +142,14 @@ class Asked:
     progress: Progress
     disk_budget: str | None = None
     disk_path: str | Path | None = None
+    max_grad_error: float = MAX_GRAD_ERROR
 
     def session(self, bench: Bench, model: LossModel, measure: bool = False) -> Session:
         """The session of this call. measure: price operations by running them, for a step that will run here."""
         optimizer = bench.optimizer_over(model)
         request = make_request(
             bench.target, self.budget, optimizer, self.allow, self.numerics, self.lowering, self.passes,
-            self.accumulate, bench.workload.name, self.disk_budget, self.disk_path,
+            self.accumulate, bench.workload.name, self.disk_budget, self.disk_path, self.max_grad_error,
         )  # fmt: skip
         request = replace(request, has_optimizer=optimizer is not None)
         return Session(
@@ -177,6 +179,7 @@ def plan_workload(
     host_budget: str | None = None,
     disk_budget: str | None = None,
     disk_path: str | Path | None = None,
+    max_grad_error: float = MAX_GRAD_ERROR,
     lowering: str = "auto",
     accumulate: int = 1,
     plan_file: PlanFile | None = None,
@@ -187,8 +190,9 @@ def plan_workload(
     _no_host(host_budget)
     made = bench(workload, batch, seq, dtype, optimizer, device)
     asked = Asked(
-        budget, allow, numerics, passes, lowering, accumulate, plan_file, progress or silent, disk_budget, disk_path
-    )
+        budget, allow, numerics, passes, lowering, accumulate, plan_file, progress or silent, disk_budget, disk_path,
+        max_grad_error,
+    )  # fmt: skip
     return _stated(made, asked) if formula else _planned(made, asked, advise=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from memopt.passbase import Cleanup, Trade
 from memopt.passes.batch_statistics import BatchStatistics
+from memopt.passes.few_bit import FewBit
 from memopt.passes.narrow_indices import NarrowIndices
 from memopt.passes.offload_disk import OffloadDisk
 from memopt.passes.pack_masks import PackMasks
@@ -26,4 +27,5 @@ TRADES: tuple[type[Trade], ...] = (
     Fp8Activations,
     Int4Activations,
     Int2Activations,
+    FewBit,
 )

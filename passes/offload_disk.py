@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from math import inf
+from dataclasses import dataclass, replace
 
+from memopt.edit import DISK, Remake
 from memopt.graph import StepGraph
 from memopt.passbase import Numerics
 from memopt.passes.packing import Codec, Packing, packable
@@ -18,24 +18,16 @@ LEAST = (
 
 @dataclass(frozen=True)
 class OffloadDisk(Packing):
-    """Keep values on disk. Assumes: a folder was named. limit: bytes on disk at one time. pool: the codec of what lies
-    in that folder (memopt.runtime.disk.use).
-
-    Where the limit is less than all that could go there, the largest values are offered, of equal ones the earliest,
-    which lie there longest (PipeOffload, arXiv:2503.01328: first what lives longest for what it adds to the peak).
-    """
+    """Keep values on disk. Assumes: a folder was named. pool: the codec of what lies there (memopt.runtime.disk.use).
+    How much may lie there at one time is a limit of the problem: what a forward wrote lies there until its backward."""
 
     name, numerics = "offload_disk", Numerics.EXACT
-    limit: float = inf
     pool: str = "disk_0"
 
     def codecs(self, graph: StepGraph) -> Mapping[str, Codec]:
-        """A token each, for as many as fit on disk together."""
-        sizes = {value: graph.storages[value].nbytes for value in packable(graph)}
-        found: dict[str, Codec] = {}
-        room = self.limit
-        for value in sorted(sizes, key=lambda value: -sizes[value]):
-            if LEAST <= sizes[value] <= room:
-                room -= sizes[value]
-                found[value] = (self.pool, TOKEN)
-        return found
+        """A token each."""
+        return {v: (self.pool, TOKEN) for v in packable(graph) if graph.storages[v].nbytes >= LEAST}
+
+    def propose(self, graph: StepGraph, seconds: Mapping[str, float]) -> tuple[Remake, ...]:
+        offers = super().propose(graph, seconds)
+        return tuple(replace(r, takes=((DISK, float(graph.storages[r.value].nbytes)),)) for r in offers)

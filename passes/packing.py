@@ -10,6 +10,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass, replace
 from math import prod
+from typing import ClassVar
 
 from memopt.cost import ITEMSIZE
 from memopt.edit import Remake
@@ -23,14 +24,19 @@ Codec = tuple[str, int]  # name of a pair of operations, bytes it packs the valu
 
 @dataclass(frozen=True)
 class Packing(Trade):
-    """A trade that packs values. Assumes: the codec gives back what it was given, or the trade is lossy and says so."""
+    """A trade that packs values. Assumes: the codec gives back what it was given, or the trade is lossy and says so.
+
+    slope: what it gives back stands for the value where a slope is taken alone."""
+
+    slope: ClassVar[bool] = False
 
     @abstractmethod
     def codecs(self, graph: StepGraph) -> Mapping[str, Codec]:
         """Of the `packable` storages those to pack, and how."""
 
     def propose(self, graph: StepGraph, seconds: Mapping[str, float]) -> tuple[Remake, ...]:
-        remakes = {value: packed(graph, self.name, value, codec) for value, codec in self.codecs(graph).items()}
+        found = {value: packed(graph, self.name, value, codec) for value, codec in self.codecs(graph).items()}
+        remakes = {value: replace(remake, slope=self.slope) for value, remake in found.items()}
         return tuple(replace(remakes[value], span=span) for span, value in read_late(graph, remakes.keys()))
 
 

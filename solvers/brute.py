@@ -18,6 +18,7 @@ def brute(problem: Problem) -> Plan:
     offers = problem.remakes
     subsets = (chosen for size in range(len(offers) + 1) for chosen in combinations(offers, size))
     plans = [simulated(problem, chosen, "brute") for chosen in subsets]
+    plans = [plan for plan in plans if problem.allows(plan.chosen)]
     lowest = min(plans, key=lambda plan: (plan.peak, plan.seconds))
     holding = [plan for plan in plans if plan.peak <= problem.budget]
     if not holding:

@@ -84,6 +84,7 @@ class Engine:
         return found
 
     def _simulated(self, parts: Parts) -> tuple[np.ndarray, State]:
+        parts = self.space.within(parts)
         held, seconds = self.space.bytes_at(parts)
         at = int(np.argmax(held))
         return held, State(parts, int(held[at]), at, seconds)

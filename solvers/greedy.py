@@ -25,7 +25,7 @@ def greedy(problem: Problem) -> Plan:
         trials = []
         for value in candidates(problem, plan, groups, chosen):
             trial = simulated(problem, flattened(groups, {**chosen, value: groups[value]}), "greedy")
-            if trial.peak < plan.peak:
+            if trial.peak < plan.peak and problem.allows(trial.chosen):
                 trials.append((price(trial, plan), trial.peak, value, trial))
         if not trials:
             break

@@ -8,9 +8,10 @@ n[v, h]  v has been remade by half-time h of its region, because something alrea
 
 A read in k wants x + d >= 1, d summed over ways; a remade value wants each value its maker reads alive or remade; a
 memory row adds what is certainly alive, x of what may be, and n. What a value was packed into is a value too: it has an
-x, which costs the seconds of packing, and no d. Every row is a lower bound of the bytes a choice of offers really
-holds, so the relaxation's optimum is a lower bound on the added seconds of ANY subset of the offers. Left out (hence
-never above the truth): transients inside a burst of copies. The engine adds them as corrections found by simulation.
+x, which costs the seconds of packing, and no d; what packing takes of a limited resource is a row too. Every memory row
+is a lower bound of the bytes a choice of offers really holds, so the relaxation's optimum is a lower bound on the added
+seconds of ANY subset of the offers. Left out (hence never above the truth): transients inside a burst of copies. The
+engine adds them as corrections found by simulation.
 """
 
 from __future__ import annotations
@@ -77,7 +78,17 @@ class Model:
             for v, ways in region.values.items():
                 if k in space.covered[v]:
                     self.at_least([(self.var("x", v, k), 1.0), *((self.var("d", w, k), 1.0) for w in ways)], 1.0)
+        self._limits()
         self._free_runs()
+
+    def _limits(self) -> None:
+        """What all that is packed takes of a resource, in shares of the largest taker: at most what there is."""
+        space = self.space
+        for name, limit in space.limits.items():
+            takes = {p: packed.takes.get(name, 0.0) for p, packed in space.packed.items() if p in self.pairs}
+            top = max(takes.values()) or 1.0
+            terms = [(self.var("x", p, self.pairs[p][0]), -amount / top) for p, amount in takes.items() if amount]
+            self.at_least(terms, -limit / top)
 
     def _lives(self) -> dict[int, list[int]]:
         """Value -> the regions in which a choice decides whether its original is needed."""
@@ -98,7 +109,8 @@ class Model:
             self.at_least([(self.var("y", maker.at, k, maker.seconds), 1.0), (d, -1.0)], 0.0)
         for u in maker.reads:
             if u in space.movable and 2 * region.last + 1 > space.anchor[u]:
-                remade = [(self.var("d", w, k), 1.0) for w in region.values.get(u, ())]
+                ways = [w for w in region.values.get(u, ()) if not space.makers[w].slope]
+                remade = [(self.var("d", w, k), 1.0) for w in ways]
                 self.at_least([(self.var("x", u, k), 1.0), (d, -1.0), *remade], 0.0)
 
     def _free_runs(self) -> None:

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 class Maker(NamedTuple):
     """The step that makes a value: position, values it reads and creates, bytes of workspace, seconds, fused or not.
-    unpacks: its name if it is no step of the graph but unpacks the value, whose own maker then stands at `at`."""
+    unpacks: its name if it is no step of the graph but unpacks the value, whose own maker then stands at `at`. slope:
+    what it makes is not for copies to read."""
 
     at: int
     reads: tuple[int, ...]
@@ -21,6 +22,7 @@ class Maker(NamedTuple):
     seconds: float
     fused: bool = False
     unpacks: str = ""
+    slope: bool = False
 
 
 @dataclass(frozen=True)
@@ -70,16 +72,20 @@ class Walk:
             maker = self.makers[self.remade[stack.pop()]]
             if (maker.at, maker.unpacks) not in needed:
                 needed[maker.at, maker.unpacks] = maker
-                stack.extend(u for u in maker.reads if u in self.remade and u not in self.born)
+                stack.extend(u for u in maker.reads if self.readable(u) and u not in self.born)
         order = [needed[place] for place in sorted(needed)]
         for maker in order:
             self.copy(maker, when)
         self.bursts.append((when, order))
 
+    def readable(self, u: int) -> bool:
+        """Whether copies read a copy of this value, and not the original."""
+        return u in self.remade and not self.makers[self.remade[u]].slope
+
     def copy(self, maker: Maker, when: int) -> None:
         self.seconds += maker.seconds
         for u in maker.reads:
-            if u in self.born and u in self.remade:
+            if u in self.born and self.readable(u):
                 self.last[u] = max(self.last[u], when)
             else:
                 self.extends[u] = when

@@ -18,11 +18,12 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from memopt.edit import Remake, workspace_again
-from memopt.plans import Problem
+from memopt.plans import ROUNDING, Problem
 from memopt.solvers.region import Maker, Walk, Work
 from memopt.timeline import rounded
 
 Parts = tuple[frozenset[int], ...]  # ways taken, by region
+TOO_MUCH = 1 << 60  # bytes counted at each moment of a choice that takes more of a resource than there is
 
 
 @dataclass
@@ -55,12 +56,13 @@ class State:
 @dataclass(frozen=True)
 class Packed:
     """What a value was packed into. source: that value. born: half-time of the packing. workspace: bytes it takes.
-    seconds: of the packing."""
+    seconds: of the packing. takes: as of its remakes."""
 
     source: int
     born: int
     workspace: int
     seconds: float
+    takes: dict[str, float]
 
 
 class Space:
@@ -118,7 +120,7 @@ class Space:
         step = remake.pack[0]
         seconds, workspace = self.problem.seconds.get(step.name, 0.0), rounded(step.workspace, self.problem.block)
         packed = self.number[remake.made[0][1].name]
-        self.packed[packed] = Packed(value, 2 * self.uses[value][0] + 2, workspace, seconds)
+        self.packed[packed] = Packed(value, 2 * self.uses[value][0] + 2, workspace, seconds, dict(remake.takes))
 
     def maker(self, remake: Remake) -> Maker:
         step, graph, number = remake.unpack[0], self.graph, self.number
@@ -128,7 +130,8 @@ class Space:
         at = graph.position[step.name] if remake.repeats else graph.uses[remake.value][0]
         workspace = rounded(workspace_again(graph, step), self.problem.block)
         seconds = self.problem.seconds.get(step.name, 0.0)
-        return Maker(at, reads, makes, workspace, seconds, step.fused, "" if remake.repeats else step.name)
+        name = "" if remake.repeats else step.name
+        return Maker(at, reads, makes, workspace, seconds, step.fused, name, remake.slope)
 
     def _index_reads(self) -> None:
         """Per region the reads its offers may serve; per value and region the first and last such read."""
@@ -177,6 +180,9 @@ class Space:
         self._sources, self._packed_at = (np.array([getattr(p, n) for p in rows], np.int64) for n in ("source", "born"))
         self._pack_bytes = np.array([p.workspace for p in rows], np.int64)
         self._pack_seconds = np.array([p.seconds for p in rows])
+        self._let_go = np.array([self.size[p.source] for p in rows], np.int64)
+        self._takes = {name: np.array([p.takes.get(name, 0.0) for p in rows]) for name in self.problem.limits}
+        self.limits = {n: limit for n, limit in self.problem.limits.items() if self._takes[n].sum() > limit}
 
     def covered_in(self, k: int) -> dict[int, tuple[int, int]]:
         """Values of region k read there by original steps -> first and last of those positions."""
@@ -235,7 +241,31 @@ class Space:
             packing = self.packing(ends)
             np.add.at(held, self._packed_at[packing], self._pack_bytes[packing])
             seconds += float(self._pack_seconds[packing].sum())
+            if any(self._takes[n][packing].sum() > limit * (1 + ROUNDING) for n, limit in self.limits.items()):
+                held += TOO_MUCH
         return held, seconds
+
+    def within(self, parts: Parts) -> Parts:
+        """The same ways, but for those that take most of a limit a byte, which go until all limits are kept: values are
+        then remade by their own step if that is offered, else kept."""
+        if not self.limits:
+            return parts
+        packing = self.packing(self.ends(parts))
+        for name, limit in self.limits.items():
+            takes, room = self._takes[name], limit - float(self._takes[name][packing].sum())
+            for at in sorted(np.flatnonzero(packing), key=lambda at: (-takes[at] / max(self._let_go[at], 1), at)):
+                if room >= 0:
+                    break
+                if takes[at] > 0:
+                    packing[at], room = False, room + takes[at]
+                    parts = tuple(self._without(part, k, int(self._packs[at])) for k, part in enumerate(parts))
+        return parts
+
+    def _without(self, part: frozenset[int], k: int, packed: int) -> frozenset[int]:
+        """What region k takes, without unpacking this."""
+        unpacking = {way for way in part if packed in self.makers[way].reads}
+        again = {self.value_of[way] for way in unpacking} & self.regions[k].again
+        return (part - unpacking) | again
 
     def state(self, parts: Parts) -> State:
         held, seconds = self.bytes_at(parts)
@@ -244,7 +274,7 @@ class Space:
 
     def all(self) -> Parts:
         """Every value remade, by the first of its ways."""
-        return tuple(frozenset(min(ways) for ways in region.values.values()) for region in self.regions)
+        return self.within(tuple(frozenset(min(ways) for ways in region.values.values()) for region in self.regions))
 
     def none(self) -> Parts:
         return tuple(frozenset() for _ in self.regions)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,14 +14,18 @@ import torch
 
 from memopt.devices import Device
 from memopt.files import write_atomic
+from memopt.kernels.codec import PACKED_BYTES
+from memopt.operations import overload
 from memopt.runtime import opcache
 
 logger = logging.getLogger("memopt")
 
-SCHEMA = 1
+SCHEMA = 2
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COPIED = {"cpu": 64 * 2**20, "cuda": 2**30}  # bytes of the copy: well above the caches
 SIDE = {"cpu": 1024, "cuda": 8192}  # of the square matrices multiplied
+PACKED = {"cpu": 4 * 2**20, "cuda": 2**28}  # bytes of the value packed
+PACKS = {"bits": torch.bool, "uint8": torch.int64, "int16": torch.int64, "int32": torch.int64}  # others pack floats
 LAUNCHES = 500
 SLOW = 0.05  # seconds of a product, above which the next, eight times the work, is not run
 FEWEST, MOST, ENOUGH = 3, 100, 0.3  # runs timed, until ENOUGH seconds went into them; the least counts, as others'
@@ -32,17 +36,23 @@ FEWEST, MOST, ENOUGH = 3, 100, 0.3  # runs timed, until ENOUGH seconds went into
 class Rates:
     """memory_bandwidth: bytes a second, read and written; flops: dtype -> operations a second of a matrix product.
 
-    launch_seconds: of an operation on one element.
+    launch_seconds: of an operation on one element. codecs: bytes a second of values packed, and unpacked. links: bytes
+    a second to the host and from it, of pinned memory; empty on the CPU, where nothing is between.
     """
 
     memory_bandwidth: float
     launch_seconds: float
     flops: Mapping[str, float] = field(default_factory=dict)
+    codecs: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    links: Sequence[float] = ()
 
 
 def measure_rates(where: torch.device) -> Rates:
-    """Run a copy, matrix products in each dtype and a tiny operation. Takes some seconds and COPIED * 2 bytes."""
-    return Rates(_bandwidth(where), _launch(where), {name: _matmul(where, dtype) for name, dtype in DTYPES.items()})
+    """Run copies, matrix products in each dtype, a tiny operation and every codec. Takes some seconds and COPIED * 2
+    bytes."""
+    flops = {name: _matmul(where, dtype) for name, dtype in DTYPES.items()}
+    codecs = {name: _codec(where, name) for name in sorted(PACKED_BYTES) if not name.startswith("disk_")}
+    return Rates(_bandwidth(where), _launch(where), flops, codecs, _links(where))
 
 
 def _best(run: Callable[[], object], where: torch.device) -> float:
@@ -79,6 +89,27 @@ def _matmul(where: torch.device, dtype: torch.dtype) -> float:
         if seconds > SLOW:
             break
     return best
+
+
+def _codec(where: torch.device, name: str) -> tuple[float, float]:
+    """Bytes a second of values packed and unpacked. Of a disk's codecs the folder decides (memopt.runtime.disk)."""
+    dtype = PACKS.get(name, torch.float32)
+    x = torch.randint(0, 2, (PACKED[where.type] // dtype.itemsize,), device=where).to(dtype)
+    packed = overload(f"memopt.pack_{name}.default")
+    again = overload(f"memopt.unpack_{name}.default")
+    held = packed(x, x.stride())
+    pack = _best(lambda: packed(x, x.stride()), where)
+    unpack = _best(lambda: again(held, x.shape, x.stride(), dtype), where)
+    return x.nbytes / pack, x.nbytes / unpack
+
+
+def _links(where: torch.device) -> tuple[float, ...]:
+    if where.type != "cuda":
+        return ()
+    here = torch.ones(PACKED[where.type], dtype=torch.uint8, device=where)
+    host = torch.empty(here.shape, dtype=torch.uint8, pin_memory=True)
+    to, back = _best(lambda: host.copy_(here), where), _best(lambda: here.copy_(host), where)
+    return here.nbytes / to, here.nbytes / back
 
 
 def _launch(where: torch.device) -> float:
@@ -122,10 +153,12 @@ def load_rates(where: torch.device) -> Rates | None:
 
 
 def _checked(rates: Rates) -> Rates:
-    figures = [rates.memory_bandwidth, rates.launch_seconds, *rates.flops.values()]
+    codecs = (rate for pair in rates.codecs.values() for rate in pair)
+    figures = [rates.memory_bandwidth, rates.launch_seconds, *rates.flops.values(), *codecs, *rates.links]
     if not all(isinstance(figure, int | float) and figure > 0 for figure in figures) or set(rates.flops) != set(DTYPES):
         raise ValueError("a rate is missing or not above zero")
-    return rates
+    pairs = {name: (pair[0], pair[1]) for name, pair in rates.codecs.items()}
+    return replace(rates, codecs=pairs, links=tuple(rates.links))
 
 
 def calibrated(device: Device, where: torch.device) -> Device:
@@ -133,8 +166,12 @@ def calibrated(device: Device, where: torch.device) -> Device:
     rates = load_rates(where)
     if rates is None:
         return device
+    to_host, to_device = rates.links or (device.device_to_host, device.host_to_device)
     return replace(
         device,
+        device_to_host=to_host,
+        host_to_device=to_device,
+        codecs={name: (pack, unpack) for name, (pack, unpack) in rates.codecs.items()},
         memory_bandwidth=rates.memory_bandwidth,
         launch_seconds=rates.launch_seconds,
         fp32=rates.flops["fp32"],

@@ -91,7 +91,8 @@ def test_a_saved_plan_is_used_again(tmp_path: Any) -> None:
     first = compiled(Stack(), x, int(0.8 * whole), **options).memopt.plan
     save_plan(first, tmp_path / "plan.memopt.json")
     again = compiled(Stack(), x, int(0.8 * whole), plan_file=tmp_path / "plan.memopt.json", **options).memopt.plan
-    assert again.plan.chosen == first.plan.chosen
+    made, reused = ([(r.trade, r.value, r.span) for r in plan.plan.chosen] for plan in (first, again))
+    assert reused == made  # the noise of each is that of other weights
     assert again.peak == first.peak
     with pytest.raises(memopt.PlanFileError, match=r"uses 'int8_activations' on .* allow the lever"):
         compiled(Stack(), x, int(0.8 * whole), plan_file=tmp_path / "plan.memopt.json")

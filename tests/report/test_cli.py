@@ -81,7 +81,7 @@ def test_every_option_reaches_the_engine(engine: Engine) -> None:
     words = (
         "--budget=-2GiB --batch 2 --seq 128 --dtype amp-bf16 --device h200 --optimizer sgd --accumulate 4 "
         "--allow adamw8bit,int4 --numerics exact --passes -late_fills,+x --host-budget 1GB --disk-budget 2GB "
-        "--lowering eager --formula --steps 5"
+        "--lowering eager --formula --steps 5 --max-grad-error 0.2"
     )
     assert call("run", "tiny", *words.split()).exit_code == 0
     name, _, given = engine.calls[0]
@@ -91,8 +91,7 @@ def test_every_option_reaches_the_engine(engine: Engine) -> None:
         "budget": "-2GiB", "batch": 2, "seq": 128, "dtype": "amp-bf16", "device": "h200", "optimizer": "sgd",
         "accumulate": 4, "allow": ("adamw8bit", "int4"), "numerics": "exact", "passes": "-late_fills,+x",
         "host_budget": "1GB", "disk_budget": "2GB", "disk_path": None, "lowering": "eager", "formula": True,
-        "plan_file": None,
-        "steps": 5,
+        "plan_file": None, "max_grad_error": 0.2, "steps": 5,
     }  # fmt: skip
 
 

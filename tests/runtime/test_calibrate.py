@@ -11,12 +11,13 @@ import torch
 from memopt.cost import Roofline
 from memopt.devices import device
 from memopt.graph import Step, StepGraph, Storage, TensorInfo
+from memopt.kernels.codec import PACKED_BYTES
 from memopt.runtime import calibrate
 from memopt.runtime.calibrate import Rates, load_rates, measure_rates, rates_file, save_rates
 from memopt.runtime.here import here
 
 CPU = torch.device("cpu")
-RATES = Rates(8e9, 1e-6, {"fp32": 50e9, "bf16": 20e9, "fp16": 1e9})
+RATES = Rates(8e9, 1e-6, {"fp32": 50e9, "bf16": 20e9, "fp16": 1e9}, {"int8": (1e9, 2e9)})
 
 
 @pytest.fixture(autouse=True)
@@ -49,11 +50,11 @@ def test_kept_rates_are_what_the_roofline_uses() -> None:
     assert [path.name for path in rates_file(CPU).parent.iterdir()] == [rates_file(CPU).name]
 
 
-NEGATIVE = '{"schema": 1, "memory_bandwidth": -1, "launch_seconds": 1, "flops": {"fp32": 1, "bf16": 1, "fp16": 1}}'
+NEGATIVE = '{"schema": 2, "memory_bandwidth": -1, "launch_seconds": 1, "flops": {"fp32": 1, "bf16": 1, "fp16": 1}}'
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"schema": 2}', '{"schema": 1, "memory_bandwidth": 1}', NEGATIVE]
+    "text", ["", "{", "[]", '{"schema": 1}', '{"schema": 2, "memory_bandwidth": 1}', NEGATIVE]
 )  # fmt: skip
 def test_a_damaged_calibration_is_ignored_with_a_warning(text: str, caplog: pytest.LogCaptureFixture) -> None:
     rates_file(CPU).parent.mkdir(parents=True)
@@ -63,10 +64,25 @@ def test_a_damaged_calibration_is_ignored_with_a_warning(text: str, caplog: pyte
     assert "damaged calibration" in caplog.text
 
 
+def test_packing_is_priced_by_what_its_codec_reaches() -> None:
+    save_rates(CPU, RATES)
+    x, held = TensorInfo("x", (1000,), "float32", "x"), TensorInfo("held", (1040,), "uint8", "held")
+    pack = Step("to", "memopt.pack_int8.default", "forward", ("x",), ("held",))
+    unpack = Step("back", "memopt.unpack_int8.default", "backward", ("held",), ("y",))
+    tensors = {"x": x, "held": held, "y": TensorInfo("y", (1000,), "float32", "y")}
+    storages = {name: Storage(name, 4000 if name != "held" else 1040) for name in tensors}
+    graph = StepGraph(("x",), (pack, unpack), ("y",), tensors, storages)
+    found = [Roofline(here(CPU)).seconds(graph, step) for step in graph.steps]
+    assert found == pytest.approx([4000 / 1e9 + 1e-6, 4000 / 2e9 + 1e-6])
+
+
 def test_measured_rates_order_the_work_as_the_machine_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(calibrate.COPIED, "cpu", 4 * 2**20)
     monkeypatch.setitem(calibrate.SIDE, "cpu", 256)
+    monkeypatch.setitem(calibrate.PACKED, "cpu", 2**18)
     rates = measure_rates(CPU)
+    assert {*rates.codecs} == {name for name in PACKED_BYTES if not name.startswith("disk_")}
+    assert all(rate > 0 for pair in rates.codecs.values() for rate in pair)
     assert rates.memory_bandwidth > 0
     assert set(rates.flops) == {"fp32", "bf16", "fp16"}
     assert rates.launch_seconds < 2 * 256**3 / rates.flops["fp32"]  # a tiny operation is quicker than 33 Mflop

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memopt.edit import Remake, edit
+from memopt.edit import DISK, GRADIENT, Remake, edit
 from memopt.graph import StepGraph, verify
 from memopt.passes.packing import packable, packed, read_late
 from memopt.passes.recompute import Recompute
 from memopt.plans import Problem, simulated
 from memopt.solvers import brute, solve
+from memopt.solvers.chain import links_of
 from memopt.solvers.space import Space
 from memopt.timeline import peak
 from tests.solvers.test_agree import agrees, bounded
@@ -34,20 +36,23 @@ def offers_of(graph: StepGraph, seconds: dict[str, float], seed: int) -> tuple[t
             workspace = rng.choice((0, 0, 64))
             pack = tuple(replace(step, workspace=workspace) for step in remake.pack)
             unpack = tuple(replace(step, workspace=workspace) for step in remake.unpack)
-            remakes[value] = replace(remake, pack=pack, unpack=unpack)
+            takes = ((GRADIENT, rng.choice((0.0, 0.01, 0.04))), (DISK, rng.choice((0.0, 1.0, 2.0))))
+            remakes[value] = replace(remake, pack=pack, unpack=unpack, takes=takes, slope=rng.random() < 0.3)
         offers += [replace(remakes[v], span=span) for span, v in read_late(graph, remakes.keys())]
     rng.shuffle(offers)
     return tuple(offers), spent
 
 
-def problem_of(seed: int, share: float, most: int = 8) -> Problem:
+def problem_of(seed: int, share: float, limits: Mapping[str, float], most: int = 8) -> Problem:
     graph, seconds = random_step(seed)
     offers, spent = offers_of(graph, seconds, seed)
-    floor = brute(Problem(graph, offers[:most], 0, spent)).peak
-    return Problem(graph, offers[:most], int(floor + share * (peak(graph) - floor)), spent)
+    problem = Problem(graph, offers[:most], 0, spent, limits=limits)
+    floor = brute(problem).peak
+    return replace(problem, budget=int(floor + share * (peak(graph) - floor)))
 
 
-PROBLEMS = st.builds(problem_of, st.integers(0, 10**6), st.sampled_from((0.0, 0.3, 0.6, 0.95)))
+LIMITS = st.sampled_from(({}, {GRADIENT: 0.06}, {GRADIENT: 0.02, DISK: 3.0}, {GRADIENT: 0.0}))
+PROBLEMS = st.builds(problem_of, st.integers(0, 10**6), st.sampled_from((0.0, 0.3, 0.6, 0.95)), LIMITS)
 
 
 @settings(max_examples=60, deadline=None)
@@ -77,6 +82,26 @@ def test_the_fast_simulation_is_never_below_the_edited_graph(seed: int, choice: 
     verify(edit(graph, plan.chosen))
     assert state.peak >= plan.peak
     assert state.seconds >= plan.seconds - 1e-12
+
+
+@settings(max_examples=60, deadline=None)
+@given(PROBLEMS, st.sampled_from(("auto", "milp", "greedy", "chain")))
+def test_no_plan_takes_more_than_there_is(problem: Problem, method: str) -> None:
+    if method != "chain" or links_of(problem, Space(problem)) is not None:
+        assert problem.allows(solve(problem, method=method).chosen)
+
+
+def test_a_tighter_limit_gives_other_ways_and_no_cheaper_plan() -> None:
+    """On some random steps the loosest plan is too noisy, and one that is not costs more seconds or bytes."""
+    dearer = 0
+    for seed in range(40):
+        loose = problem_of(seed, 0.3, {})
+        tight = replace(loose, limits={GRADIENT: 0.02})
+        free, held = solve(loose), solve(tight)
+        if not tight.allows(free.chosen):
+            assert (held.peak > loose.budget) or held.seconds >= free.seconds * (1 - 1e-9)
+            dearer += 1
+    assert dearer
 
 
 def test_what_nobody_unpacks_is_not_packed() -> None:

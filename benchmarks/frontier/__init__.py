@@ -1,0 +1,1 @@
+"""Every lever alone, and all of them together: `python -m benchmarks.frontier`."""

@@ -1,0 +1,1 @@
+"""Does training still work with lossy levers? `python -m benchmarks.training`."""

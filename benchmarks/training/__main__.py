@@ -1,0 +1,140 @@
+"""Does training still work? `python -m benchmarks.training`: each task with exact and lossy plans, at several seeds.
+
+An exact plan recomputes at 60 % of the step's peak, and its losses must be plain PyTorch's bit for bit. A lossy plan
+uses its lever alone at the least budget it holds, with no bound on the gradient's error: as much of it as there can be.
+Needs the packages of pip's extra "training".
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import torch
+from torch import nn
+
+import memopt
+from benchmarks.record import RESULTS, command, surroundings, write_lines
+from benchmarks.training.picture import draw
+from benchmarks.training.tasks import TASKS, Task
+
+Row = dict[str, Any]
+PLAIN, EXACT = "plain", "exact"
+LEVERS = {"int8": "int8_activations", "int4": "int4_activations", "fewbit": "fewbit"}
+PLANS = (PLAIN, EXACT, *LEVERS)
+SOUND = ("int8", "fewbit")  # expected within the noise of the seeds
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run, write and judge. 1 if a mark fails."""
+    parser = argparse.ArgumentParser(prog="training", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--plan", nargs="+", choices=PLANS, default=list(PLANS))
+    parser.add_argument("--seeds", type=int, default=4, help="how many")
+    parser.add_argument("--steps", type=int, default=0, help="of each run; the task's own if left out")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    asked = parser.parse_args(words)
+    rows: list[Row] = []
+    for name in asked.task:
+        task = TASKS[name]()
+        for seed in range(asked.seeds):
+            for plan in asked.plan:
+                rows.append({"task": name, "metric": task.metric, **run(task, plan, seed, asked.steps or task.steps)})
+                print(line(rows[-1]), flush=True)
+    typed = command("training", sys.argv[1:] if words is None else words)
+    write_lines(asked.results / "training.jsonl", [{"surroundings": surroundings(), "command": typed}, *rows])
+    draw(rows, {name: TASKS[name]().text for name in asked.task}, asked.results / "training.svg")
+    verdicts = marks(rows)
+    print(*(f"  {'holds' if good else 'fails':5}  {text}" for text, good in verdicts), sep="\n")
+    return 0 if all(good for _, good in verdicts) else 1
+
+
+def run(task: Task, plan: str, seed: int, steps: int) -> Row:
+    """Train with this plan: losses step by step, the metric at the end, and what the plan was."""
+    batches = task.batches(seed)
+    first = next(batches)
+    model = task.build(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=task.rate)
+    what = {} if plan == PLAIN else planned(task, model, optimizer, plan, first, seed)
+    torch.manual_seed(seed)
+    losses = []
+    for at in range(steps):
+        loss = model(**(first if at == 0 else next(batches))).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+    model.eval()
+    return {"plan": plan, "seed": seed, "quality": task.measure(model), "losses": losses, **what}
+
+
+def planned(task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, plan: str, inputs: Any, seed: int) -> Row:
+    """Compile the model as the plan's name says; what that made of it."""
+    lever = LEVERS.get(plan)
+    options: Any = {"optimizer": optimizer, "example_inputs": inputs, "lowering": "eager"}
+    if lever is None:
+        whole = int(compiled(task, seed, "90%", options).memopt.plan.baseline_peak)
+        budget = int(0.6 * whole)
+        options["numerics"] = "exact"
+    else:
+        options |= {"allow": (lever,), "passes": "-recompute,-pack_masks,-narrow_indices", "max_grad_error": 1e9}
+        budget = least(task, seed, options)
+    memopt.compile(model, budget, **options)
+    result: Any = model.memopt.plan  # type: ignore[union-attr]
+    return {
+        "peak": result.peak,
+        "free": result.baseline_peak,
+        "grad_error": result.measured_grad_error,
+        "mix": {used.lever: used.bytes for used in result.levers},
+    }
+
+
+def compiled(task: Task, seed: int, budget: int | str, options: Any) -> Any:
+    """A model of its own, compiled: nothing of it is left in the one that trains."""
+    other = task.build(seed)
+    given = {**options, "optimizer": torch.optim.AdamW(other.parameters())}
+    return memopt.compile(other, budget, **given)
+
+
+def least(task: Task, seed: int, options: Any) -> int:
+    """The least budget the levers hold, bytes."""
+    try:
+        compiled(task, seed, 1, options)
+    except memopt.BudgetError as refused:
+        return refused.floor_bytes or 0
+    raise RuntimeError("one byte was enough for a training step")
+
+
+def line(row: Row) -> str:
+    """The row in a line."""
+    saved = f"{row['peak'] / row['free']:.0%} of the peak" if "peak" in row else ""
+    error = f"gradient off by {row['grad_error']:.2g}" if row.get("grad_error") else ""
+    return (
+        f"{row['task']:10} {row['plan']:7} seed {row['seed']}  {row['metric']} {row['quality']:.4f}  {saved}  {error}"
+    )
+
+
+def marks(rows: Sequence[Row]) -> list[tuple[str, bool]]:
+    """What is claimed, and whether it holds: exact losses equal; sound levers within the seeds' spread of exact."""
+    said = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        mine = {plan: [row for row in rows if (row["task"], row["plan"]) == (task, plan)] for plan in PLANS}
+        if mine[PLAIN] and mine[EXACT]:
+            same = all(a["losses"] == b["losses"] for a, b in zip(mine[PLAIN], mine[EXACT], strict=True))
+            said.append((f"{task}: losses of the exact plan are plain PyTorch's, bit for bit", same))
+        exact = [row["quality"] for row in mine[EXACT] or mine[PLAIN]]
+        for plan in LEVERS:
+            found = [row["quality"] for row in mine[plan]]
+            if found and len(exact) > 1:
+                off, spread = mean(found) - mean(exact), stdev(exact)
+                text = f"{task}: {plan} {mean(found):.4f} against {mean(exact):.4f}, spread of seeds {spread:.4f}"
+                said.append((text, abs(off) <= spread or plan not in SOUND))
+    return said
+
+
+if __name__ == "__main__":
+    sys.exit(main())
