@@ -97,36 +97,46 @@ def nbytes(count: int) -> int:
     return -(-count // 8) * BITS
 
 
+# Eight codes of a byte each lie in a 64-bit word, the first lowest. Neighbours move together in three steps, each of
+# which joins two lanes: (shift, what stays of a lane, what moves into it); backwards they part.
+JOINS = (
+    (5, 0x0007000700070007, 0x0038003800380038),
+    (10, 0x0000003F0000003F, 0x00000FC000000FC0),
+    (20, 0xFFF, 0xFFF000),
+)
+
+
 def pack(x: Tensor, name: str) -> Tensor:
     """Codes of flat values."""
-    borders, _ = table(name, x.device)
+    borders = table(name)[0].tolist()
     out = x.new_empty((nbytes(x.numel()),), dtype=torch.uint8)
     rows = out.view(-1, BITS)
     for part in chunks(x.numel(), EACH):
-        codes = torch.bucketize(x[part].float(), borders, out_int32=True)
-        if missing := -codes.numel() % 8:
-            codes = torch.cat((codes, codes.new_zeros(missing)))
-        eights = codes.view(-1, 8)
-        word = eights[:, 0].clone()
-        for place in range(1, 8):
-            word |= eights[:, place] << (BITS * place)
-        mine = rows[part.start // 8 : part.start // 8 + len(word)]
-        for byte in range(BITS):
-            mine[:, byte] = (word >> (8 * byte)) & 0xFF
+        mine = x[part]
+        codes = mine.new_zeros((-(-mine.numel() // 8) * 8,), dtype=torch.uint8)
+        for border in borders:  # a comparison an eighth of the time of a search
+            codes[: mine.numel()] += (mine > border).view(torch.uint8)
+        words = codes.view(torch.int64)
+        for shift, stays, moves in JOINS:
+            words = (words & stays) | ((words >> shift) & moves)
+        first = part.start // 8
+        rows[first : first + len(words)] = words.view(torch.uint8).view(-1, 8)[:, :BITS]
     return out
 
 
 def unpack(packed: Tensor, out: Tensor, name: str) -> None:
     """Write a point for each value, at which f' is its level."""
-    _, points = table(name, packed.device)
-    points, rows = points.to(out.dtype), packed.view(-1, BITS)
+    points = table(name, packed.device)[1].to(out.dtype)
+    rows = packed.view(-1, BITS)
     for part in chunks(out.numel(), EACH):
-        mine = rows[part.start // 8 : -(-part.stop // 8)].to(torch.int32)
-        word = mine[:, 0].clone()
-        for byte in range(1, BITS):
-            word |= mine[:, byte] << (8 * byte)
-        codes = torch.stack([(word >> (BITS * place)) & ((1 << BITS) - 1) for place in range(8)], 1)
-        out[part] = points[codes.view(-1)[: part.stop - part.start]]
+        mine = rows[part.start // 8 : -(-part.stop // 8)]
+        words = mine.new_zeros((len(mine), 8))
+        words[:, :BITS] = mine
+        lanes = words.view(torch.int64)
+        for shift, stays, moves in reversed(JOINS):
+            lanes = (lanes & stays) | ((lanes & moves) << shift)
+        codes = lanes.view(torch.uint8).view(-1)[: part.stop - part.start]
+        out[part] = points.index_select(0, codes.to(torch.int32))
 
 
 for name, (slope, _, _) in SLOPES.items():
