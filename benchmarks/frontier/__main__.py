@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +31,27 @@ SLACK = 1e-9  # of the seconds
 def main(words: Sequence[str] | None = None) -> int:
     """Run and write what was asked for. 1 if a mark fails."""
     asked = arguments(words)
-    found: list[Row] = []
-    for name in asked.model:
-        subject = on_cpu(name, workload(name, dropout=False), asked.max_grad_error)
-        mine = list(shown(rows(subject, asked.share)))
-        found += [*mine, *run_mixture(subject, mine, asked.max_grad_error)]
-    for device in asked.device:
-        subject = on_paper("llama-3-8b", device, asked.batch, asked.seq, asked.max_grad_error)
-        found += shown(rows(subject, asked.share))
     typed = command("frontier", sys.argv[1:] if words is None else words)
-    write_lines(asked.results / "frontier.jsonl", [{"surroundings": surroundings(), "command": typed}, *found])
+    head = {"surroundings": surroundings(), "command": typed}
+    found: list[Row] = []
+    for part in parts(asked):
+        found += part
+        write_lines(asked.results / "frontier.jsonl", [head, *found])
     picture.draw(panels(found), asked.results / "frontier.svg", "predicted peak, MiB", "step time over the free step's")
     verdicts = marks(found)
     print(*(f"  {'holds' if good else 'fails':5}  {text}" for text, good in verdicts), sep="\n")
     return 0 if all(good for _, good in verdicts) else 1
+
+
+def parts(asked: argparse.Namespace) -> Iterator[list[Row]]:
+    """The rows of one subject after another."""
+    for name in asked.model:
+        subject = on_cpu(name, workload(name, dropout=False), asked.max_grad_error)
+        mine = list(shown(rows(subject, asked.share)))
+        yield [*mine, *run_mixture(subject, mine, asked.max_grad_error)]
+    for device in asked.device:
+        subject = on_paper("llama-3-8b", device, asked.batch, asked.seq, asked.max_grad_error)
+        yield list(shown(rows(subject, asked.share)))
 
 
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:

@@ -29,6 +29,7 @@ from memopt.workload import Workload
 Row = dict[str, Any]
 ALL = "all levers"
 EXACT = "exact levers"
+ABOVE_FLOOR = 1.02
 
 
 @dataclass(frozen=True)
@@ -90,11 +91,10 @@ def sets_of(subject: Subject) -> Mapping[str, tuple[str, ...]]:
 
 
 def rows(subject: Subject, shares: Sequence[float]) -> Iterator[Row]:
-    """A row a set of levers and share of the peak without a plan, the floor of all levers last."""
+    """A row a set of levers and share of the peak without a plan; a little above the floor of all levers last."""
     free = subject.planned((), 1 << 60)
-    floor = subject.planned(sets_of(subject)[ALL], 1).plan.peak
-    budgets = {share: int(share * free.baseline_peak) for share in shares}
-    for label, budget in [*budgets.items(), (1.0 * floor / free.baseline_peak, floor)]:
+    least = ABOVE_FLOOR * subject.planned(sets_of(subject)[ALL], 1).plan.peak / free.baseline_peak
+    for label, budget in ((share, int(share * free.baseline_peak)) for share in (*shares, least)):
         for name, levers in sets_of(subject).items():
             result = subject.planned(levers, budget)
             yield {

@@ -21,12 +21,18 @@ import memopt
 from benchmarks.record import RESULTS, command, surroundings, write_lines
 from benchmarks.training.picture import draw
 from benchmarks.training.tasks import TASKS, Task
+from memopt.api import make_request
+from memopt.runtime.here import device_of
+from memopt.session import Session
 
 Row = dict[str, Any]
 PLAIN, EXACT = "plain", "exact"
 LEVERS = {"int8": "int8_activations", "int4": "int4_activations", "fewbit": "fewbit"}
 PLANS = (PLAIN, EXACT, *LEVERS)
 SOUND = ("int8", "fewbit")  # expected within the noise of the seeds
+ALONE = "-recompute,-pack_masks,-narrow_indices"
+SHARE = 0.6  # of the free peak, for the exact plan
+BUDGETS: dict[tuple[str, str], int] = {}
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -58,8 +64,8 @@ def run(task: Task, plan: str, seed: int, steps: int) -> Row:
     batches = task.batches(seed)
     first = next(batches)
     model = task.build(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=task.rate)
-    what = {} if plan == PLAIN else planned(task, model, optimizer, plan, first, seed)
+    optimizer = task.optimizer(model)
+    what = {} if plan == PLAIN else planned(task, model, optimizer, plan, first)
     torch.manual_seed(seed)
     losses = []
     for at in range(steps):
@@ -72,18 +78,14 @@ def run(task: Task, plan: str, seed: int, steps: int) -> Row:
     return {"plan": plan, "seed": seed, "quality": task.measure(model), "losses": losses, **what}
 
 
-def planned(task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, plan: str, inputs: Any, seed: int) -> Row:
+def planned(task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, plan: str, inputs: Any) -> Row:
     """Compile the model as the plan's name says; what that made of it."""
-    lever = LEVERS.get(plan)
-    options: Any = {"optimizer": optimizer, "example_inputs": inputs, "lowering": "eager"}
-    if lever is None:
-        whole = int(compiled(task, seed, "90%", options).memopt.plan.baseline_peak)
-        budget = int(0.6 * whole)
-        options["numerics"] = "exact"
+    options: Any = {"lowering": "eager"}
+    if lever := LEVERS.get(plan):
+        options |= {"allow": (lever,), "passes": ALONE, "max_grad_error": float("inf")}
     else:
-        options |= {"allow": (lever,), "passes": "-recompute,-pack_masks,-narrow_indices", "max_grad_error": 1e9}
-        budget = least(task, seed, options)
-    memopt.compile(model, budget, **options)
+        options |= {"numerics": "exact"}
+    memopt.compile(model, budget_of(task, plan, inputs, options), optimizer=optimizer, example_inputs=inputs, **options)
     result: Any = model.memopt.plan  # type: ignore[union-attr]
     return {
         "peak": result.peak,
@@ -93,17 +95,26 @@ def planned(task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, plan
     }
 
 
-def compiled(task: Task, seed: int, budget: int | str, options: Any) -> Any:
-    """A model of its own, compiled: nothing of it is left in the one that trains."""
-    other = task.build(seed)
-    given = {**options, "optimizer": torch.optim.AdamW(other.parameters())}
-    return memopt.compile(other, budget, **given)
+def budget_of(task: Task, plan: str, inputs: Any, options: Any) -> int:
+    """Bytes: a share of what the step takes freely, or the least the lever alone holds; the same for every seed."""
+    key = task.text, plan
+    if key not in BUDGETS:
+        model = task.build(0)
+        optimizer = task.optimizer(model)
+        free = memopt.plan(model, inputs, budget="90%", optimizer=optimizer, **options).baseline_peak
+        BUDGETS[key] = int(SHARE * free) if plan == EXACT else least(model, optimizer, inputs, options)
+    return BUDGETS[key]
 
 
-def least(task: Task, seed: int, options: Any) -> int:
-    """The least budget the levers hold, bytes."""
+def least(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Any, options: Any) -> int:
+    """The least budget that is planned, bytes."""
+    request = make_request(
+        device_of(model), 1, optimizer, options["allow"], "reordered", "eager", options["passes"], 1, "model",
+        max_grad_error=options["max_grad_error"],
+    )  # fmt: skip
+    session = Session(model, request, advise=False)
     try:
-        compiled(task, seed, 1, options)
+        session.plan_for((), inputs)
     except memopt.BudgetError as refused:
         return refused.floor_bytes or 0
     raise RuntimeError("one byte was enough for a training step")
