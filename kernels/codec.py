@@ -4,13 +4,15 @@
     memopt::unpack_<name>(Tensor packed, int[] size, int[] stride, ScalarType dtype) -> Tensor
 
 Elements are packed in the order in which a dense tensor of those strides lies in memory, so that nothing is transposed;
-a tensor laid out otherwise is copied into that order first. A codec works on flat tensors and knows no shapes.
+a tensor laid out otherwise is copied into that order first. A codec of elements works on flat tensors; one of rows on
+matrices whose rows are what stands along the last dimension.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from math import prod
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from torch import Tensor
 LIBRARY = torch.library.Library("memopt", "FRAGMENT")
 Pack = Callable[[Tensor], Tensor]  # flat elements -> bytes
 Unpack = Callable[[Tensor, Tensor], None]  # bytes, flat elements to write
-PACKED_BYTES: dict[str, Callable[[int], int]] = {}  # codec -> elements -> bytes they are packed into
+PACKED_BYTES: dict[str, Callable[[Sequence[int], int], int]] = {}  # codec -> shape, itemsize -> bytes packed into
 READ: dict[str, Callable[[Tensor], Tensor]] = {}  # codec -> what the backward makes of a value, if not the value itself
 
 
@@ -29,7 +31,7 @@ def register(
     nbytes: Callable[[int], int],
     read: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
-    """Define the pair of operations. nbytes: elements -> bytes they are packed into; read: as in `READ`."""
+    """Define the pair of operations of a codec of elements. nbytes: their number -> bytes; read: as in `READ`."""
 
     def packed(x: Tensor, stride: Sequence[int]) -> Tensor:
         return pack(flat(x, stride))
@@ -39,15 +41,44 @@ def register(
         unpack(packed, out.as_strided((out.numel(),), (1,)))
         return out
 
+    define(name, packed, unpacked, lambda shape, itemsize: nbytes(prod(shape)))
+    if read is not None:
+        READ[name] = read
+
+
+def register_rows(
+    name: str, pack: Pack, unpack: Callable[[Tensor, Sequence[int], torch.dtype], Tensor],
+    nbytes: Callable[[int, int, int], int],
+) -> None:  # fmt: skip
+    """Define the pair of operations of a codec of rows. unpack: bytes, (rows, columns), dtype -> the matrix; nbytes:
+    rows, columns and bytes an element -> bytes."""
+
+    def packed(x: Tensor, stride: Sequence[int]) -> Tensor:
+        return pack(x.reshape(-1, x.shape[-1]))
+
+    def unpacked(packed: Tensor, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+        matrix = unpack(packed, (prod(size[:-1]), size[-1]), dtype).view(size)
+        out = torch.empty_strided(size, stride, dtype=dtype, device=packed.device)
+        return matrix if matrix.stride() == out.stride() else out.copy_(matrix)
+
+    define(name, packed, unpacked, lambda shape, itemsize: nbytes(prod(shape[:-1]), shape[-1], itemsize))
+
+
+def define(
+    name: str,
+    packed: Callable[..., Tensor],
+    unpacked: Callable[..., Tensor],
+    nbytes: Callable[[Sequence[int], int], int],
+) -> None:
+    """Define both operations, with their fakes. nbytes: shape and bytes an element -> bytes packed into."""
+
     def packed_fake(x: Tensor, stride: Sequence[int]) -> Tensor:
-        return x.new_empty((nbytes(x.numel()),), dtype=torch.uint8)
+        return x.new_empty((nbytes(x.shape, x.itemsize),), dtype=torch.uint8)
 
     def unpacked_fake(packed: Tensor, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.empty_strided(size, stride, dtype=dtype, device=packed.device)
 
     PACKED_BYTES[name] = nbytes
-    if read is not None:
-        READ[name] = read
     LIBRARY.define(f"pack_{name}(Tensor x, int[] stride) -> Tensor")
     LIBRARY.define(f"unpack_{name}(Tensor packed, int[] size, int[] stride, ScalarType dtype) -> Tensor")
     LIBRARY.impl(f"pack_{name}", packed, "CompositeExplicitAutograd")
@@ -59,7 +90,7 @@ def register(
 @lru_cache(maxsize=64)
 def relative_error(codec: str) -> float:
     """||x' - x|| / ||x|| of the codec on normally distributed fp32 values, or of what the backward makes of them."""
-    x = torch.randn(1 << 16, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1 << 8, 1 << 8, generator=torch.Generator().manual_seed(0))
     pack, unpack = (getattr(torch.ops.memopt, f"{way}_{codec}") for way in ("pack", "unpack"))
     again = unpack(pack(x, x.stride()), x.shape, x.stride(), x.dtype)
     if codec in READ:

@@ -30,8 +30,8 @@ class Remake:
     its producer), or new ones that read what was packed. pack: steps put right after the value is made (an offload's
     copy out); remakes of a value may name the same ones, which then run once. made: tensors and storages of the new
     steps, which the graph does not declare. seconds: the cost of the unpack and pack steps alone, without what they in
-    turn need remade. takes: what packing takes of resources besides memory and time, by name (`taken`). slope: what it
-    makes has the value's slope and no more: steps of the graph read it, copies read the original.
+    turn need remade. takes: what packing takes of resources besides memory and time, by name (`taken`). stand_in:
+    what it makes will do for the late steps of the graph, and for nobody else: copies read the original.
     """
 
     trade: str
@@ -42,7 +42,7 @@ class Remake:
     seconds: float = 0.0
     made: tuple[tuple[TensorInfo, Storage], ...] = ()
     takes: tuple[tuple[str, float], ...] = ()
-    slope: bool = False
+    stand_in: bool = False
 
     @property
     def repeats(self) -> bool:
@@ -77,12 +77,12 @@ class Placer:
         self.graph = graph
         self.spans: dict[str, list[tuple[int, int, int]]] = {}
         self.unpack: dict[int, dict[str, Step]] = {}
-        self.slopes: set[int] = set()
-        self.stand_ins: set[str] = set()
+        self.stand_ins: set[int] = set()  # remakes, by their place
+        self.unpacking: set[str] = set()  # steps of theirs
         for index, remake in enumerate(remakes):
-            if remake.slope:
-                self.slopes.add(index)
-                self.stand_ins.update(step.name for step in remake.unpack)
+            if remake.stand_in:
+                self.stand_ins.add(index)
+                self.unpacking.update(step.name for step in remake.unpack)
             first, last = (graph.position[name] for name in remake.span)
             self.spans.setdefault(remake.value, []).append((last - first, first, index))
             self.unpack[index] = {w: step for step in remake.unpack for w in step.writes}
@@ -95,12 +95,12 @@ class Placer:
     def covering(self, tensor: str, at: int, copying: bool = False) -> int | None:
         """Index of the remake that serves a read of `tensor` at position `at`, or None: the original does.
 
-        copying: the reader is a copy, to which a slope's stand-in is of no use."""
+        copying: the reader is a copy, to which a stand-in is of no use."""
         spans = self.spans.get(self.homes.get(tensor, ""))  # what is packed has no home in the graph, and no remake
         if spans and self.made.get(tensor, at) < at:
             for width, first, index in spans:
                 if first <= at <= first + width:
-                    return None if copying and index in self.slopes else index
+                    return None if copying and index in self.stand_ins else index
         return None
 
     def maker(self, tensor: str, remake: int) -> Step:
@@ -144,11 +144,11 @@ class Placer:
 
     def looks(self, step: Step) -> bool:
         """Whether it is a view of the graph: who reads a copy of it reads the value."""
-        return bool(self.slopes) and step.name in self.graph.position and self.graph.is_view(step)
+        return bool(self.stand_ins) and step.name in self.graph.position and self.graph.is_view(step)
 
     def readers(self, step: Step, copying: bool) -> tuple[bool, ...]:
         """Whom a copy of the step serves: steps of the graph (False), copies (True), or both."""
-        if not self.slopes or step.name in self.stand_ins:
+        if not self.stand_ins or step.name in self.unpacking:
             return (False,)
         return (copying,) if self.looks(step) else (False, True)
 

@@ -9,6 +9,7 @@ import memopt.kernels.fp8  # noqa: F401
 import memopt.kernels.narrow  # noqa: F401
 import memopt.kernels.pack_bits  # noqa: F401
 import memopt.kernels.quantise  # noqa: F401
+import memopt.kernels.sampled  # noqa: F401
 
 
 def overload(name: str) -> torch._ops.OpOverload:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from memopt.passbase import Cleanup, Trade
 from memopt.passes.batch_statistics import BatchStatistics
 from memopt.passes.few_bit import FewBit
+from memopt.passes.linear_inputs import CompAct, WtaCrs
 from memopt.passes.narrow_indices import NarrowIndices
 from memopt.passes.offload_disk import OffloadDisk
 from memopt.passes.pack_masks import PackMasks
@@ -28,4 +29,6 @@ TRADES: tuple[type[Trade], ...] = (
     Int4Activations,
     Int2Activations,
     FewBit,
+    WtaCrs,  # their variance is large: max_grad_error has to be raised for them
+    CompAct,
 )

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 
 from memopt.graph import Step, StepGraph
-from memopt.kernels.codec import PACKED_BYTES
 from memopt.passbase import Numerics
-from memopt.passes.packing import Codec, Packing, packable
+from memopt.passes.packing import Codec, Packing, packable, packed_bytes
 from memopt.passes.quantise import worth
 
 # backward operation (gradient, saved) -> codec of what it saved
@@ -24,17 +22,17 @@ READERS = {
 @dataclass(frozen=True)
 class FewBit(Packing):
     """Keep 3 bits an element of what only the backward of GELU, SiLU, tanh or sigmoid reads. Assumes: it reads the
-    slope alone. What is computed again from the value is computed from the value itself (`Remake.slope`).
+    slope alone. What is computed again from the value is computed from the value itself (`Remake.stand_in`).
 
     Under Inductor nothing is offered: the backwards of nonlinearities come decomposed there.
     """
 
-    name, numerics, slope = "fewbit", Numerics.LOSSY, True
+    name, numerics, stand_in = "fewbit", Numerics.LOSSY, True
 
     def codecs(self, graph: StepGraph) -> Mapping[str, Codec]:
         """The codec of the nonlinearity that reads it, for every such value."""
         read = read_for_slope(graph)
-        return {v: (codec, PACKED_BYTES[codec](prod(graph.tensors[v].shape))) for v, codec in read.items()}
+        return {v: (codec, packed_bytes(codec, graph.tensors[v])) for v, codec in read.items()}
 
 
 def read_for_slope(graph: StepGraph) -> dict[str, str]:

@@ -21,4 +21,4 @@ class PackMasks(Packing):
         """One bit an element, rounded up to bytes."""
         masks = (value for value in packable(graph) if graph.tensors[value].dtype == "bool")
         sizes = ((value, graph.storages[value].nbytes) for value in masks)
-        return {value: ("bits", PACKED_BYTES["bits"](nbytes)) for value, nbytes in sizes if nbytes > 1}
+        return {value: ("bits", PACKED_BYTES["bits"]((nbytes,), 1)) for value, nbytes in sizes if nbytes > 1}

@@ -15,6 +15,7 @@ from typing import ClassVar
 from memopt.cost import ITEMSIZE
 from memopt.edit import Remake
 from memopt.graph import Step, StepGraph, Storage, TensorInfo
+from memopt.kernels.codec import PACKED_BYTES
 from memopt.passbase import Trade
 from memopt.passes.recompute import needed, remakeable, shared_values
 from memopt.solvers.blocks import find_blocks
@@ -26,9 +27,9 @@ Codec = tuple[str, int]  # name of a pair of operations, bytes it packs the valu
 class Packing(Trade):
     """A trade that packs values. Assumes: the codec gives back what it was given, or the trade is lossy and says so.
 
-    slope: what it gives back stands for the value where a slope is taken alone."""
+    stand_in: as of its remakes."""
 
-    slope: ClassVar[bool] = False
+    stand_in: ClassVar[bool] = False
 
     @abstractmethod
     def codecs(self, graph: StepGraph) -> Mapping[str, Codec]:
@@ -36,7 +37,7 @@ class Packing(Trade):
 
     def propose(self, graph: StepGraph, seconds: Mapping[str, float]) -> tuple[Remake, ...]:
         found = {value: packed(graph, self.name, value, codec) for value, codec in self.codecs(graph).items()}
-        remakes = {value: replace(remake, slope=self.slope) for value, remake in found.items()}
+        remakes = {value: replace(remake, stand_in=self.stand_in) for value, remake in found.items()}
         return tuple(replace(remakes[value], span=span) for span, value in read_late(graph, remakes.keys()))
 
 
@@ -51,6 +52,11 @@ def packable(graph: StepGraph) -> Iterator[str]:
             whole = info is not None and prod(info.shape) * ITEMSIZE.get(info.dtype, 0) == graph.storages[value].nbytes
             if whole and value not in held and graph.uses[value][-1] >= graph.boundary:
                 yield value
+
+
+def packed_bytes(codec: str, info: TensorInfo) -> int:
+    """Bytes the codec packs such a tensor into."""
+    return PACKED_BYTES[codec](info.shape, ITEMSIZE[info.dtype])
 
 
 def packed(graph: StepGraph, trade: str, value: str, codec: Codec) -> Remake:

@@ -8,9 +8,8 @@ from math import prod
 from typing import ClassVar
 
 from memopt.graph import StepGraph, TensorInfo
-from memopt.kernels.codec import PACKED_BYTES
 from memopt.passbase import Numerics
-from memopt.passes.packing import Codec, Packing, packable
+from memopt.passes.packing import Codec, Packing, packable, packed_bytes
 
 FLOATS = frozenset({"float32", "bfloat16", "float16"})
 FEWEST = 4096  # elements of a value that is worth it
@@ -29,8 +28,8 @@ class Quantised(Packing):
 
     def codecs(self, graph: StepGraph) -> Mapping[str, Codec]:
         """The pair of operations for every value it may take and makes smaller."""
-        taken, size = quantisable(graph), PACKED_BYTES[self.codec_name]
-        sizes = {value: size(prod(graph.tensors[value].shape)) for value in packable(graph) if value in taken}
+        taken = quantisable(graph)
+        sizes = {v: packed_bytes(self.codec_name, graph.tensors[v]) for v in packable(graph) if v in taken}
         return {v: (self.codec_name, nbytes) for v, nbytes in sizes.items() if nbytes < graph.storages[v].nbytes}
 
 

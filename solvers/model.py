@@ -109,7 +109,7 @@ class Model:
             self.at_least([(self.var("y", maker.at, k, maker.seconds), 1.0), (d, -1.0)], 0.0)
         for u in maker.reads:
             if u in space.movable and 2 * region.last + 1 > space.anchor[u]:
-                ways = [w for w in region.values.get(u, ()) if not space.makers[w].slope]
+                ways = [w for w in region.values.get(u, ()) if not space.makers[w].stand_in]
                 remade = [(self.var("d", w, k), 1.0) for w in ways]
                 self.at_least([(self.var("x", u, k), 1.0), (d, -1.0), *remade], 0.0)
 

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 class Maker(NamedTuple):
     """The step that makes a value: position, values it reads and creates, bytes of workspace, seconds, fused or not.
-    unpacks: its name if it is no step of the graph but unpacks the value, whose own maker then stands at `at`. slope:
-    what it makes is not for copies to read."""
+    unpacks: its name if it is no step of the graph but unpacks the value, whose own maker then stands at `at`.
+    stand_in: what it makes is not for copies to read."""
 
     at: int
     reads: tuple[int, ...]
@@ -22,7 +22,7 @@ class Maker(NamedTuple):
     seconds: float
     fused: bool = False
     unpacks: str = ""
-    slope: bool = False
+    stand_in: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Walk:
 
     def readable(self, u: int) -> bool:
         """Whether copies read a copy of this value, and not the original."""
-        return u in self.remade and not self.makers[self.remade[u]].slope
+        return u in self.remade and not self.makers[self.remade[u]].stand_in
 
     def copy(self, maker: Maker, when: int) -> None:
         self.seconds += maker.seconds

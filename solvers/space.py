@@ -131,7 +131,7 @@ class Space:
         workspace = rounded(workspace_again(graph, step), self.problem.block)
         seconds = self.problem.seconds.get(step.name, 0.0)
         name = "" if remake.repeats else step.name
-        return Maker(at, reads, makes, workspace, seconds, step.fused, name, remake.slope)
+        return Maker(at, reads, makes, workspace, seconds, step.fused, name, remake.stand_in)
 
     def _index_reads(self) -> None:
         """Per region the reads its offers may serve; per value and region the first and last such read."""

@@ -25,6 +25,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COPIED = {"cpu": 64 * 2**20, "cuda": 2**30}  # bytes of the copy: well above the caches
 SIDE = {"cpu": 1024, "cuda": 8192}  # of the square matrices multiplied
 PACKED = {"cpu": 4 * 2**20, "cuda": 2**28}  # bytes of the value packed
+ROW = 1024  # elements of the value's last dimension
 PACKS = {"bits": torch.bool, "uint8": torch.int64, "int16": torch.int64, "int32": torch.int64}  # others pack floats
 LAUNCHES = 500
 SLOW = 0.05  # seconds of a product, above which the next, eight times the work, is not run
@@ -94,7 +95,7 @@ def _matmul(where: torch.device, dtype: torch.dtype) -> float:
 def _codec(where: torch.device, name: str) -> tuple[float, float]:
     """Bytes a second of values packed and unpacked. Of a disk's codecs the folder decides (memopt.runtime.disk)."""
     dtype = PACKS.get(name, torch.float32)
-    x = torch.randint(0, 2, (PACKED[where.type] // dtype.itemsize,), device=where).to(dtype)
+    x = torch.randint(0, 2, (PACKED[where.type] // dtype.itemsize // ROW, ROW), device=where).to(dtype)
     packed = overload(f"memopt.pack_{name}.default")
     again = overload(f"memopt.unpack_{name}.default")
     held = packed(x, x.stride())

@@ -48,7 +48,7 @@ def test_the_input_of_each_nonlinearity_is_offered(kind: Any) -> None:
     assert len(found) == 4
     assert set(found.values()) == {f"fewbit_{kind.__name__}"}
     for offer in FewBit().propose(graph, {}):
-        assert offer.slope
+        assert offer.stand_in
         assert offer.made[0][1].nbytes * 32 == 3 * graph.storages[offer.value].nbytes
 
 
@@ -94,7 +94,7 @@ def test_the_fast_simulation_knows_it() -> None:
     seconds |= {step.name: 1e-6 for o in slopes for step in (*o.pack, *o.unpack)}
     space = Space(Problem(graph, (*again, *slopes), 0, seconds))
     assert space.separable
-    ways = {way for way, maker in space.makers.items() if maker.slope}
+    ways = {way for way, maker in space.makers.items() if maker.stand_in}
     for keep in (set(), ways):
         parts = tuple(
             frozenset(max(w) if keep & {*w} else min(w) for w in region.values.values()) for region in space.regions

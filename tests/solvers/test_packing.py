@@ -37,7 +37,7 @@ def offers_of(graph: StepGraph, seconds: dict[str, float], seed: int) -> tuple[t
             pack = tuple(replace(step, workspace=workspace) for step in remake.pack)
             unpack = tuple(replace(step, workspace=workspace) for step in remake.unpack)
             takes = ((GRADIENT, rng.choice((0.0, 0.01, 0.04))), (DISK, rng.choice((0.0, 1.0, 2.0))))
-            remakes[value] = replace(remake, pack=pack, unpack=unpack, takes=takes, slope=rng.random() < 0.3)
+            remakes[value] = replace(remake, pack=pack, unpack=unpack, takes=takes, stand_in=rng.random() < 0.3)
         offers += [replace(remakes[v], span=span) for span, v in read_late(graph, remakes.keys())]
     rng.shuffle(offers)
     return tuple(offers), spent
