@@ -59,7 +59,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="frontier", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", nargs="*", choices=ZOO, default=list(ZOO), help="steps of this machine")
     parser.add_argument("--device", nargs="*", default=list(ON_PAPER), help="devices Llama 3 8B is planned for")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=8, help="on paper; at 1 the update is the peak, not activations")
     parser.add_argument("--seq", type=int, default=4096)
     parser.add_argument("--share", nargs="+", type=float, default=list(SHARES), help="budgets, of the free peak")
     parser.add_argument("--max-grad-error", type=float, default=0.1, help="bound on the gradient's relative error")
