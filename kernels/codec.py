@@ -21,6 +21,7 @@ LIBRARY = torch.library.Library("memopt", "FRAGMENT")
 Pack = Callable[[Tensor], Tensor]  # flat elements -> bytes
 Unpack = Callable[[Tensor, Tensor], None]  # bytes, flat elements to write
 PACKED_BYTES: dict[str, Callable[[Sequence[int], int], int]] = {}  # codec -> shape, itemsize -> bytes packed into
+SAMPLE: dict[str, Callable[[Tensor], Tensor]] = {}  # codec -> normal values made such as it packs, if it packs others
 READ: dict[str, Callable[[Tensor], Tensor]] = {}  # codec -> what the backward makes of a value, if not the value itself
 
 
@@ -30,8 +31,10 @@ def register(
     unpack: Unpack,
     nbytes: Callable[[int], int],
     read: Callable[[Tensor], Tensor] | None = None,
+    sample: Callable[[Tensor], Tensor] | None = None,
 ) -> None:
-    """Define the pair of operations of a codec of elements. nbytes: their number -> bytes; read: as in `READ`."""
+    """Define the pair of operations of a codec of elements. nbytes: their number -> bytes; read, sample: as in `READ`
+    and `SAMPLE`."""
 
     def packed(x: Tensor, stride: Sequence[int]) -> Tensor:
         return pack(flat(x, stride))
@@ -44,6 +47,8 @@ def register(
     define(name, packed, unpacked, lambda shape, itemsize: nbytes(prod(shape)))
     if read is not None:
         READ[name] = read
+    if sample is not None:
+        SAMPLE[name] = sample
 
 
 def register_rows(
@@ -91,6 +96,7 @@ def define(
 def relative_error(codec: str) -> float:
     """||x' - x|| / ||x|| of the codec on normally distributed fp32 values, or of what the backward makes of them."""
     x = torch.randn(1 << 8, 1 << 8, generator=torch.Generator().manual_seed(0))
+    x = SAMPLE[codec](x) if codec in SAMPLE else x
     pack, unpack = (getattr(torch.ops.memopt, f"{way}_{codec}") for way in ("pack", "unpack"))
     again = unpack(pack(x, x.stride()), x.shape, x.stride(), x.dtype)
     if codec in READ:

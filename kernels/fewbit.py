@@ -58,6 +58,12 @@ SLOPES: dict[str, tuple[Derivative, float, float]] = {
 }
 
 
+OUTPUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}  # what they save
+
+
 @lru_cache(maxsize=16)
 def table(name: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """(borders between the stretches, a point of each whose slope is its level), fp32, ascending."""
@@ -140,4 +146,4 @@ def unpack(packed: Tensor, out: Tensor, name: str) -> None:
 
 
 for name, (slope, _, _) in SLOPES.items():
-    register(f"fewbit_{name}", partial(pack, name=name), partial(unpack, name=name), nbytes, slope)
+    register(f"fewbit_{name}", partial(pack, name=name), partial(unpack, name=name), nbytes, slope, OUTPUTS.get(name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -157,7 +158,10 @@ def _share(option: str, value: float) -> float:
     """A relative error; ValueError for what is none."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
         raise ValueError(f"{option}={value!r} refused: it is a relative error, 0.1 for a tenth, 0 or more")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
 
 
 def disk_limit(budget: int | str | None, folder: str | Path | None, device: Device) -> tuple[int, str]:

@@ -84,8 +84,8 @@ class Roofline:
 
     def _packing(self, graph: StepGraph, step: Step, codec: str) -> float:
         packing = step.op.startswith("memopt.pack_")
-        values = step.reads if packing else step.writes
-        return sum(_tensor_bytes(graph, name) for name in values) / self.device.codecs[codec][0 if packing else 1]
+        value = (step.reads if packing else step.writes)[0]
+        return prod(graph.tensors[value].shape) / self.device.codecs[codec][0 if packing else 1]
 
 
 @dataclass(frozen=True)

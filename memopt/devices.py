@@ -41,7 +41,7 @@ class Device:
     launch_seconds: least seconds any kernel takes. allocator_block: bytes an allocation is rounded up to.
     compute_capability: (major, minor) on CUDA. source: where each figure comes from. efficiency: share of the published
     rates that a good kernel reaches; 1.0 once the rates were measured (memopt/runtime/calibrate.py). codecs: codec ->
-    bytes a second of values it packs, and of values it unpacks, where that was measured.
+    elements a second it packs, and unpacks, where that was measured.
     """
 
     name: str

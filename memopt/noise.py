@@ -32,8 +32,8 @@ class Noise:
     def of(self, remakes: Sequence[Remake], graph: StepGraph) -> tuple[Remake, ...]:
         """The remakes with their noise, but for those that ruin the gradient. graph: the step's real operations.
 
-        What was not measured is assumed: all values of a lever together are off by what its codec makes of normally
-        distributed values, and share that alike.
+        What was not measured, or was without effect on that batch, is assumed: all values of a lever together are off
+        by what its codec makes of normally distributed values, and share that alike.
         """
         offered = {(r.trade, r.value) for r in remakes if r.trade in LOSSY}
         counts = {trade: sum(1 for name, _ in offered if name == trade) for trade in LOSSY}
@@ -43,7 +43,7 @@ class Noise:
     def _one(self, remake: Remake, graph: StepGraph, counts: Mapping[str, int]) -> Remake:
         codec = codec_of(remake.pack[0])
         found = self.measured.get((class_of(graph, remake.value), codec))
-        square = self.scale * (relative_error(codec) ** 2 / counts[remake.trade] if found is None else found)
+        square = self.scale * (found or relative_error(codec) ** 2 / counts[remake.trade])
         return replace(remake, takes=(*remake.takes, (GRADIENT, square)))
 
 

@@ -82,7 +82,7 @@ class Request:
     @property
     def limits(self) -> dict[str, float]:
         """What packing may take of resources besides memory and time."""
-        return {GRADIENT: self.max_grad_error**2, DISK: float(self.disk[0])}
+        return {GRADIENT: self.max_grad_error * self.max_grad_error, DISK: float(self.disk[0])}
 
     @property
     def exact(self) -> bool:
@@ -209,7 +209,8 @@ def make_plan(
     remakes, brought = priced(graph, _proposals(graph, seconds, request), _cost_model(request, costs), costs.meter)
     seconds |= brought
     problem = Problem(graph, (), request.budget, seconds, request.device.allocator_block, request.limits)
-    problem = replace(problem, remakes=tuple(r for r in noise.of(remakes, whole) if problem.allows((r,))))
+    offers = noise.of(remakes, whole)
+    problem = replace(problem, remakes=tuple(r for r in offers if plan_file or problem.allows((r,))))
     plan = _reused(problem, plan_file, survey) if plan_file else _solved(problem, request, progress)
     after = edit(graph, plan.chosen)
     result = PlanResult(

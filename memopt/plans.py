@@ -67,6 +67,11 @@ class Plan:
     solver: str = ""
 
     @property
+    def lossy(self) -> bool:
+        """Whether one of the remakes rounds."""
+        return GRADIENT in taken(self.chosen)
+
+    @property
     def grad_error(self) -> float:
         """What the lossy ones among the remakes make of the gradient, ||g' - g|| / ||g||, as estimated."""
         return math.sqrt(taken(self.chosen).get(GRADIENT, 0.0))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import inf, isfinite, sqrt
 from typing import Any
@@ -20,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from memopt.capture import Survey
 from memopt.cost import codec_of
+from memopt.devices import device as known_device
 from memopt.edit import Remake
 from memopt.graph import StepGraph
 from memopt.noise import Class, class_of
@@ -78,12 +80,13 @@ def _gradient_bytes(graph: StepGraph) -> int:
 
 
 def free_bytes(model: nn.Module) -> int:
-    """Bytes that are free where the model is."""
+    """Bytes that are free where the model is: of the machine, and of the container's limit."""
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     if device.type == "cuda":
         free: int = torch.cuda.mem_get_info(device)[0]
         return free
-    return int(psutil.virtual_memory().available)
+    own = known_device("cpu").memory - int(psutil.Process().memory_info().rss)
+    return min(int(psutil.virtual_memory().available), own)
 
 
 def arguments(
@@ -114,13 +117,23 @@ def _tangent(like: Tensor, device: torch.device) -> Tensor:
 
 
 def gradients(program: Program, values: Sequence[Any]) -> tuple[Tensor, ...]:
-    """What the program gives for its arguments as gradients, under a fixed seed."""
+    """What the program gives for its arguments as gradients of parameters, under a fixed seed."""
     module = fx.GraphModule(program.module, program.graph)
     devices = sorted({v.device.index for v in values if v.device.type == "cuda"})
-    with torch.no_grad(), torch.random.fork_rng(devices=devices):
-        torch.manual_seed(0)
+    with torch.no_grad(), as_traced(), torch.random.fork_rng(devices=devices):
+        for generator in (torch.default_generator, *(torch.cuda.default_generators[at] for at in devices)):
+            generator.manual_seed(0)  # of these alone: torch.manual_seed would seed other devices too
         outputs = fx.Interpreter(module).run(*values)
-    return tuple(out for out in outputs[program.forward_outputs :] if isinstance(out, Tensor))
+    found = zip(argument_places(program), outputs[program.forward_outputs :], strict=False)
+    trained = (out for holder, out in found if program.kinds.get(holder.name) == "parameter")
+    return tuple(out for out in trained if isinstance(out, Tensor))
+
+
+@contextmanager
+def as_traced() -> Iterator[None]:
+    """Without autocast, whose casts stand in a traced program already."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
 
 
 def measured_noise(

@@ -151,7 +151,7 @@ class PlanResult:
 
     def _off(self) -> tuple[str, ...]:
         """How far lossy levers put the gradient off, if any is used."""
-        if not self.plan.grad_error:
+        if not self.plan.lossy:
             return ()
         seen = self.measured_grad_error
         known = "not measured" if seen is None else f"{100 * seen:.2g} % measured on one batch"

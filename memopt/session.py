@@ -22,7 +22,17 @@ from memopt.frames import dynamo_set
 from memopt.hosts import as_in_eager, without_full_mask
 from memopt.lowering import Transform, lower, signature
 from memopt.noise import Noise
-from memopt.pipeline import Costs, Planned, Progress, Request, make_plan, prepare, silent
+from memopt.pipeline import (
+    Costs,
+    Planned,
+    Progress,
+    Request,
+    make_plan,
+    optimizer_phase,
+    prepare,
+    silent,
+    step_graph,
+)
 from memopt.planfile import PlanFile
 from memopt.plans import MeasuredStep
 from memopt.profiling import measured_costs
@@ -34,6 +44,7 @@ from memopt.runtime.resident import resident_tensors
 from memopt.seams import parts_of
 from memopt.smaller import Call
 from memopt.table import to_text
+from memopt.timeline import peak
 from memopt.units import format_size
 from memopt.unwrapped import unwrapped
 from memopt.watch import StepWatch, end_with_update
@@ -104,7 +115,7 @@ class Session:
     def adopt(self, found: Survey, capture_seconds: float, call: Call | None = None) -> Planned:
         """Price and plan a survey. Raises BudgetError; call: inputs it may try smaller."""
         costs = self.costs(found)
-        probe = self.accuracy.probe(found, call, self.request) if self.measure else None
+        probe = self.accuracy.probe(found, call, self.request) if self.measure and self.short(found, costs) else None
         make = partial(self.planned, found, costs, capture_seconds)
         planned = self.accuracy.held(make, probe, self.request.max_grad_error).missing(self.missed)
         if planned.result.infeasible:
@@ -112,6 +123,11 @@ class Session:
             raise infeasible(self.refused)
         plan_made(lambda: to_text(planned.result), planned.result.to_json)
         return planned
+
+    def short(self, found: Survey, costs: Costs) -> bool:
+        """Whether the step as it is takes more than the budget."""
+        whole = step_graph(found, parts_of(found), self.request, optimizer_phase(found, self.request), costs)
+        return peak(whole, self.request.device.allocator_block) > self.request.budget - self.missed
 
     def planned(self, found: Survey, costs: Costs, capture_seconds: float, noise: Noise) -> Planned:
         """The plan within the budget less what real steps were seen to take beyond theirs."""
@@ -133,7 +149,7 @@ class Session:
             partial(self.capture, exact=False) if any(fused_cells(c.program.graph) for c in found.captures) else None
         )
         refused = Refused(
-            result, found, self.request, self.costs, call, self.capture, reordered, self.spelling, self.accuracy.noise
+            result, found, self.request, self.costs, call, self.capture, reordered, self.spelling, self.accuracy.used
         )
         return replace(result, ways_out=refused.ways_out())
 

@@ -159,6 +159,8 @@ class Gaps:
             first = before.remake
             while first in joined and first is not None:
                 first = joined[first]
+            if first == after.remake:  # one remake, two storages: a tensor of the value made beside another step's
+                continue
             gap += self.size[before.value]
             gone = chosen.pop(after.remake)
             joined[after.remake] = first

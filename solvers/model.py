@@ -75,9 +75,10 @@ class Model:
         for k, region in enumerate(space.regions):
             for way in region.offers:
                 self._way(way, k)
-            for v, ways in region.values.items():
+            for v in region.values:
                 if k in space.covered[v]:
-                    self.at_least([(self.var("x", v, k), 1.0), *((self.var("d", w, k), 1.0) for w in ways)], 1.0)
+                    remade = [*region.values[v], *self._beside(v, k)]
+                    self.at_least([(self.var("x", v, k), 1.0), *((self.var("d", w, k), 1.0) for w in remade)], 1.0)
         self._limits()
         self._free_runs()
 
@@ -110,8 +111,15 @@ class Model:
         for u in maker.reads:
             if u in space.movable and 2 * region.last + 1 > space.anchor[u]:
                 ways = [w for w in region.values.get(u, ()) if not space.makers[w].stand_in]
-                remade = [(self.var("d", w, k), 1.0) for w in ways]
+                remade = [(self.var("d", w, k), 1.0) for w in (*ways, *self._beside(u, k))]
                 self.at_least([(self.var("x", u, k), 1.0), (d, -1.0), *remade], 0.0)
+
+    def _beside(self, v: int, k: int) -> list[int]:
+        """Ways by which a value that only unpacks here is made all the same: its own step, run again for another."""
+        makers, region = self.space.makers, self.space.regions[k]
+        if v in region.again or v not in region.values:
+            return []
+        return [way for way in region.offers if v in makers[way].makes and not makers[way].unpacks]
 
     def _free_runs(self) -> None:
         """e[s] <= sum over regions of the maker's copies; worth its seconds once."""
@@ -176,8 +184,9 @@ class Model:
                 continue
             region = self._lives_to(v, ks, half)
             size = space.size[v]
-            if k is not None and region == k and v in space.regions[k].values and k in space.covered[v]:
-                if half >= 2 * space.covered[v][k][0]:
+            here = space.covered[v].get(k) if k is not None and v in space.regions[k].values else None
+            if here is not None and half <= 2 * here[1] + 1:
+                if half >= 2 * here[0]:
                     constant += size
                     continue
                 if v in pulled:
@@ -210,10 +219,12 @@ class Model:
         return k if k >= 0 and at <= regions[k].last else None
 
     def _lives_to(self, v: int, ks: list[int], half: int) -> int | None:
-        """The first region by whose use of v the original, if alive then, is alive at `half`."""
-        covered = self.space.covered[v]
+        """The first region by whose use of v the original, if alive then, is alive at `half`: where a stand-in serves
+        its reads, a copy may have been the last to want it, at the region's first step for all that is known."""
+        covered, regions, makers = self.space.covered[v], self.space.regions, self.space.makers
         for k in ks:
-            until = 2 * covered[k][1] + 1 if k in covered else 2 * self.space.regions[k].first
+            through = k in covered and not any(makers[way].stand_in for way in regions[k].values.get(v, ()))
+            until = 2 * covered[k][1] + 1 if through else 2 * regions[k].first
             if until >= half:
                 return k
         return None

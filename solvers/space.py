@@ -248,8 +248,15 @@ class Space:
     def within(self, parts: Parts) -> Parts:
         """The same ways, but for those that take most of a limit a byte, which go until all limits are kept: values are
         then remade by their own step if that is offered, else kept."""
-        if not self.limits:
-            return parts
+        for _ in range(len(self._packs) if self.limits else 0):  # an own step may read what nobody unpacked before
+            less = self._less(parts)
+            if less == parts:
+                break
+            parts = less
+        return parts
+
+    def _less(self, parts: Parts) -> Parts:
+        """These ways, less those that take too much as they stand."""
         packing = self.packing(self.ends(parts))
         for name, limit in self.limits.items():
             takes, room = self._takes[name], limit - float(self._takes[name][packing].sum())

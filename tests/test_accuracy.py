@@ -168,3 +168,73 @@ def test_classes_are_alike_in_every_layer() -> None:
     made = [step.writes[0] for step in graph.steps if step.op == "aten.tanh.default"]
     assert len(made) == 6
     assert len({class_of(graph, value) for value in made}) == 1
+
+
+class Island(torch.nn.Module):
+    """Under autocast, a stretch in fp32 whose operations take no bf16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = Stack()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.stack.layers[0](x))
+        with torch.autocast("cpu", enabled=False):
+            total = torch.zeros(x.shape).index_add_(0, torch.arange(len(x)), h.float() * 2)
+        return self.stack(total)
+
+
+def test_a_program_traced_under_autocast_is_measured_as_traced() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        peak = compiled(Island(), inputs(), "4GB").memopt.plan.peak
+        plan = compiled(Island(), inputs(), int(0.85 * peak), max_grad_error=0.5, **INT4).memopt.plan
+    assert plan.measured_grad_error
+
+
+def test_gradients_of_inputs_do_not_dilute_the_error() -> None:
+    """A large gradient that no rounding touches, of an input, is none of a parameter."""
+
+    class Fed(Stack):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + (100 * x).square().mean()
+
+    budget = int(0.8 * whole())
+    alone = compiled(Fed(), inputs(), budget, max_grad_error=0.5, **INT4).memopt.plan
+    fed = compiled(Fed(), inputs().requires_grad_(), budget, max_grad_error=0.5, **INT4).memopt.plan
+    assert fed.measured_grad_error > 0.3 * alone.measured_grad_error
+
+
+def test_a_batch_that_shows_nothing_does_not_lift_the_bound() -> None:
+    """Of zeros nothing is rounded; the codec's own error is assumed then, and a bound of 0 still forbids it."""
+    budget = int(0.8 * whole())
+    with pytest.raises(memopt.BudgetError):
+        compiled(Stack(), torch.zeros_like(inputs()), budget, max_grad_error=0, **INT4)
+
+
+def test_no_room_to_measure_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: Any) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(probe, "gradients", full)
+    plan = compiled(Stack(), inputs(), int(0.8 * whole()), max_grad_error=0.5, **INT4).memopt.plan
+    assert plan.measured_grad_error is None
+    assert plan.plan.lossy
+
+
+def test_a_step_that_fits_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(probe, "gradients", lambda *given: pytest.fail("the step was run"))
+    compiled(Stack(), inputs(), "4GB", max_grad_error=0.5, **INT4)
+
+
+def test_a_saved_plan_beyond_the_bound_is_refused(tmp_path: Any) -> None:
+    from memopt.planfile import save_plan
+
+    budget, x, path = int(0.8 * whole()), inputs(), tmp_path / "plan.memopt.json"
+    save_plan(compiled(Stack(), x, budget, max_grad_error=0.5, **INT4).memopt.plan, path)
+    with pytest.raises(memopt.PlanFileError, match=r"max_grad_error=0\.0001 allows"):
+        compiled(Stack(), x, budget, max_grad_error=0.0001, plan_file=path, **INT4)
+
+
+@pytest.mark.parametrize("large", [1e200, 10**400, float("inf")])
+def test_a_bound_as_large_as_one_likes_bounds_nothing(large: Any) -> None:
+    assert compiled(Stack(), inputs(), "4GB", max_grad_error=large, **INT4).memopt.plan.plan.peak

@@ -37,7 +37,7 @@ FEWEST, MOST, ENOUGH = 3, 100, 0.3  # runs timed, until ENOUGH seconds went into
 class Rates:
     """memory_bandwidth: bytes a second, read and written; flops: dtype -> operations a second of a matrix product.
 
-    launch_seconds: of an operation on one element. codecs: bytes a second of values packed, and unpacked. links: bytes
+    launch_seconds: of an operation on one element. codecs: elements a second packed, and unpacked. links: bytes
     a second to the host and from it, of pinned memory; empty on the CPU, where nothing is between.
     """
 
@@ -93,7 +93,7 @@ def _matmul(where: torch.device, dtype: torch.dtype) -> float:
 
 
 def _codec(where: torch.device, name: str) -> tuple[float, float]:
-    """Bytes a second of values packed and unpacked. Of a disk's codecs the folder decides (memopt.runtime.disk)."""
+    """Elements a second packed and unpacked. Of a disk's codecs the folder decides (memopt.runtime.disk)."""
     dtype = PACKS.get(name, torch.float32)
     x = torch.randint(0, 2, (PACKED[where.type] // dtype.itemsize // ROW, ROW), device=where).to(dtype)
     packed = overload(f"memopt.pack_{name}.default")
@@ -101,7 +101,7 @@ def _codec(where: torch.device, name: str) -> tuple[float, float]:
     held = packed(x, x.stride())
     pack = _best(lambda: packed(x, x.stride()), where)
     unpack = _best(lambda: again(held, x.shape, x.stride(), dtype), where)
-    return x.nbytes / pack, x.nbytes / unpack
+    return x.numel() / pack, x.numel() / unpack
 
 
 def _links(where: torch.device) -> tuple[float, ...]:
@@ -154,6 +154,8 @@ def load_rates(where: torch.device) -> Rates | None:
 
 
 def _checked(rates: Rates) -> Rates:
+    if any(len(pair) != 2 for pair in rates.codecs.values()) or len(rates.links) not in (0, 2):
+        raise ValueError("a codec or a link has no rate each way")
     codecs = (rate for pair in rates.codecs.values() for rate in pair)
     figures = [rates.memory_bandwidth, rates.launch_seconds, *rates.flops.values(), *codecs, *rates.links]
     if not all(isinstance(figure, int | float) and figure > 0 for figure in figures) or set(rates.flops) != set(DTYPES):

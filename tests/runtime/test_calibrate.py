@@ -53,8 +53,11 @@ def test_kept_rates_are_what_the_roofline_uses() -> None:
 NEGATIVE = '{"schema": 2, "memory_bandwidth": -1, "launch_seconds": 1, "flops": {"fp32": 1, "bf16": 1, "fp16": 1}}'
 
 
+ONE_WAY = NEGATIVE.replace("-1", "1").replace("}}", '}, "codecs": {"int8": [1e9]}}')
+
+
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"schema": 1}', '{"schema": 2, "memory_bandwidth": 1}', NEGATIVE]
+    "text", ["", "{", "[]", '{"schema": 1}', '{"schema": 2, "memory_bandwidth": 1}', NEGATIVE, ONE_WAY]
 )  # fmt: skip
 def test_a_damaged_calibration_is_ignored_with_a_warning(text: str, caplog: pytest.LogCaptureFixture) -> None:
     rates_file(CPU).parent.mkdir(parents=True)
@@ -73,7 +76,7 @@ def test_packing_is_priced_by_what_its_codec_reaches() -> None:
     storages = {name: Storage(name, 4000 if name != "held" else 1040) for name in tensors}
     graph = StepGraph(("x",), (pack, unpack), ("y",), tensors, storages)
     found = [Roofline(here(CPU)).seconds(graph, step) for step in graph.steps]
-    assert found == pytest.approx([4000 / 1e9 + 1e-6, 4000 / 2e9 + 1e-6])
+    assert found == pytest.approx([1000 / 1e9 + 1e-6, 1000 / 2e9 + 1e-6])
 
 
 def test_measured_rates_order_the_work_as_the_machine_does(monkeypatch: pytest.MonkeyPatch) -> None:
