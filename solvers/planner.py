@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from time import perf_counter
 
@@ -94,13 +94,20 @@ def solve(problem: Problem, *, method: str = "auto", gap: float = 0.01, time_lim
     if not space.separable:
         return greedy(problem)
     plan = planned(problem, space, gap, time_limit, progress)
-    return plan if not space.packed else never_worse(problem, plan, repeating(problem, gap, time_limit, progress))
+    for alone in apart(problem) if space.packed else ():
+        plan = never_worse(problem, plan, solve(alone, gap=gap, time_limit=time_limit, progress=progress))
+    return plan
 
 
-def repeating(problem: Problem, gap: float, time_limit: float, progress: Progress | None) -> Plan:
-    """The plan of the same problem without what packs values."""
-    alone = replace(problem, remakes=tuple(remake for remake in problem.remakes if remake.repeats))
-    return solve(alone, gap=gap, time_limit=time_limit, progress=progress)
+def apart(problem: Problem) -> Iterator[Problem]:
+    """The same problem with what runs steps again alone, and with each trade that packs alone. Whatever the budget:
+    what is refused has one floor."""
+    again = tuple(remake for remake in problem.remakes if remake.repeats)
+    yield replace(problem, remakes=again)
+    trades = dict.fromkeys(remake.trade for remake in problem.remakes if not remake.repeats)
+    if (again or len(trades) > 1) and len(problem.graph.steps) <= LARGE:
+        for trade in trades:
+            yield replace(problem, remakes=tuple(r for r in problem.remakes if r.trade == trade))
 
 
 def never_worse(problem: Problem, plan: Plan, alone: Plan) -> Plan:

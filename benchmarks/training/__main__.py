@@ -44,6 +44,8 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=0, help="of each run; the task's own if left out")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     asked = parser.parse_args(words)
+    typed = command("training", sys.argv[1:] if words is None else words)
+    head = {"surroundings": surroundings(), "command": typed}
     rows: list[Row] = []
     for name in asked.task:
         task = TASKS[name]()
@@ -51,8 +53,7 @@ def main(words: Sequence[str] | None = None) -> int:
             for plan in asked.plan:
                 rows.append({"task": name, "metric": task.metric, **run(task, plan, seed, asked.steps or task.steps)})
                 print(line(rows[-1]), flush=True)
-    typed = command("training", sys.argv[1:] if words is None else words)
-    write_lines(asked.results / "training.jsonl", [{"surroundings": surroundings(), "command": typed}, *rows])
+                write_lines(asked.results / "training.jsonl", [head, *rows])
     draw(rows, {name: TASKS[name]().text for name in asked.task}, asked.results / "training.svg")
     verdicts = marks(rows)
     print(*(f"  {'holds' if good else 'fails':5}  {text}" for text, good in verdicts), sep="\n")

@@ -124,3 +124,6 @@ def test_more_offers_never_make_a_dearer_plan(seed: int, share: float) -> None:
     few, many = solve(Problem(graph, again, budget, spent)), solve(Problem(graph, offers, budget, spent))
     assert many.peak <= budget
     assert many.seconds <= few.seconds + 1e-12
+    for trade in {offer.trade for offer in offers}:
+        alone = solve(Problem(graph, tuple(offer for offer in offers if offer.trade == trade), budget, spent))
+        assert alone.peak > budget or many.seconds <= alone.seconds + 1e-12
