@@ -21,7 +21,7 @@ from memopt.errors import BudgetError, MemoptError
 from memopt.frames import dynamo_set
 from memopt.hosts import as_in_eager, without_full_mask
 from memopt.lowering import Transform, lower, signature
-from memopt.noise import Noise
+from memopt.noise import LOSSY, Noise
 from memopt.pipeline import (
     Costs,
     Planned,
@@ -115,7 +115,8 @@ class Session:
     def adopt(self, found: Survey, capture_seconds: float, call: Call | None = None) -> Planned:
         """Price and plan a survey. Raises BudgetError; call: inputs it may try smaller."""
         costs = self.costs(found)
-        probe = self.accuracy.probe(found, call, self.request) if self.measure and self.short(found, costs) else None
+        seen = self.measure and bool(set(LOSSY) - self.request.off) and self.short(found, costs)
+        probe = self.accuracy.probe(found, call, self.request) if seen else None
         make = partial(self.planned, found, costs, capture_seconds)
         planned = self.accuracy.held(make, probe, self.request.max_grad_error).missing(self.missed)
         if planned.result.infeasible:
