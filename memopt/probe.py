@@ -36,13 +36,12 @@ SECONDS = 30.0  # after which no further class of values is measured
 @dataclass(frozen=True)
 class Probe:
     """A captured step and a real batch. graph: photograph of the program. values: its arguments, in order.
-    exact: its gradients. seconds: of running it once."""
+    exact: its gradients."""
 
     program: Program
     graph: StepGraph
     values: tuple[Any, ...]
     exact: tuple[Tensor, ...]
-    seconds: float
 
     def error(self, remakes: Sequence[Remake], graph: StepGraph | None = None) -> float:
         """Relative error of the gradients when these remakes are made; inf where one is not finite.
@@ -70,9 +69,7 @@ def probe_of(survey: Survey, call: Call | None) -> Probe | None:
     held = sum(graph.storages[name].nbytes for name in graph.input_storages)
     if peak(graph) - held + 2 * _gradient_bytes(graph) > free_bytes(survey.model):
         return None
-    started = time.perf_counter()
-    exact = gradients(capture.program, values)
-    return Probe(capture.program, graph, values, exact, time.perf_counter() - started)
+    return Probe(capture.program, graph, values, gradients(capture.program, values))
 
 
 def _gradient_bytes(graph: StepGraph) -> int:
