@@ -11,8 +11,11 @@ matrices whose rows are what stands along the last dimension.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
+from importlib import import_module
+from importlib.util import find_spec
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,11 +40,12 @@ def register(
     and `SAMPLE`."""
 
     def packed(x: Tensor, stride: Sequence[int]) -> Tensor:
-        return pack(flat(x, stride))
+        made: Tensor = at(x, pack)(flat(x, stride))
+        return made
 
     def unpacked(packed: Tensor, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
         out = torch.empty_strided(size, stride, dtype=dtype, device=packed.device)
-        unpack(packed, out.as_strided((out.numel(),), (1,)))
+        at(packed, unpack)(packed, out.as_strided((out.numel(),), (1,)))
         return out
 
     define(name, packed, unpacked, lambda shape, itemsize: nbytes(prod(shape)))
@@ -49,6 +53,28 @@ def register(
         READ[name] = read
     if sample is not None:
         SAMPLE[name] = sample
+
+
+def at(x: Tensor, reference: Callable[..., Any]) -> Callable[..., Any]:
+    """What packs or unpacks where the tensor is: on a GPU the Triton kernel, if there is one, else the reference."""
+    return kernel(reference) if x.is_cuda else reference
+
+
+@lru_cache(maxsize=64)
+def kernel(reference: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of the same name and keywords in the module of the same name in memopt.kernels.gpu."""
+    origin = reference.func if isinstance(reference, partial) else reference
+    module = origin.__module__.replace("memopt.kernels.", "memopt.kernels.gpu.")
+    if find_spec("triton") is None or find_spec(module) is None:
+        return reference
+    function = getattr(import_module(module), origin.__name__)
+    keywords = reference.keywords if isinstance(reference, partial) else {}
+
+    def launched(x: Tensor, *rest: Tensor) -> Any:
+        with torch.cuda.device_of(x):  # Triton launches on the current device
+            return function(x, *rest, **keywords)
+
+    return launched
 
 
 def register_rows(

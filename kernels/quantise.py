@@ -36,11 +36,11 @@ def noise(device: torch.device) -> Tensor:
     return torch.cat((once, once)).to(device)
 
 
-def offset(x: Tensor) -> int:
-    """Where in the noise to begin: a hash of some of the values, spread over the tensor."""
+def place(x: Tensor) -> Tensor:
+    """Where in the noise to begin, one int64: a hash of some of the values, spread over the tensor."""
     seen = x[:: max(1, x.numel() // 64)].float().contiguous().view(torch.int32).to(torch.int64)
-    place = torch.arange(1, seen.numel() + 1, device=x.device)
-    return int((seen * place * 0x9E3779B1 >> 7).sum() % (EACH * GROUP))
+    turn = torch.arange(1, seen.numel() + 1, device=x.device)
+    return (seen * turn * 0x9E3779B1 >> 7).sum() % (EACH * GROUP)
 
 
 def pack(x: Tensor, bits: int, start: int | None = None) -> Tensor:
@@ -49,7 +49,7 @@ def pack(x: Tensor, bits: int, start: int | None = None) -> Tensor:
     out = x.new_empty((nbytes(x.numel(), bits),), dtype=torch.uint8)
     terms = out[: groups * 8].view(torch.float32).view(groups, 2)
     codes = out[groups * 8 :].view(groups, -1)
-    start = (offset(x) if x.numel() else 0) if start is None else start
+    start = (int(place(x)) if x.numel() else 0) if start is None else start
     for part in chunks(groups, EACH):
         rows = _rows(x, part)
         low = rows.amin(1)

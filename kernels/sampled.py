@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from memopt.kernels.codec import register_rows
-from memopt.kernels.quantise import offset
+from memopt.kernels.quantise import place
 
 KEPT = 4  # one in so many rows, or columns
 
@@ -33,7 +33,7 @@ def kept(count: int) -> int:
 
 def generator(x: Tensor) -> tuple[torch.Generator, int]:
     """A generator seeded by the values, and its seed."""
-    seed = offset(x.reshape(-1)) if x.numel() else 0
+    seed = int(place(x.reshape(-1))) if x.numel() else 0
     return torch.Generator().manual_seed(seed), seed
 
 

@@ -21,7 +21,7 @@ from memopt.plans import Plan
 from memopt.report import PlanResult
 from memopt.runtime import disk
 from memopt.smaller import Call, Tried, cut, largest_fitting, shared_size, sizes_below
-from memopt.timeline import at_peak, by_kind
+from memopt.timeline import at_peak, by_kind, resident
 from memopt.units import DECIMAL, format_seconds, format_size
 
 ORDER = {"exact": 0, "reordered": 1, "lossy": 2}
@@ -209,6 +209,8 @@ class Refused:
 
     def _smaller(self) -> Iterator[WayOut]:
         """The largest batch, which then accumulates to the one asked for, and the longest sequence that fit."""
+        if resident(self.result.before) > self.result.budget:
+            return  # a capture, which takes minutes for large models, would only say so again
         for dim in (0, 1):
             if self.call is None or (size := shared_size(self.call, dim)) is None:
                 continue

@@ -80,13 +80,19 @@ def test_an_infeasible_plan_exits_3_with_floor_binding_and_ways_out_in_the_doors
 
 def test_ways_out_multiply_what_is_accumulated_already_and_say_which_are_not_enough() -> None:
     words = ("plan", "llama-tiny", "--batch", "9", "--seq", "32", "--lowering", "eager", "--accumulate", "3")
-    found = answer(*words, "--budget", "1.9MB", "--optimizer", "adamw", code=3)
+    found = answer(*words, "--budget", "2.55MB", "--optimizer", "adamw", code=3)
     ways = {way["change"].split()[0]: way for way in found["ways_out"]}
     size, _, turns = ways["--batch"]["change"].split()[1:]
     assert int(size) * int(turns) == 9 * 3
     assert [way["fits"] for way in found["ways_out"]] == sorted((w["fits"] for w in found["ways_out"]), reverse=True)
-    assert not ways["--batch"]["fits"]
-    assert "still over" in call(*words, "--budget", "1.9MB").stdout
+    assert not ways["--disk-budget"]["fits"]
+    assert "still over" in call(*words, "--budget", "2.55MB").stdout
+
+
+def test_smaller_inputs_are_no_way_out_where_parameters_gradients_and_state_alone_are_over() -> None:
+    words = ("plan", "llama-tiny", "--batch", "9", "--seq", "32", "--lowering", "eager", "--budget", "1.9MB")
+    found = answer(*words, "--optimizer", "adamw", code=3)  # they take 2.0 MB
+    assert not {way["change"].split()[0] for way in found["ways_out"]} & {"--batch", "--seq"}
 
 
 def test_a_refused_fit_prints_the_object_with_its_ways_out() -> None:

@@ -32,7 +32,10 @@ def test_gradients_accumulate_without_an_optimizer() -> None:
 
 def test_without_an_optimizer_too_a_refusal_has_its_floor_and_ways_out() -> None:
     """One of the ways tried is half the batch, accumulated: it reads gradients that no optimizer's phase declared."""
-    refused, inputs = session(1, 1)
+    refused, inputs = session(1, 1)  # less than the parameters: no smaller input is tried
+    with pytest.raises(BudgetError) as error:
+        refused.plan_for((), inputs)
+    refused, inputs = session(1, error.value.floor_bytes - 1)
     with pytest.raises(BudgetError) as error:
         refused.plan_for((), inputs)
     assert error.value.floor_bytes == min(

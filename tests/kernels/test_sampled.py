@@ -44,7 +44,7 @@ def test_the_mean_over_seeds_is_the_matrix(codec: str, monkeypatch: pytest.Monke
     x, seeds = matrix(48, 32), 1600
     total, single = torch.zeros_like(x), 0.0
     for seed in range(seeds):
-        monkeypatch.setattr(sampled, "offset", lambda _, seed=seed: seed)
+        monkeypatch.setattr(sampled, "place", lambda _, seed=seed: seed)
         back = through(codec, x)
         total += back
         single += float((back - x).norm()) / seeds

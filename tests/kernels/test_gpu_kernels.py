@@ -1,0 +1,126 @@
+"""The Triton kernels, in the interpreter or on the GPU, give the bytes and values of their references; they build."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from memopt.kernels import fewbit, fp8, pack_bits, quantise
+from memopt.kernels.codec import kernel
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+COUNTS = (0, 1, 7, 256, 257, 1025, 5000)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def values(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(count, generator=torch.Generator().manual_seed(count)).mul(3).add(1).to(dtype)
+
+
+def both(pack: Any, unpack: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(bytes of the reference, of the kernel), (values the reference reads, the kernel reads of the same bytes)."""
+    assert kernel(pack) is not pack
+    assert kernel(unpack) is not unpack
+    want, found = pack(x), kernel(pack)(x.to(DEVICE)).cpu()
+    out = torch.empty_like(x, device=DEVICE)
+    kernel(unpack)(want.to(DEVICE), out)
+    return want, found, rounded(unpack, want, x), out.cpu()
+
+
+def rounded(unpack: Any, packed: Tensor, like: Tensor) -> Tensor:
+    """What the reference reads, in the type of `like`: the interpreter cuts bfloat16 off where a GPU rounds."""
+    out = torch.empty_like(like, dtype=torch.float32)
+    unpack(packed, out)
+    if like.dtype is torch.bfloat16 and DEVICE == "cpu":
+        out = (out.view(torch.int32) & -0x10000).view(torch.float32)
+    return out.to(like.dtype)
+
+
+@pytest.mark.parametrize("count", COUNTS)
+def test_bits(count: int) -> None:
+    mask = torch.rand(count, generator=torch.Generator().manual_seed(count)) < 0.4
+    packed = kernel(pack_bits.pack)(mask.to(DEVICE))
+    assert torch.equal(packed.cpu(), pack_bits.pack(mask))
+    out = torch.empty_like(mask, device=DEVICE)
+    kernel(pack_bits.unpack)(packed, out)
+    assert torch.equal(out.cpu(), mask)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [*COUNTS[1:], 256 * 256 + 300])  # beyond a chunk of the noise
+def test_quantised(bits: int, dtype: torch.dtype, count: int) -> None:
+    if count > 5000 and dtype is not torch.float32:
+        pytest.skip("the interpreter takes seconds; one type crosses the chunk")
+    x = values(count, dtype)
+    want, found, left, right = both(partial(quantise.pack, bits=bits), partial(quantise.unpack, bits=bits), x)
+    assert torch.equal(want, found)
+    assert torch.equal(left, right)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", COUNTS)
+@pytest.mark.parametrize("size", [1.0, 1e-6, 0.0])
+def test_fp8(dtype: torch.dtype, count: int, size: float) -> None:
+    x = values(count, dtype) * size
+    want, found, left, right = both(fp8.pack, fp8.unpack, x)
+    assert torch.equal(want, found)
+    assert torch.equal(left, right)
+
+
+def test_fp8_of_every_magnitude_and_tie() -> None:
+    codes = torch.arange(0, 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    between = (codes[1:] + codes[:-1]) / 2
+    for one in (codes, between, between.nextafter(codes[1:]), between.nextafter(codes[:-1])):
+        x = torch.cat((one, -one, torch.tensor([448.0] * (256 - 2 * len(one)))))  # 448: the group's scale is one
+        want, found, left, right = both(fp8.pack, fp8.unpack, x)
+        assert torch.equal(want, found)
+        assert torch.equal(left, right)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # the interpreter's numpy says so
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("codec", ["int8", "int2", "fp8"])
+def test_a_group_that_is_not_finite_comes_back_as_nan(codec: str, wrong: float) -> None:
+    x = values(700)
+    x[300] = wrong
+    bits = quantise.BITS.get(codec)
+    pack, unpack = (
+        (partial(quantise.pack, bits=bits), partial(quantise.unpack, bits=bits)) if bits else (fp8.pack, fp8.unpack)
+    )
+    out = torch.empty_like(x, device=DEVICE)
+    kernel(unpack)(kernel(pack)(x.to(DEVICE)), out)
+    assert bool(out[256:512].isnan().any())
+    assert bool(out[300].isnan())
+    assert not bool(torch.cat((out[:256], out[512:])).isnan().any())
+
+
+@pytest.mark.parametrize("name", fewbit.SLOPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", COUNTS)
+def test_few_bits(name: str, dtype: torch.dtype, count: int) -> None:
+    x, (pack, unpack) = values(count, dtype), (partial(fewbit.pack, name=name), partial(fewbit.unpack, name=name))
+    want, found = pack(x), kernel(pack)(x.to(DEVICE))
+    assert torch.equal(want, found.cpu())
+    left, right = torch.empty_like(x), torch.empty_like(x, device=DEVICE)
+    unpack(want, left)
+    kernel(unpack)(found, right)
+    assert torch.equal(left, right.cpu())
+
+
+def test_every_kernel_builds_for_three_architectures_without_a_gpu() -> None:
+    clean = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    words = [sys.executable, "-m", "memopt.kernels.gpu.build", "80", "90", "100"]
+    done = subprocess.run(words, env=clean, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == 3 * 12
+    assert {line.split()[1] for line in lines} == {"sm_80", "sm_90", "sm_100"}
