@@ -48,16 +48,15 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     """The options, checked."""
     parser = argparse.ArgumentParser(prog="recompute_cpu", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--bed", nargs="+", choices=BEDS, default=DEFAULT, help="models to run")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds of timing")
+    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds of timing")
     parser.add_argument("--shares", action="store_true", help="torch's budget at four fixed shares, not bisected")
-    parser.add_argument("--quick", action="store_true", help=f"meet only {', '.join(QUICK)}; 3 rounds")
+    parser.add_argument("--quick", action="store_true", help=f"meet only {', '.join(QUICK)}")
     parser.add_argument("--threads", type=int, default=2, help="threads of each variant")
     parser.add_argument("--lowering", choices=("inductor", "eager"), default="inductor", help="memopt's lowering")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     asked = parser.parse_args(words)
     if asked.rounds < 1 or asked.threads < 1:
         parser.error("--rounds and --threads take 1 or more")
-    asked.rounds = 3 if asked.quick else asked.rounds
     return asked
 
 

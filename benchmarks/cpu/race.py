@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -20,7 +20,7 @@ from benchmarks.cpu.worker import Job
 from benchmarks.peers import BISECTED, COMPILED, PEERS, Variant, ours, smallest
 
 ROOT = Path(__file__).resolve().parents[2]
-PROBES = 3  # compilations spent on bisecting torch's budget, besides those of the fixed shares
+PROBES = 2  # times torch's budget is tried at two shares at once, besides the fixed ones
 AT_ONCE = 2  # workers being compiled: most of that is one thread's work, and nothing is timed meanwhile
 PAUSE = 0.05  # seconds between two workers' steps: the OpenMP threads of the one before have stopped spinning by then
 
@@ -74,11 +74,12 @@ class Worker:
         return {"error": "\n".join(last) or f"ended with {self.process.returncode}"}
 
 
-def between(ran: Mapping[float, int], goal: int) -> float:
-    """The share to try next: half way from the largest that fits (0 if none) to the least above it that ran (1)."""
+def between(ran: Mapping[float, int], goal: int) -> tuple[float, float]:
+    """The shares to try next: thirds of the way from the largest that fits (0 if none) to the least above it that ran
+    (1)."""
     low = max((share for share, peak in ran.items() if peak <= goal), default=0.0)
     high = min((share for share in ran if share > low), default=1.0)
-    return (low + high) / 2
+    return low + (high - low) / 3, low + (high - low) * 2 / 3
 
 
 @dataclass
@@ -117,22 +118,25 @@ class Race:
             return
         goal, best = whole.row["resident"] + whole.row["transient"] // 2, 0.0
         for _ in range(PROBES):
-            share = between(ran, goal)
-            worker = self._worker(stack, replace(BISECTED, share=share), place)
-            ran[share] = worker.row["peak"] if worker.alive else goal + 1
-            self.tell(f"{self.bed}: budget {share:.3f}: {'fits' if ran[share] <= goal else 'does not fit'}")
-            if ran[share] <= goal and share > best:
-                best, worker.row["share"] = share, share
-                self._enter(BISECTED.name, worker)
-            else:
-                worker.stop()
+            shares = between(ran, goal)
+            tried = self._several(stack, [replace(BISECTED, share=share) for share in shares], place)
+            for share, worker in zip(shares, tried, strict=True):
+                ran[share] = worker.row["peak"] if worker.alive else goal + 1
+                self.tell(f"{self.bed}: budget {share:.3f}: {'fits' if ran[share] <= goal else 'does not fit'}")
+                if ran[share] <= goal and share > best:
+                    best, worker.row["share"] = share, share
+                    self._enter(BISECTED.name, worker)
+                else:
+                    worker.stop()
 
     def _start(self, stack: ExitStack, variants: Sequence[Variant], place: str) -> None:
+        for variant, worker in zip(variants, self._several(stack, variants, place), strict=True):
+            self._enter(variant.name, worker)
+
+    def _several(self, stack: ExitStack, variants: Sequence[Variant], place: str) -> Iterator[Worker]:
+        """A worker each, in order, a few compiled at a time."""
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            for variant, worker in zip(
-                variants, pool.map(lambda v: self._worker(stack, v, place), variants), strict=True
-            ):
-                self._enter(variant.name, worker)
+            yield from pool.map(lambda v: self._worker(stack, v, place), variants)
 
     def _worker(self, stack: ExitStack, variant: Variant, place: str) -> Worker:
         return stack.enter_context(Worker(Job(self.bed, variant, str(Path(place) / "gradients.pt"), self.threads)))
