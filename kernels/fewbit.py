@@ -1,11 +1,16 @@
-"""What a pointwise nonlinearity's backward needs of its input, in 3 bits an element: lossy, the forward exact.
+"""What a pointwise nonlinearity's backward needs of its input, in 3 or 2 bits an element: lossy, the forward exact.
 
-The backward of y = f(x) reads f'(x) alone. f' is replaced by the step function of 2^b levels nearest to it in L2, found
-by dynamic programming over a grid (Novikov et al., Few-Bit Backward, arXiv:2202.00441): C[k, j] = min over i of
-C[k-1, i] + cost(i, j), the cost of one level for a stretch being its sum of squares about its mean. A code says which
-stretch x lies in; unpacked, it is a point of that stretch at which f' has the stretch's level, so that the
-nonlinearity's own backward can read it. Rounding is to one level whatever the batch, and so not unbiased.
-Layout: codes alone, eight to three bytes, the lowest bits first.
+The backward of y = f(x) reads f'(x) alone, which is replaced by a step function. A code says which stretch x lies in;
+unpacked, it is a point of that stretch at which f' has the stretch's level, so that the nonlinearity's own backward can
+read it. Rounding is to one level whatever the batch, and so not unbiased.
+
+fewbit, 3 bits: the 2^b levels nearest to f' in L2, found by dynamic programming over a grid (Novikov et al., Few-Bit
+Backward, arXiv:2202.00441): C[k, j] = min over i of C[k-1, i] + cost(i, j), the cost of one level for a stretch being
+its sum of squares about its mean.
+approx, 2 bits: the levels 0, l, 1 - l, 1 with cuts at -a, 0, a whose integral, a sum of three ReLUs, is nearest to f
+itself in L2 (Yang et al., Approx-BP, arXiv:2406.16282). Of GELU and SiLU, f(x) - relu(x) is even, and that sum is
+relu(x) + l max(a - |x|, 0): for each a the best l is a projection.
+Layout: codes alone, eight to as many bytes as a code has bits, the lowest bits first.
 """
 
 from __future__ import annotations
@@ -20,7 +25,6 @@ from torch import Tensor
 
 from memopt.kernels.codec import chunks, register
 
-BITS = 3
 POINTS = 1024  # of the grid
 EACH = 1 << 16  # elements at a time, a multiple of eight
 Derivative = Callable[[Tensor], Tensor]
@@ -64,20 +68,38 @@ OUTPUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }  # what they save
 
 
+BITS = {**dict.fromkeys((f"fewbit_{name}" for name in SLOPES), 3), "approx_gelu": 2, "approx_silu": 2}
+
+
 @lru_cache(maxsize=16)
 def table(name: str, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
     """(borders between the stretches, a point of each whose slope is its level), fp32, ascending."""
-    slope, low, high = SLOPES[name]
+    kind, _, function = name.partition("_")
+    slope, low, high = SLOPES[function]
     x = torch.linspace(low, high, POINTS, dtype=torch.float64)
-    cuts = stretches(slope(x).numpy(), 1 << BITS)
-    ends = [0, *cuts, POINTS]
-    points = [_nearest(x[a:b], slope(x[a:b])) for a, b in pairwise(ends)]
+    cuts, levels = (clamps if kind == "approx" else means)(x.numpy(), slope(x).numpy(), 1 << BITS[name])
+    ends = pairwise([0, *cuts, POINTS])
+    points = [float(x[a + (slope(x[a:b]) - level).abs().argmin()]) for (a, b), level in zip(ends, levels, strict=True)]
     borders = [float(x[cut - 1] + x[cut]) / 2 for cut in cuts]
     return tuple(torch.tensor(v, dtype=torch.float32, device=device) for v in (borders, points))  # type: ignore[return-value]
 
 
-def _nearest(x: Tensor, slope: Tensor) -> float:
-    return float(x[(slope - slope.mean()).abs().argmin()])
+def means(x: np.ndarray, slope: np.ndarray, count: int) -> tuple[list[int], list[float]]:
+    """(cuts, levels) of the step function nearest to the slope."""
+    cuts = stretches(slope, count)
+    return cuts, [float(slope[a:b].mean()) for a, b in pairwise([0, *cuts, len(x)])]
+
+
+def clamps(x: np.ndarray, slope: np.ndarray, count: int) -> tuple[list[int], list[float]]:
+    """(cuts, levels) of the four levels whose integral is nearest to that of the slope."""
+    assert count == 4
+    middle = len(x) // 2
+    beside = np.cumsum(slope) * (x[1] - x[0]) - np.maximum(x, 0)  # f - relu
+    tents = np.maximum(x[middle:, None] - np.abs(x)[None, :], 0)
+    inner, square = tents @ beside, (tents**2).sum(1)
+    best = int(np.argmax(inner**2 / np.maximum(square, 1e-12)))
+    level = float(inner[best] / square[best])
+    return [middle - 1 - best, middle, middle + 1 + best], [0.0, level, 1.0 - level, 1.0]
 
 
 def stretches(values: np.ndarray, count: int) -> list[int]:
@@ -98,52 +120,59 @@ def stretches(values: np.ndarray, count: int) -> list[int]:
     return sorted(cut for cut in set(cuts) if 0 < cut < len(values))
 
 
-def nbytes(count: int) -> int:
+def nbytes(count: int, bits: int) -> int:
     """Bytes for so many elements: codes of whole eights."""
-    return -(-count // 8) * BITS
+    return -(-count // 8) * bits
 
 
-# Eight codes of a byte each lie in a 64-bit word, the first lowest. Neighbours move together in three steps, each of
-# which joins two lanes: (shift, what stays of a lane, what moves into it); backwards they part.
-JOINS = (
-    (5, 0x0007000700070007, 0x0038003800380038),
-    (10, 0x0000003F0000003F, 0x00000FC000000FC0),
-    (20, 0xFFF, 0xFFF000),
-)
+@lru_cache(maxsize=4)
+def joins(bits: int) -> list[tuple[int, int, int]]:
+    """Eight codes of a byte each lie in a 64-bit word, the first lowest. Neighbours move together in three steps, each
+    of which joins two lanes: (shift, what stays of a lane, what moves into it); backwards they part."""
+    found = []
+    for lane in (8, 16, 32):
+        width = bits * lane // 8
+        stays = sum(((1 << width) - 1) << at for at in range(0, 64, 2 * lane))
+        found.append((lane - width, stays, stays << width))
+    return found
 
 
 def pack(x: Tensor, name: str) -> Tensor:
     """Codes of flat values."""
-    borders = table(name)[0].tolist()
-    out = x.new_empty((nbytes(x.numel()),), dtype=torch.uint8)
-    rows = out.view(-1, BITS)
+    borders, bits = table(name)[0].tolist(), BITS[name]
+    out = x.new_empty((nbytes(x.numel(), bits),), dtype=torch.uint8)
+    rows = out.view(-1, bits)
     for part in chunks(x.numel(), EACH):
         mine = x[part]
         codes = mine.new_zeros((-(-mine.numel() // 8) * 8,), dtype=torch.uint8)
         for border in borders:  # a comparison an eighth of the time of a search
             codes[: mine.numel()] += (mine > border).view(torch.uint8)
         words = codes.view(torch.int64)
-        for shift, stays, moves in JOINS:
+        for shift, stays, moves in joins(bits):
             words = (words & stays) | ((words >> shift) & moves)
         first = part.start // 8
-        rows[first : first + len(words)] = words.view(torch.uint8).view(-1, 8)[:, :BITS]
+        rows[first : first + len(words)] = words.view(torch.uint8).view(-1, 8)[:, :bits]
     return out
 
 
 def unpack(packed: Tensor, out: Tensor, name: str) -> None:
     """Write a point for each value, at which f' is its level."""
-    points = table(name, packed.device)[1].to(out.dtype)
-    rows = packed.view(-1, BITS)
+    points, bits = table(name, packed.device)[1].to(out.dtype), BITS[name]
+    rows = packed.view(-1, bits)
     for part in chunks(out.numel(), EACH):
         mine = rows[part.start // 8 : -(-part.stop // 8)]
         words = mine.new_zeros((len(mine), 8))
-        words[:, :BITS] = mine
+        words[:, :bits] = mine
         lanes = words.view(torch.int64)
-        for shift, stays, moves in reversed(JOINS):
+        for shift, stays, moves in reversed(joins(bits)):
             lanes = (lanes & stays) | ((lanes & moves) << shift)
         codes = lanes.view(torch.uint8).view(-1)[: part.stop - part.start]
         out[part] = points.index_select(0, codes.to(torch.int32))
 
 
-for name, (slope, _, _) in SLOPES.items():
-    register(f"fewbit_{name}", partial(pack, name=name), partial(unpack, name=name), nbytes, slope, OUTPUTS.get(name))
+for name, bits in BITS.items():
+    function = name.partition("_")[2]
+    register(
+        name, partial(pack, name=name), partial(unpack, name=name), partial(nbytes, bits=bits), SLOPES[function][0],
+        OUTPUTS.get(function),
+    )  # fmt: skip

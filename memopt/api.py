@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import nn
 
@@ -18,12 +19,12 @@ from memopt.dumps import check_environment
 from memopt.lowering import LOWERINGS
 from memopt.noise import LOSSY
 from memopt.passes import CLEANUPS, TRADES
-from memopt.passes.offload_disk import OffloadDisk
+from memopt.passes.offload import OffloadDisk, OffloadHost
 from memopt.pipeline import Request, silent
 from memopt.planfile import PlanFile, load_plan
 from memopt.plans import MAX_GRAD_ERROR
 from memopt.report import PlanResult
-from memopt.runtime import disk
+from memopt.runtime import disk, host
 from memopt.runtime.here import device_of
 from memopt.session import Session, attach
 from memopt.units import resolve_budget
@@ -44,6 +45,7 @@ def compile(
     accumulate: int = 1,
     gradients: str = "loss",
     plan_file: str | Path | PlanFile | None = None,
+    host_budget: int | str | None = None,
     disk_budget: int | str | None = None,
     disk_path: str | Path | None = None,
     max_grad_error: float = MAX_GRAD_ERROR,
@@ -59,8 +61,9 @@ def compile(
     lowering: "auto", "inductor" or "eager". accumulate: backwards per optimizer step. gradients: "loss" or "all"
     outputs carry gradients (memopt.outputs). plan_file: reuse a saved plan. allow: lossy levers that may be used, by
     name. max_grad_error: how far off they may put the gradient together, ||g' - g|| / ||g||, estimated on the first
-    batch. disk_budget: what saved activations may take on disk, written as `budget` is, of the space free in disk_path
-    (the system's folder for temporary files if left out).
+    batch. host_budget: what saved activations of a step on a GPU may take of the host's memory, written as `budget` is.
+    disk_budget: what they may take on disk, of the space free in disk_path (the system's folder for temporary files if
+    left out).
 
     Raises ValueError for an option it does not know, CaptureError, and BudgetError (with the floor and ways out) before
     anything is allocated; then the model is as it was.
@@ -70,7 +73,7 @@ def compile(
     _check_optimizer(model, optimizer)
     request = make_request(
         device_of(model), budget, optimizer, allow, numerics, lowering, passes, accumulate, type(model).__name__,
-        disk_budget, disk_path, max_grad_error,
+        host_budget, disk_budget, disk_path, max_grad_error,
     )  # fmt: skip
     session = Session(model, request, _known("gradients", gradients, GRADIENTS), _plan_file(plan_file))
     if example_inputs is not None:
@@ -92,6 +95,7 @@ def plan(
     accumulate: int = 1,
     gradients: str = "loss",
     plan_file: str | Path | PlanFile | None = None,
+    host_budget: int | str | None = None,
     disk_budget: int | str | None = None,
     disk_path: str | Path | None = None,
     max_grad_error: float = MAX_GRAD_ERROR,
@@ -108,7 +112,7 @@ def plan(
     target = known_device(device) if device else device_of(model)
     request = make_request(
         target, budget, optimizer, allow, numerics, lowering, passes, accumulate, type(model).__name__,
-        disk_budget, disk_path, max_grad_error,
+        host_budget, disk_budget, disk_path, max_grad_error,
     )  # fmt: skip
     known = _known("gradients", gradients, GRADIENTS)
     session = Session(model, request, known, _plan_file(plan_file), silent, measure=False)
@@ -125,6 +129,7 @@ def make_request(
     passes: str,
     accumulate: int,
     name: str,
+    host_budget: int | str | None = None,
     disk_budget: int | str | None = None,
     disk_path: str | Path | None = None,
     max_grad_error: float = MAX_GRAD_ERROR,
@@ -139,7 +144,8 @@ def make_request(
         )
     if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
         raise ValueError(f"accumulate={accumulate!r} refused: it counts backwards per optimizer step, 1 or more")
-    limit = disk_limit(disk_budget, disk_path, device)
+    on_host, on_disk = host_limit(host_budget, device), disk_limit(disk_budget, disk_path, device)
+    unnamed = {trade.name for trade, limit in ((OffloadHost, on_host), (OffloadDisk, on_disk)) if not limit[0]}
     return Request(
         budget=resolve_budget(budget, capacity=device.memory),
         device=device,
@@ -147,9 +153,10 @@ def make_request(
         model=name,
         optimizer=optimizer,
         numerics=numerics,
-        off=switched_off(passes) | (frozenset(LOSSY) - allowed) | (frozenset() if limit[0] else {OffloadDisk.name}),
+        off=switched_off(passes) | (frozenset(LOSSY) - allowed) | unnamed,
         accumulate=accumulate,
-        disk=limit,
+        host=on_host,
+        disk=on_disk,
         max_grad_error=_share("max_grad_error", max_grad_error),
     )
 
@@ -162,6 +169,16 @@ def _share(option: str, value: float) -> float:
         return float(value)
     except OverflowError:
         return math.inf
+
+
+def host_limit(budget: int | str | None, device: Device) -> tuple[int, str]:
+    """Bytes that offloads may take of the host's memory, 0 without a budget, and the codec of their pool."""
+    if budget is None or budget == "":
+        return 0, ""
+    if device.kind == "cpu":
+        raise ValueError("host_budget is for steps on a GPU; this one is in the host's memory already: use disk_budget")
+    limit = resolve_budget(budget, capacity=psutil.virtual_memory().total if torch.cuda.is_available() else None)
+    return limit, host.use(limit).codec
 
 
 def disk_limit(budget: int | str | None, folder: str | Path | None, device: Device) -> tuple[int, str]:

@@ -76,7 +76,8 @@ class Roofline:
     def seconds(self, graph: StepGraph, step: Step) -> float:
         if is_view(graph, step):
             return 0.0
-        if (codec := codec_of(step)) in self.device.codecs:
+        codec = codec_of(step)
+        if codec in self.device.codecs or codec.startswith("host_"):
             return self._packing(graph, step, codec) + self.device.launch_seconds
         compute = step.flops / self.device.flops(main_dtypes(graph, step)) if step.flops else 0.0
         memory = moved_bytes(graph, step) / self.device.memory_bandwidth
@@ -85,6 +86,9 @@ class Roofline:
     def _packing(self, graph: StepGraph, step: Step, codec: str) -> float:
         packing = step.op.startswith("memopt.pack_")
         value = (step.reads if packing else step.writes)[0]
+        if codec.startswith("host_"):
+            link = self.device.device_to_host if packing else self.device.host_to_device
+            return _tensor_bytes(graph, value) / link
         return prod(graph.tensors[value].shape) / self.device.codecs[codec][0 if packing else 1]
 
 

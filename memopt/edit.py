@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from memopt.graph import Step, StepGraph, Storage, TensorInfo
 
 GRADIENT = "gradient"  # a resource: squares of relative errors of the gradient, which add where errors are independent
+HOST = "host"  # bytes in its memory
 DISK = "disk"  # bytes there
 
 

@@ -18,7 +18,7 @@ from memopt.compose import whole_step, with_inputs, with_workspaces, without_out
 from memopt.cost import CostModel, Measured, Roofline
 from memopt.devices import Device
 from memopt.dumps import CAPTURED, count, dump_program, passed
-from memopt.edit import DISK, GRADIENT, Remake, edit
+from memopt.edit import DISK, GRADIENT, HOST, Remake, edit
 from memopt.errors import Binding, PlanFileError, VerifyError
 from memopt.facts import storage_bytes
 from memopt.fences import fenced
@@ -29,8 +29,8 @@ from memopt.noise import Noise
 from memopt.optim.photograph import OptimizerPhase, photograph_optimizer
 from memopt.passbase import Trade
 from memopt.passes import CLEANUPS, TRADES
-from memopt.passes.few_bit import FewBit
-from memopt.passes.offload_disk import OffloadDisk
+from memopt.passes.few_bit import ApproxBP, FewBit
+from memopt.passes.offload import OffloadDisk, OffloadHost
 from memopt.planfile import PlanFile, check_identity
 from memopt.plans import MAX_GRAD_ERROR, REUSED, Plan, Problem, Status, simulated
 from memopt.prices import Meter, priced, unmeasured
@@ -62,8 +62,9 @@ class Costs:
 class Request:
     """What the user asked for, resolved. budget: bytes. passes: names switched off ("-recompute").
 
-    accumulate: forwards and backwards per update. lowering: "eager" or "inductor", never "auto" here. disk: bytes that
-    offloads may take on disk, and the codec of the pool they go to. max_grad_error: relative, of lossy levers together.
+    accumulate: forwards and backwards per update. lowering: "eager" or "inductor", never "auto" here. host, disk: bytes
+    that offloads may take there, and the codec of the pool they go to. max_grad_error: relative, of lossy levers
+    together.
     """
 
     budget: int
@@ -76,13 +77,18 @@ class Request:
     off: frozenset[str] = frozenset()
     accumulate: int = 1
     time_limit: float = 20.0
+    host: tuple[int, str] = (0, "")
     disk: tuple[int, str] = (0, "")
     max_grad_error: float = MAX_GRAD_ERROR
 
     @property
     def limits(self) -> dict[str, float]:
         """What packing may take of resources besides memory and time."""
-        return {GRADIENT: self.max_grad_error * self.max_grad_error, DISK: float(self.disk[0])}
+        return {
+            GRADIENT: self.max_grad_error * self.max_grad_error,
+            HOST: float(self.host[0]),
+            DISK: float(self.disk[0]),
+        }
 
     @property
     def exact(self) -> bool:
@@ -248,11 +254,12 @@ def _reused(problem: Problem, plan_file: PlanFile, survey: Survey) -> Plan:
             f"the plan's lossy levers put the gradient off by {plan.grad_error:.2g} of its length, more than "
             f"max_grad_error={sqrt(problem.limits[GRADIENT]):.2g} allows; raise it, or plan anew"
         )
-    if DISK in exceeded:
-        raise PlanFileError(
-            f"the plan keeps {format_size(int(exceeded[DISK]))} on disk, more than the disk_budget of "
-            f"{format_size(int(problem.limits[DISK]))}; raise it, or plan anew"
-        )
+    for resource, where in ((HOST, "in host memory"), (DISK, "on disk")):
+        if resource in exceeded:
+            raise PlanFileError(
+                f"the plan keeps {format_size(int(exceeded[resource]))} {where}, more than the {resource}_budget of "
+                f"{format_size(int(problem.limits[resource]))}; raise it, or plan anew"
+            )
     return plan
 
 
@@ -320,7 +327,10 @@ def _seconds(graph: StepGraph, model: CostModel) -> dict[str, float]:
 
 
 def _proposals(graph: StepGraph, seconds: Mapping[str, float], request: Request) -> tuple[Remake, ...]:
-    placed: dict[type[Trade], Trade] = {OffloadDisk: OffloadDisk(request.disk[1])}
+    placed: dict[type[Trade], Trade] = {
+        OffloadHost: OffloadHost(request.host[1]),
+        OffloadDisk: OffloadDisk(request.disk[1]),
+    }
     offered = [placed.get(trade) or trade() for trade in TRADES if trade.name not in request.off]
     return tuple(remake for trade in offered for remake in trade.propose(graph, seconds))
 
@@ -334,8 +344,10 @@ def binding(graph: StepGraph, block: int) -> Binding:
 
 def _notes(survey: Survey, parts: Sequence[Part], phase: OptimizerPhase, request: Request) -> tuple[str, ...]:
     notes = [*survey.notes, *([phase.assumed] if phase.assumed else [])]
-    if FewBit.name not in request.off and request.lowering == "inductor":
-        notes.append('fewbit finds nothing under Inductor, which takes nonlinearities apart: lowering="eager"')
+    if request.lowering == "inductor":
+        slopes = (trade.name for trade in (FewBit, ApproxBP) if trade.name not in request.off)
+        why = 'under Inductor, which takes nonlinearities apart: lowering="eager"'
+        notes += [f"{name} finds nothing {why}" for name in slopes]
     if len(survey.captures) > 1:
         notes.append(f"the model breaks into {len(survey.captures)} graphs; one budget is shared among them")
     if runs_untraced(parts):

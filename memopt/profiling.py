@@ -45,6 +45,8 @@ def measured_costs(programs: Iterable[Program], device: Device, measure: bool) -
 def _packing(meter: OpCosts, step: Step, value: TensorInfo) -> OpCost | None:
     """What packing or unpacking a value costs, by a run of its own or what is remembered of one."""
     codec = codec_of(step)
+    if codec.startswith("host_"):
+        return None  # by the link's rate, which `memopt doctor --calibrate` measures
     if codec.startswith("disk_"):
         return _on_disk(step, value, disk.pool_of(codec).rates())
     with meter:

@@ -15,11 +15,11 @@ from memopt.errors import BudgetError, MemoptError, WayOut
 from memopt.noise import LOSSY, Noise
 from memopt.passbase import Numerics
 from memopt.passes import TRADES
-from memopt.passes.offload_disk import OffloadDisk
+from memopt.passes.offload import Offload, OffloadDisk, OffloadHost
 from memopt.pipeline import UNMEASURED, Costs, Request, make_plan, silent
 from memopt.plans import Plan
 from memopt.report import PlanResult
-from memopt.runtime import disk
+from memopt.runtime import disk, host
 from memopt.smaller import Call, Tried, cut, largest_fitting, shared_size, sizes_below
 from memopt.timeline import at_peak, by_kind, resident
 from memopt.units import DECIMAL, format_seconds, format_size
@@ -86,6 +86,7 @@ class Spelling:
     optimizer: str = "optimizer=torch.optim.SGD(...)"
     allow: str = 'allow=("{}",)'
     off: str = "max_grad_error={:.2g}"
+    host: str = 'host_budget="{}"'
     disk: str = 'disk_budget="{}"'
     numerics: str = 'numerics="reordered", lowering="eager"'
     on: str = 'passes without "-{}"'
@@ -99,6 +100,7 @@ COMMAND_LINE = Spelling(
     optimizer="--optimizer sgd",
     allow="--allow {}",
     off="--max-grad-error {:.2g}",
+    host="--host-budget {}",
     disk="--disk-budget {}",
     numerics="--numerics reordered --lowering eager",
     on="--passes without -{}",
@@ -140,6 +142,7 @@ class Refused:
     def _changes(self) -> Iterator[WayOut]:
         yield from self._levers()
         yield from self._further_off()
+        yield from self._host()
         yield from self._disk()
         yield from self._numerics()
         yield from self._optimizers()
@@ -161,7 +164,7 @@ class Refused:
     def _levers(self) -> Iterator[WayOut]:
         """Levers that were switched off; of those that are lossy and were not named, the first, where that is soon
         planned: it offers every activation once more."""
-        off = [trade for trade in TRADES if trade.name in self.request.off and trade is not OffloadDisk]
+        off = [trade for trade in TRADES if trade.name in self.request.off and not issubclass(trade, Offload)]
         lossy = [trade for trade in off if trade.numerics is Numerics.LOSSY]
         tried = lossy[:1] if len(self.result.before.steps) <= MANY else []
         for trade in off:
@@ -187,11 +190,20 @@ class Refused:
             disk.pool_of(codec).rates()
         except (ValueError, disk.DiskError):
             return
-        request = replace(self.request, off=self.request.off - {OffloadDisk.name}, disk=(ANY, codec))
-        plan, size = self._plan(self.found, request), self.result.before.storages
-        stored = {r.value: size[r.value].nbytes for r in plan.chosen if r.trade == OffloadDisk.name}
-        word = self.spelling.disk.format(round_up(sum(stored.values())))
-        yield self._way(word, OffloadDisk.numerics.value, plan)
+        yield self._elsewhere(OffloadDisk, replace(self.request, disk=(ANY, codec)), self.spelling.disk)
+
+    def _host(self) -> Iterator[WayOut]:
+        """The host's memory, as much as the plan with any takes of it."""
+        if self.request.device.kind == "cuda" and OffloadHost.name in self.request.off:
+            anything = replace(self.request, host=(ANY, host.use(ANY).codec))
+            yield self._elsewhere(OffloadHost, anything, self.spelling.host)
+
+    def _elsewhere(self, trade: type[Offload], request: Request, word: str) -> WayOut:
+        """The plan with room elsewhere, and how much of it that plan uses."""
+        plan = self._plan(self.found, replace(request, off=request.off - {trade.name}))
+        size = self.result.before.storages
+        stored = {r.value: size[r.value].nbytes for r in plan.chosen if r.trade == trade.name}
+        return self._way(word.format(round_up(max(sum(stored.values()), 1))), trade.numerics.value, plan)
 
     def _numerics(self) -> Iterator[WayOut]:
         """A recurrent layer that is one operation when exact, and its cells otherwise."""

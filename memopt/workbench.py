@@ -140,6 +140,7 @@ class Asked:
     accumulate: int
     plan_file: PlanFile | None
     progress: Progress
+    host_budget: str | None = None
     disk_budget: str | None = None
     disk_path: str | Path | None = None
     max_grad_error: float = MAX_GRAD_ERROR
@@ -149,7 +150,8 @@ class Asked:
         optimizer = bench.optimizer_over(model)
         request = make_request(
             bench.target, self.budget, optimizer, self.allow, self.numerics, self.lowering, self.passes,
-            self.accumulate, bench.workload.name, self.disk_budget, self.disk_path, self.max_grad_error,
+            self.accumulate, bench.workload.name, self.host_budget, self.disk_budget, self.disk_path,
+            self.max_grad_error,
         )  # fmt: skip
         request = replace(request, has_optimizer=optimizer is not None)
         return Session(
@@ -187,11 +189,10 @@ def plan_workload(
     progress: Progress | None = None,
 ) -> PlanResult:
     """The plan of one training step of the workload, under fake tensors. An infeasible one is returned, not raised."""
-    _no_host(host_budget)
     made = bench(workload, batch, seq, dtype, optimizer, device)
     asked = Asked(
-        budget, allow, numerics, passes, lowering, accumulate, plan_file, progress or silent, disk_budget, disk_path,
-        max_grad_error,
+        budget, allow, numerics, passes, lowering, accumulate, plan_file, progress or silent, host_budget, disk_budget,
+        disk_path, max_grad_error,
     )  # fmt: skip
     return _stated(made, asked) if formula else _planned(made, asked, advise=True)
 
@@ -304,7 +305,6 @@ def _guess(made: Bench, asked: Asked, vary: str) -> int:
 
 
 def _split(workload: Workload, options: dict[str, Any]) -> tuple[Bench, Asked]:
-    _no_host(options.pop("host_budget", None))
     options.pop("formula", None)
     made = bench(
         workload, options.pop("batch", None), options.pop("seq", None), options.pop("dtype", "fp32"),
@@ -315,11 +315,6 @@ def _split(workload: Workload, options: dict[str, Any]) -> tuple[Bench, Asked]:
     }  # fmt: skip
     progress = options.pop("progress", None) or silent
     return made, Asked(**{**defaults, **options}, progress=progress)
-
-
-def _no_host(host_budget: str | None) -> None:
-    if host_budget:
-        raise ValueError("host_budget is for offloading to host memory, which this version does not have")
 
 
 def doctor(calibrate: bool = False) -> dict[str, Any]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from memopt.passbase import Cleanup, Trade
 from memopt.passes.batch_statistics import BatchStatistics
-from memopt.passes.few_bit import FewBit
+from memopt.passes.few_bit import ApproxBP, FewBit
+from memopt.passes.kept_outputs import KeptOutputs
 from memopt.passes.linear_inputs import CompAct, WtaCrs
 from memopt.passes.narrow_indices import NarrowIndices
-from memopt.passes.offload_disk import OffloadDisk
+from memopt.passes.offload import OffloadDisk, OffloadHost
 from memopt.passes.pack_masks import PackMasks
 from memopt.passes.quantise import Fp8Activations, Int2Activations, Int4Activations, Int8Activations
 from memopt.passes.recompute import Recompute
@@ -16,6 +17,7 @@ from memopt.passes.replay_random import ReplayRandom
 
 CLEANUPS: tuple[type[Cleanup], ...] = (
     BatchStatistics,  # early: what is read for nothing should not be seen by any other pass
+    KeptOutputs,  # before the photograph: one of two values is not saved at all
     ReluMasks,  # before trades propose: the masks it makes are packed by one of them
     ReplayRandom,  # last before the photograph: what is random must be replayable when trades propose
 )
@@ -23,12 +25,14 @@ TRADES: tuple[type[Trade], ...] = (
     Recompute,  # first: of two ways to let go of a value that cost the same it adds nothing to what is saved
     PackMasks,  # exact, and without a forward run of what made the mask
     NarrowIndices,  # as the masks
+    OffloadHost,  # exact, where host memory was named
     OffloadDisk,  # exact, where a disk was named
     Int8Activations,  # from here on lossy, the least first: none runs unless it was named
     Fp8Activations,
     Int4Activations,
     Int2Activations,
     FewBit,
+    ApproxBP,
     WtaCrs,  # their variance is large: max_grad_error has to be raised for them
     CompAct,
 )

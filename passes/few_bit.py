@@ -1,53 +1,65 @@
-"""Few-bit backward: what a nonlinearity's backward alone reads is kept as a code of its slope. Lossy: by consent."""
+"""Few-bit backwards: what a nonlinearity's backward alone reads is kept as a code of its slope. Lossy: by consent."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 from memopt.graph import Step, StepGraph
+from memopt.kernels.codec import PACKED_BYTES
 from memopt.passbase import Numerics
 from memopt.passes.packing import Codec, Packing, packable, packed_bytes
 from memopt.passes.quantise import worth
 
-# backward operation (gradient, saved) -> codec of what it saved
-READERS = {
-    "aten.gelu_backward.default": "fewbit_gelu",
-    "aten.silu_backward.default": "fewbit_silu",
-    "aten.tanh_backward.default": "fewbit_tanh",
-    "aten.sigmoid_backward.default": "fewbit_sigmoid",
-}
+# backward operation (gradient, saved) -> the nonlinearity
+READERS = {f"aten.{name}_backward.default": name for name in ("gelu", "silu", "tanh", "sigmoid")}
 
 
 @dataclass(frozen=True)
-class FewBit(Packing):
-    """Keep 3 bits an element of what only the backward of GELU, SiLU, tanh or sigmoid reads. Assumes: it reads the
-    slope alone. What is computed again from the value is computed from the value itself (`Remake.stand_in`).
+class Slopes(Packing):
+    """Keep a few bits an element of what only the backward of some nonlinearities reads. Assumes: it reads the slope
+    alone. What is computed again from the value is computed from the value itself (`Remake.stand_in`).
 
     Under Inductor nothing is offered: the backwards of nonlinearities come decomposed there.
     """
 
-    name, numerics, stand_in = "fewbit", Numerics.LOSSY, True
+    numerics, stand_in = Numerics.LOSSY, True
+    code: ClassVar[str]
 
     def codecs(self, graph: StepGraph) -> Mapping[str, Codec]:
-        """The codec of the nonlinearity that reads it, for every such value."""
-        read = read_for_slope(graph)
-        return {v: (codec, packed_bytes(codec, graph.tensors[v])) for v, codec in read.items()}
+        """The codec of the nonlinearity that reads it, for every such value that has one."""
+        found = {value: f"{self.code}_{name}" for value, name in read_for_slope(graph).items()}
+        return {v: (c, packed_bytes(c, graph.tensors[v])) for v, c in found.items() if c in PACKED_BYTES}
+
+
+@dataclass(frozen=True)
+class FewBit(Slopes):
+    """3 bits of GELU, SiLU, tanh and sigmoid: the eight levels nearest to the slope."""
+
+    name, code = "fewbit", "fewbit"
+
+
+@dataclass(frozen=True)
+class ApproxBP(Slopes):
+    """2 bits of GELU and SiLU: the slope of the sum of three ReLUs nearest to them."""
+
+    name, code = "approx_bp", "approx"
 
 
 def read_for_slope(graph: StepGraph) -> dict[str, str]:
-    """Value -> codec, where all that the backward does with a value is to take one nonlinearity's slope there."""
+    """Value -> nonlinearity, where all that the backward does with a value is to take its slope there."""
     found: dict[str, str] = {}
     for value in packable(graph):
         late = [graph.steps[at] for at in graph.uses[value] if at >= graph.boundary and at not in graph.viewing]
-        codecs = {_codec(graph, step, value) for step in late}
-        codec = codecs.pop() if len(codecs) == 1 else ""
-        if codec and worth(graph.tensors[value]):
-            found[value] = codec
+        names = {_nonlinearity(graph, step, value) for step in late}
+        name = names.pop() if len(names) == 1 else ""
+        if name and worth(graph.tensors[value]):
+            found[value] = name
     return found
 
 
-def _codec(graph: StepGraph, step: Step, value: str) -> str:
+def _nonlinearity(graph: StepGraph, step: Step, value: str) -> str:
     """Of a step that reads the value as what a nonlinearity saved, and as nothing else; '' for any other."""
     at = [place for place, name in enumerate(step.reads) if graph.storage_of(name) == value]
     return READERS.get(step.op, "") if at == [1] else ""

@@ -16,7 +16,7 @@ from memopt.capture import Survey, survey
 from memopt.models import load
 from memopt.noise import LOSSY, Noise
 from memopt.passes import TRADES
-from memopt.passes.offload_disk import OffloadDisk
+from memopt.passes.offload import OffloadDisk, OffloadHost
 from memopt.pipeline import Costs, Request, make_plan, prepare, silent
 from memopt.profiling import measured_costs
 from memopt.refusal import ANY
@@ -30,6 +30,7 @@ Row = dict[str, Any]
 ALL = "all levers"
 EXACT = "exact levers"
 ABOVE_FLOOR = 1.02
+HOST_MEMORY = "256GB"  # beside a device that is not here
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,9 @@ def on_paper(preset: str, device: str, batch: int, seq: int, error: float) -> Su
     model, inputs = made.build_fake()
     target = replace(made.target, memory=1 << 50)
     request = make_request(
-        target, 1, made.optimizer_over(model), LOSSY, "reordered", "inductor", "", 1, preset, max_grad_error=error
-    )
+        target, 1, made.optimizer_over(model), LOSSY, "reordered", "inductor", "", 1, preset, HOST_MEMORY,
+        max_grad_error=error,
+    )  # fmt: skip
     found = survey(model, (), inputs, prepare("inductor"), "inductor")
     return Subject(f"{preset} on {device}", found, request, Costs(), Noise())
 
@@ -85,7 +87,8 @@ def _cpu() -> Any:
 
 def sets_of(subject: Subject) -> Mapping[str, tuple[str, ...]]:
     """Each lever alone, all exact ones, all."""
-    names = [t.name for t in TRADES if t is not OffloadDisk or subject.request.disk[0]]
+    room = {OffloadHost: subject.request.host, OffloadDisk: subject.request.disk}
+    names = [t.name for t in TRADES if t not in room or room[t][0]]
     exact = tuple(name for name in names if name not in LOSSY)
     return {**{name: (name,) for name in names}, EXACT: exact, ALL: tuple(names)}
 

@@ -1,6 +1,6 @@
 """Which stretch of a nonlinearity's slope a value lies in, on a GPU: the layout of memopt.kernels.fewbit, bit for bit.
 
-Eight codes of three bits are one word of 24, stored as three bytes.
+Eight codes are one word of 24 or 16 bits, stored as its bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def pack_kernel(
     x, borders, out, count, eights,
     BITS: tl.constexpr, BORDERS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The number of `borders` below each element, eight to a word of 24 bits."""
+    """The number of `borders` below each element, eight to a word."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     lane = tl.arange(0, 8)
     place = at[:, None] * 8 + lane[None, :]
@@ -52,31 +52,37 @@ def unpack_kernel(packed, points, out, count, eights, BITS: tl.constexpr, BLOCK:
 def pack(x: Tensor, name: str) -> Tensor:
     """Codes of flat values."""
     borders = table(name, x.device)[0].to(x.dtype).float()  # as the reference, which compares in the type of x
-    out = x.new_empty((nbytes(x.numel()),), dtype=torch.uint8)
-    if eights := len(out) // BITS:
+    bits = BITS[name]
+    out = x.new_empty((nbytes(x.numel(), bits),), dtype=torch.uint8)
+    if eights := len(out) // bits:
         pack_kernel[(triton.cdiv(eights, BLOCK),)](
-            x, borders, out, x.numel(), eights, BITS=BITS, BORDERS=len(borders), BLOCK=BLOCK
+            x, borders, out, x.numel(), eights, BITS=bits, BORDERS=len(borders), BLOCK=BLOCK
         )
     return out
 
 
 def unpack(packed: Tensor, out: Tensor, name: str) -> None:
     """Write a point for each value, at which f' is its level."""
-    if eights := len(packed) // BITS:
+    bits = BITS[name]
+    if eights := len(packed) // bits:
         points = table(name, packed.device)[1].to(out.dtype)
-        unpack_kernel[(triton.cdiv(eights, BLOCK),)](packed, points, out, out.numel(), eights, BITS=BITS, BLOCK=BLOCK)
+        unpack_kernel[(triton.cdiv(eights, BLOCK),)](packed, points, out, out.numel(), eights, BITS=bits, BLOCK=BLOCK)
 
 
 _TYPES = {"count": "i64", "eights": "i64"}
 BUILDS: dict[str, Any] = {
-    "pack_fewbit": (
-        pack_kernel,
-        {"x": "*bf16", "borders": "*fp32", "out": "*u8", **_TYPES},
-        {"BITS": BITS, "BORDERS": (1 << BITS) - 1, "BLOCK": BLOCK},
-    ),
-    "unpack_fewbit": (
-        unpack_kernel,
-        {"packed": "*u8", "points": "*bf16", "out": "*bf16", **_TYPES},
-        {"BITS": BITS, "BLOCK": BLOCK},
-    ),
+    name: build
+    for codec, bits in (("fewbit", 3), ("approx", 2))
+    for name, build in {
+        f"pack_{codec}": (
+            pack_kernel,
+            {"x": "*bf16", "borders": "*fp32", "out": "*u8", **_TYPES},
+            {"BITS": bits, "BORDERS": (1 << bits) - 1, "BLOCK": BLOCK},
+        ),
+        f"unpack_{codec}": (
+            unpack_kernel,
+            {"packed": "*u8", "points": "*bf16", "out": "*bf16", **_TYPES},
+            {"BITS": bits, "BLOCK": BLOCK},
+        ),
+    }.items()
 }

@@ -12,7 +12,6 @@ import os
 import tempfile
 import threading
 import time
-import weakref
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -22,9 +21,9 @@ from torch import Tensor
 
 from memopt.errors import MemoptError
 from memopt.kernels.codec import register
+from memopt.runtime.tokens import read_token, token, token_bytes
 from memopt.units import format_size
 
-TOKEN = 16  # bytes: the number of a slot, and the process that wrote it
 TRIAL = 1 << 22  # bytes written and read back to learn a folder's rates
 ALIGNED = 4096
 GIVEN_UP = "the step was given up, no parameter was changed."
@@ -165,13 +164,11 @@ class Pool:
     def pack(self, x: Tensor) -> Tensor:
         """Write flat values; the token they are read back by."""
         number = self.write(_bytes(x.cpu()))
-        token = torch.tensor([number, self.process]).view(torch.uint8)
-        weakref.finalize(token, self.release, number, self.process)
-        return token
+        return token(number, self.release)
 
-    def unpack(self, token: Tensor, out: Tensor) -> None:
+    def unpack(self, packed: Tensor, out: Tensor) -> None:
         """Read the values a token stands for."""
-        number, process = token.view(torch.int64).tolist()
+        number, process = read_token(packed)
         here = out if out.device.type == "cpu" else torch.empty(out.shape, dtype=out.dtype)
         self.read(number, process, _bytes(here))
         if here is not out:
@@ -187,7 +184,7 @@ def use(folder: str | Path, limit: int) -> Pool:
     key = Path(folder).resolve(), limit
     if key not in pools:
         pool = pools[key] = Pool(*key, f"disk_{next(NUMBERS)}")
-        register(pool.codec, pool.pack, pool.unpack, _token_bytes)
+        register(pool.codec, pool.pack, pool.unpack, token_bytes)
     return pools[key]
 
 
@@ -199,10 +196,6 @@ def pool_of(codec: str) -> Pool:
 def aligned(size: int) -> int:
     """Bytes of the slot for so many."""
     return -(-size // ALIGNED) * ALIGNED
-
-
-def _token_bytes(count: int) -> int:
-    return TOKEN
 
 
 def _bytes(flat: Tensor) -> memoryview:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import memopt
 from memopt.edit import edit
 from memopt.graph import StepGraph, verify
-from memopt.passes.few_bit import FewBit, read_for_slope
+from memopt.passes.few_bit import ApproxBP, FewBit, read_for_slope
 from memopt.passes.recompute import Recompute
 from memopt.pipeline import apply_plan
 from memopt.plans import Problem, simulated
@@ -46,10 +46,13 @@ def test_the_input_of_each_nonlinearity_is_offered(kind: Any) -> None:
     graph = photograph(captured(Gated(kind), inputs()))
     found = read_for_slope(graph)
     assert len(found) == 4
-    assert set(found.values()) == {f"fewbit_{kind.__name__}"}
-    for offer in FewBit().propose(graph, {}):
-        assert offer.stand_in
-        assert offer.made[0][1].nbytes * 32 == 3 * graph.storages[offer.value].nbytes
+    assert set(found.values()) == {kind.__name__}
+    for trade, bits in ((FewBit(), 3), (ApproxBP(), 2)):
+        offers = trade.propose(graph, {})
+        assert {offer.value for offer in offers} == found.keys()
+        for offer in offers:
+            assert offer.stand_in
+            assert offer.made[0][1].nbytes * 32 == bits * graph.storages[offer.value].nbytes
 
 
 def test_what_the_backward_reads_otherwise_is_left_alone() -> None:

@@ -1,0 +1,87 @@
+"""A clamp's backward reads its output where that is held anyway: the same bits, and fewer bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import memopt
+from memopt.capture import survey
+from memopt.passes.kept_outputs import kept_outputs
+from memopt.pipeline import prepare
+from memopt.runtime.measure import measure_step
+from tests.passes.test_packing import stepped
+
+
+class Clamped(nn.Module):
+    """Two linear layers around a clamp, whose output the second holds."""
+
+    def __init__(self, clamp: nn.Module, held: bool = True) -> None:
+        super().__init__()
+        self.first, self.clamp = nn.Linear(32, 64), clamp
+        self.second = nn.Linear(64, 8) if held else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.clamp(self.first(x))).sum()
+
+
+def sites(model: nn.Module) -> int:
+    found = survey(model, (torch.randn(16, 32),), {}, prepare("eager", frozenset({"kept_outputs"})), "eager")
+    once = kept_outputs(found.captures[0].program)
+    assert kept_outputs(once.program).sites == 0
+    return once.sites
+
+
+@pytest.mark.parametrize(
+    "clamp", [nn.ReLU6(), nn.Hardtanh(), nn.Hardtanh(-0.1, 0.3), nn.LeakyReLU(), nn.LeakyReLU(0.2), nn.LeakyReLU(0.0)]
+)
+def test_it_fires_and_changes_no_bit(clamp: nn.Module) -> None:
+    torch.manual_seed(0)
+    model, x = Clamped(clamp), torch.randn(16, 32)
+    x[0, 0], x[1] = float("nan"), 0.0
+    assert sites(model) == 1
+    want = stepped(model, x)
+    compiled = memopt.compile(model, "1GB", lowering="eager", numerics="exact")
+    for found, expected in zip(stepped(compiled, x), want, strict=True):
+        assert torch.equal(found.nan_to_num(7e7), expected.nan_to_num(7e7))
+
+
+@pytest.mark.parametrize(
+    "model", [Clamped(nn.LeakyReLU(-0.1)), Clamped(nn.ReLU6(), held=False), Clamped(nn.Hardswish()), Clamped(nn.ELU())]
+)
+def test_it_leaves_alone_what_it_may_not_touch_or_would_not_gain_by(model: nn.Module) -> None:
+    assert sites(model) == 0
+
+
+def test_a_mobilenet_takes_fewer_bytes() -> None:
+    """relu6 between convolutions: one of two values a layer is saved. No recomputation, no budget to speak of."""
+    (peak, gradients), (without, same) = (measured(passes) for passes in ("", "-kept_outputs"))
+    assert all(map(torch.equal, gradients, same))
+    assert peak < 0.9 * without
+
+
+def measured(passes: str) -> tuple[int, list[Tensor]]:
+    """Peak bytes of a step, as planned, and its gradients."""
+    model, inputs = mobilenet()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    memopt.compile(model, "4GB", optimizer=optimizer, lowering="eager", numerics="exact", passes=passes)
+    peak = measure_step(lambda: model(**inputs).loss, optimizer, resident=[model, inputs]).peak_bytes
+    assert peak == pytest.approx(model.memopt.plan.peak, rel=0.01)
+    model.zero_grad()
+    model(**inputs).loss.backward()
+    return peak, [p.grad for p in model.parameters() if p.grad is not None]
+
+
+def mobilenet() -> tuple[Any, dict[str, Tensor]]:
+    from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
+
+    torch.manual_seed(0)
+    config = MobileNetV2Config(
+        depth_multiplier=0.25, image_size=64, num_labels=10, classifier_dropout_prob=0.0, tf_padding=False
+    )
+    model = MobileNetV2ForImageClassification(config).train()
+    images = torch.randn(16, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    return model, {"pixel_values": images, "labels": torch.arange(16) % 10}
