@@ -64,6 +64,8 @@ def at(x: Tensor, reference: Callable[..., Any]) -> Callable[..., Any]:
 def kernel(reference: Callable[..., Any]) -> Callable[..., Any]:
     """The function of the same name and keywords in the module of the same name in memopt.kernels.gpu."""
     origin = reference.func if isinstance(reference, partial) else reference
+    if not origin.__module__.startswith("memopt.kernels."):
+        return reference  # a pool's: it copies
     module = origin.__module__.replace("memopt.kernels.", "memopt.kernels.gpu.")
     if find_spec("triton") is None or find_spec(module) is None:
         return reference

@@ -94,7 +94,7 @@ def clamps(x: np.ndarray, slope: np.ndarray, count: int) -> tuple[list[int], lis
     """(cuts, levels) of the four levels whose integral is nearest to that of the slope."""
     assert count == 4
     middle = len(x) // 2
-    beside = np.cumsum(slope) * (x[1] - x[0]) - np.maximum(x, 0)  # f - relu
+    beside = (np.cumsum(slope) - slope / 2) * (x[1] - x[0]) - np.maximum(x, 0)  # f - relu
     tents = np.maximum(x[middle:, None] - np.abs(x)[None, :], 0)
     inner, square = tents @ beside, (tents**2).sum(1)
     best = int(np.argmax(inner**2 / np.maximum(square, 1e-12)))

@@ -9,7 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import nn
 
@@ -177,7 +176,7 @@ def host_limit(budget: int | str | None, device: Device) -> tuple[int, str]:
         return 0, ""
     if device.kind == "cpu":
         raise ValueError("host_budget is for steps on a GPU; this one is in the host's memory already: use disk_budget")
-    limit = resolve_budget(budget, capacity=psutil.virtual_memory().total if torch.cuda.is_available() else None)
+    limit = resolve_budget(budget, capacity=known_device("cpu").memory if torch.cuda.is_available() else None)
     return limit, host.use(limit).codec
 
 

@@ -11,6 +11,7 @@ from math import prod
 from typing import Protocol
 
 from memopt.devices import Device
+from memopt.edit import HOST
 from memopt.graph import Step, StepGraph
 
 
@@ -77,7 +78,7 @@ class Roofline:
         if is_view(graph, step):
             return 0.0
         codec = codec_of(step)
-        if codec in self.device.codecs or codec.startswith("host_"):
+        if codec in self.device.codecs or codec.startswith(HOST):
             return self._packing(graph, step, codec) + self.device.launch_seconds
         compute = step.flops / self.device.flops(main_dtypes(graph, step)) if step.flops else 0.0
         memory = moved_bytes(graph, step) / self.device.memory_bandwidth
@@ -86,7 +87,7 @@ class Roofline:
     def _packing(self, graph: StepGraph, step: Step, codec: str) -> float:
         packing = step.op.startswith("memopt.pack_")
         value = (step.reads if packing else step.writes)[0]
-        if codec.startswith("host_"):
+        if codec.startswith(HOST):
             link = self.device.device_to_host if packing else self.device.host_to_device
             return _tensor_bytes(graph, value) / link
         return prod(graph.tensors[value].shape) / self.device.codecs[codec][0 if packing else 1]

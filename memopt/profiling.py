@@ -12,6 +12,7 @@ from torch import fx
 
 from memopt.cost import ITEMSIZE, codec_of
 from memopt.devices import Device
+from memopt.edit import DISK, HOST
 from memopt.facts import cost_key
 from memopt.graph import Step, TensorInfo
 from memopt.operations import overload
@@ -45,9 +46,9 @@ def measured_costs(programs: Iterable[Program], device: Device, measure: bool) -
 def _packing(meter: OpCosts, step: Step, value: TensorInfo) -> OpCost | None:
     """What packing or unpacking a value costs, by a run of its own or what is remembered of one."""
     codec = codec_of(step)
-    if codec.startswith("host_"):
+    if codec.startswith(HOST):
         return None  # by the link's rate, which `memopt doctor --calibrate` measures
-    if codec.startswith("disk_"):
+    if codec.startswith(DISK):
         return _on_disk(step, value, disk.pool_of(codec).rates())
     with meter:
         return meter.measure(called(overload(step.op), _arguments(step, value), {}))

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 
 from memopt.capture import Survey
+from memopt.edit import taken
 from memopt.errors import BudgetError, MemoptError, WayOut
 from memopt.noise import LOSSY, Noise
 from memopt.passbase import Numerics
@@ -21,7 +22,7 @@ from memopt.plans import Plan
 from memopt.report import PlanResult
 from memopt.runtime import disk, host
 from memopt.smaller import Call, Tried, cut, largest_fitting, shared_size, sizes_below
-from memopt.timeline import at_peak, by_kind, resident
+from memopt.timeline import at_peak, by_kind, lasting
 from memopt.units import DECIMAL, format_seconds, format_size
 
 ORDER = {"exact": 0, "reordered": 1, "lossy": 2}
@@ -201,9 +202,8 @@ class Refused:
     def _elsewhere(self, trade: type[Offload], request: Request, word: str) -> WayOut:
         """The plan with room elsewhere, and how much of it that plan uses."""
         plan = self._plan(self.found, replace(request, off=request.off - {trade.name}))
-        size = self.result.before.storages
-        stored = {r.value: size[r.value].nbytes for r in plan.chosen if r.trade == trade.name}
-        return self._way(word.format(round_up(max(sum(stored.values()), 1))), trade.numerics.value, plan)
+        used = int(taken(plan.chosen).get(trade.resource, 1))
+        return self._way(word.format(round_up(used)), trade.numerics.value, plan)
 
     def _numerics(self) -> Iterator[WayOut]:
         """A recurrent layer that is one operation when exact, and its cells otherwise."""
@@ -221,7 +221,7 @@ class Refused:
 
     def _smaller(self) -> Iterator[WayOut]:
         """The largest batch, which then accumulates to the one asked for, and the longest sequence that fit."""
-        if resident(self.result.before) > self.result.budget:
+        if lasting(self.result.before) > self.result.budget:
             return  # a capture, which takes minutes for large models, would only say so again
         for dim in (0, 1):
             if self.call is None or (size := shared_size(self.call, dim)) is None:

@@ -71,12 +71,12 @@ def peak(graph: StepGraph, block: int = 1) -> int:
     return max(timeline(graph, block), default=resident)
 
 
-def resident(graph: StepGraph) -> int:
+def lasting(graph: StepGraph) -> int:
     """Bytes that smaller inputs leave as they are: parameters, buffers, state, the gradients held as backward ends."""
     last = max((at for at, step in enumerate(graph.steps) if step.phase == "backward"), default=-1)
-    spans, lasting = lifetimes(graph), {"parameter", "buffer", "state", "gradient"}
+    spans, kinds = lifetimes(graph), {"parameter", "buffer", "state", "gradient"}
     alive = (name for name, (born, dead) in spans.items() if born <= last <= dead)
-    return sum(graph.storages[name].nbytes for name in alive if graph.storages[name].kind in lasting)
+    return sum(graph.storages[name].nbytes for name in alive if graph.storages[name].kind in kinds)
 
 
 def phase_peaks(graph: StepGraph, block: int = 1) -> dict[str, int]:

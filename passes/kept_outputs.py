@@ -2,8 +2,9 @@
 
 hardtanh (relu6 is one) and leaky_relu ask of their input only where it lies: at or below the lower bound, at or above
 the upper one, above zero. Of their output the same questions have the same answers, element for element, NaN included:
-clamping moves no element across a bound, and a slope of 0 or more no element across zero. Where the output is held for
-another step of the backward (the next convolution's weight gradient), the input is then let go.
+clamping moves no element across a bound that its type can write (backwards compare in fp32, and bf16 rounds 0.7 to less
+than that), and a slope of 0 or more no element across zero. Where the output is held for another step of the backward
+(the next convolution's weight gradient) and the input is not, the input is then let go.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def kept_outputs(program: Program) -> PassResult:
     """Have backwards of clamps read the output, where a later step holds it anyway."""
     changed = program.copy()
     late = _late(changed)
-    sites = [(node, made) for node in late if (made := _made(node)) is not None and _held(made, node, late)]
+    sites = [(node, made) for node in late if (made := _made(node)) is not None and _gains(node, made, late)]
     for node, made in sites:
         node.args = (node.args[0], made, *node.args[2:])
         node.meta.pop(FACTS, None)
@@ -53,6 +54,8 @@ def _made(node: fx.Node) -> fx.Node | None:
     if forward is ATEN.leaky_relu.default and (node.args[3] or not options[0] >= 0):  # type: ignore[operator]
         return None
     assert isinstance(given, fx.Node)
+    if forward is ATEN.hardtanh.default and not all(_written(number, given) for number in options):
+        return None
     twins = (user for user in given.users if user.target is forward and _options(user) == options)
     return next((twin for twin in twins if twin.meta["val"].dtype == given.meta["val"].dtype), None)
 
@@ -62,8 +65,22 @@ def _options(node: fx.Node) -> tuple[object, ...]:
     return (*node.args[1:], *default[len(node.args) - 1 :])
 
 
+def _written(number: Any, value: fx.Node) -> bool:
+    """Whether the value's type holds this number; fp32's do, to which kernels round it themselves."""
+    dtype = value.meta["val"].dtype
+    return dtype is torch.float32 or bool(torch.tensor(number, dtype=dtype).item() == number)
+
+
+def _gains(node: fx.Node, made: fx.Node, late: dict[fx.Node, None]) -> bool:
+    """Whether what the clamp made lives on anyway, and what it was given does not."""
+    given = node.args[1]
+    assert isinstance(given, fx.Node)
+    kept = given.op == "placeholder" or any(user.op == "output" for user in given.users)
+    return not kept and _held(made, node, late) and not _held(given, node, late)
+
+
 def _held(made: fx.Node, node: fx.Node, late: dict[fx.Node, None]) -> bool:
-    """Whether another node of the backward reads what the clamp made, or a view of it."""
+    """Whether another node of the backward reads this value, or a view of it."""
     stack, seen = [made], {made}
     while stack:
         for user in stack.pop().users:

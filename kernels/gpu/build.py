@@ -15,23 +15,26 @@ from memopt.kernels.gpu import fewbit, fp8, pack_bits, quantise
 Build = tuple[Any, dict[str, str], dict[str, Any]]  # the kernel, its arguments' types, its constants
 BUILDS: dict[str, Build] = pack_bits.BUILDS | quantise.BUILDS | fp8.BUILDS | fewbit.BUILDS
 WARP = 32  # threads, on every NVIDIA architecture
+FLOATS = ("fp32", "bf16", "fp16")  # what the types of a build call *T
 
 
 def built(capability: int) -> Iterator[tuple[str, Any]]:
-    """(name, compiled kernel) for this compute capability, such as 90 for 9.0."""
+    """(name, compiled kernel) for this compute capability, such as 90 for 9.0; of each type it takes."""
+    target, options = GPUTarget("cuda", capability, WARP), {"enable_fp_fusion": False}  # as they are launched
     for name, (function, types, constants) in BUILDS.items():
         signature = {**types, **dict.fromkeys(constants, "constexpr")}
-        ordered = {arg: signature[arg] for arg in function.arg_names}
         places = {(function.arg_names.index(arg),): value for arg, value in constants.items()}
-        source = ASTSource(fn=function, signature=ordered, constexprs=places)
-        yield name, triton.compile(source, target=GPUTarget("cuda", capability, WARP))
+        for kind in FLOATS if "*T" in types.values() else ("",):
+            ordered = {arg: signature[arg].replace("*T", f"*{kind}") for arg in function.arg_names}
+            source = ASTSource(fn=function, signature=ordered, constexprs=places)
+            yield f"{name} {kind}".strip(), triton.compile(source, target=target, options=options)
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """A line for each kernel: its name, the architecture, the bytes of its binary."""
     for word in sys.argv[1:] if words is None else words:
         for name, found in built(int(word)):
-            print(f"{name:16} sm_{word:4} {len(found.asm['cubin']):7,} bytes")
+            print(f"{name:19} sm_{word:4} {len(found.asm['cubin']):7,} bytes")
     return 0
 
 

@@ -76,12 +76,12 @@ BUILDS: dict[str, Any] = {
     for name, build in {
         f"pack_{codec}": (
             pack_kernel,
-            {"x": "*bf16", "borders": "*fp32", "out": "*u8", **_TYPES},
+            {"x": "*T", "borders": "*fp32", "out": "*u8", **_TYPES},
             {"BITS": bits, "BORDERS": (1 << bits) - 1, "BLOCK": BLOCK},
         ),
         f"unpack_{codec}": (
             unpack_kernel,
-            {"packed": "*u8", "points": "*bf16", "out": "*bf16", **_TYPES},
+            {"packed": "*u8", "points": "*T", "out": "*T", **_TYPES},
             {"BITS": bits, "BLOCK": BLOCK},
         ),
     }.items()

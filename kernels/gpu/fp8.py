@@ -81,8 +81,9 @@ def pack(x: Tensor) -> Tensor:
     out = x.new_empty((nbytes(x.numel()),), dtype=torch.uint8)
     if groups:
         pack_kernel[(triton.cdiv(groups, ROWS),)](
-            x, *parts(out, groups), x.numel(), groups, GROUP=GROUP, LARGEST=LARGEST, SMALLEST=SMALLEST, ROWS=ROWS
-        )
+            x, *parts(out, groups), x.numel(), groups, GROUP=GROUP, LARGEST=LARGEST, SMALLEST=SMALLEST, ROWS=ROWS,
+            enable_fp_fusion=False,
+        )  # fmt: skip
     return out
 
 
@@ -90,12 +91,13 @@ def unpack(packed: Tensor, out: Tensor) -> None:
     """Write the values again."""
     if groups := triton.cdiv(out.numel(), GROUP):
         terms = parts(packed, groups)
-        unpack_kernel[(triton.cdiv(groups, ROWS),)](*terms, out, out.numel(), groups, GROUP=GROUP, ROWS=ROWS)
+        grid = (triton.cdiv(groups, ROWS),)
+        unpack_kernel[grid](*terms, out, out.numel(), groups, GROUP=GROUP, ROWS=ROWS, enable_fp_fusion=False)
 
 
 _TYPES = {"scales": "*fp32", "codes": "*u8", "count": "i64", "groups": "i64"}
 _SIZES = {"GROUP": GROUP, "ROWS": ROWS}
 BUILDS: dict[str, Any] = {
-    "pack_fp8": (pack_kernel, {"x": "*bf16", **_TYPES}, {"LARGEST": LARGEST, "SMALLEST": SMALLEST, **_SIZES}),
-    "unpack_fp8": (unpack_kernel, {"out": "*bf16", **_TYPES}, _SIZES),
+    "pack_fp8": (pack_kernel, {"x": "*T", **_TYPES}, {"LARGEST": LARGEST, "SMALLEST": SMALLEST, **_SIZES}),
+    "unpack_fp8": (unpack_kernel, {"out": "*T", **_TYPES}, _SIZES),
 }

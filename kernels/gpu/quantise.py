@@ -1,7 +1,7 @@
 """Values in 8, 4 or 2 bits by groups, on a GPU: the layout, the noise and the arithmetic of memopt.kernels.quantise.
 
 A program packs whole groups: their extremes in a first reading, their codes in a second, which the cache serves. The
-elements that share a byte are `EACH` strided readings, so that a byte is joined without moving lanes.
+elements that share a byte are `SHARE` strided readings, so that a byte is joined without moving lanes.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ def pack_kernel(
     BITS: tl.constexpr, GROUP: tl.constexpr, CHUNK: tl.constexpr, TURN: tl.constexpr, SMALLEST: tl.constexpr,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """(lo, s) of each of `groups` to `terms`, floor((x - lo) / s + u) to `codes`, `EACH` to a byte."""
-    EACH: tl.constexpr = 8 // BITS
+    """(lo, s) of each of `groups` to `terms`, floor((x - lo) / s + u) to `codes`, `SHARE` to a byte."""
+    SHARE: tl.constexpr = 8 // BITS
     LEVELS: tl.constexpr = (1 << BITS) - 1
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, GROUP // EACH) * EACH
+    column = tl.arange(0, GROUP // SHARE) * SHARE
     inside = (row * GROUP)[:, None] + column[None, :]
     low = tl.full((ROWS,), float("inf"), tl.float32)
     high = tl.full((ROWS,), float("-inf"), tl.float32)
     wrong = tl.full((ROWS,), 0, tl.int32)
-    for part in tl.static_range(EACH):
+    for part in tl.static_range(SHARE):
         value = tl.load(x + tl.minimum(inside + part, count - 1)).to(tl.float32)
         low = tl.minimum(low, tl.min(value, 1))
         high = tl.maximum(high, tl.max(value, 1))
@@ -47,14 +47,14 @@ def pack_kernel(
     tl.store(terms + row * 2, low, mask=live)
     tl.store(terms + row * 2 + 1, step, mask=live)
     turned = (tl.load(start) + row // CHUNK * TURN) % (CHUNK * GROUP) + row % CHUNK * GROUP
-    joined = tl.full((ROWS, GROUP // EACH), 0, tl.int32)
-    for part in tl.static_range(EACH):
+    joined = tl.full((ROWS, GROUP // SHARE), 0, tl.int32)
+    for part in tl.static_range(SHARE):
         value = tl.load(x + tl.minimum(inside + part, count - 1)).to(tl.float32)
         u = tl.load(noise + turned[:, None] + column[None, :] + part)
         q = tl.floor((value - low[:, None]) * inverse[:, None] + u)
         q = tl.minimum(tl.maximum(q, 0.0), LEVELS).to(tl.int32)
         joined |= q << (BITS * part)
-    byte = (row * (GROUP // EACH))[:, None] + (column // EACH)[None, :]
+    byte = (row * (GROUP // SHARE))[:, None] + (column // SHARE)[None, :]
     tl.store(codes + byte, joined.to(tl.uint8), mask=live[:, None])
 
 
@@ -64,17 +64,17 @@ def unpack_kernel(
     BITS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """lo + q s for each of `count` elements."""
-    EACH: tl.constexpr = 8 // BITS
+    SHARE: tl.constexpr = 8 // BITS
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, GROUP // EACH)
+    column = tl.arange(0, GROUP // SHARE)
     live = row < groups
     low = tl.load(terms + row * 2, mask=live, other=0.0)
     step = tl.load(terms + row * 2 + 1, mask=live, other=0.0)
-    byte = (row * (GROUP // EACH))[:, None] + column[None, :]
+    byte = (row * (GROUP // SHARE))[:, None] + column[None, :]
     code = tl.load(codes + byte, mask=live[:, None], other=0).to(tl.int32)
-    for part in tl.static_range(EACH):
+    for part in tl.static_range(SHARE):
         q = ((code >> (BITS * part)) & ((1 << BITS) - 1)).to(tl.float32)
-        at = (row * GROUP)[:, None] + (column * EACH)[None, :] + part
+        at = (row * GROUP)[:, None] + (column * SHARE)[None, :] + part
         value = q * step[:, None] + low[:, None]
         tl.store(out + at, value.to(out.dtype.element_ty), mask=at < count)
 
@@ -113,9 +113,9 @@ BUILDS: dict[str, Any] = {
     for name, build in {
         f"pack_{codec}": (
             pack_kernel,
-            {"x": "*bf16", "noise": "*fp32", "start": "*i64", **_TYPES},
+            {"x": "*T", "noise": "*fp32", "start": "*i64", **_TYPES},
             {"BITS": bits, "GROUP": GROUP, "CHUNK": EACH, "TURN": TURN, "SMALLEST": SMALLEST, "ROWS": ROWS},
         ),
-        f"unpack_{codec}": (unpack_kernel, {"out": "*bf16", **_TYPES}, {"BITS": bits, "GROUP": GROUP, "ROWS": ROWS}),
+        f"unpack_{codec}": (unpack_kernel, {"out": "*T", **_TYPES}, {"BITS": bits, "GROUP": GROUP, "ROWS": ROWS}),
     }.items()
 }

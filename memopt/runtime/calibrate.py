@@ -17,6 +17,7 @@ from memopt.files import write_atomic
 from memopt.kernels.codec import PACKED_BYTES
 from memopt.operations import overload
 from memopt.runtime import opcache
+from memopt.runtime.tokens import elsewhere
 
 logger = logging.getLogger("memopt")
 
@@ -52,7 +53,7 @@ def measure_rates(where: torch.device) -> Rates:
     """Run copies, matrix products in each dtype, a tiny operation and every codec. Takes some seconds and COPIED * 2
     bytes."""
     flops = {name: _matmul(where, dtype) for name, dtype in DTYPES.items()}
-    codecs = {name: _codec(where, name) for name in sorted(PACKED_BYTES) if not name.startswith("disk_")}
+    codecs = {name: _codec(where, name) for name in sorted(PACKED_BYTES) if not elsewhere(name)}
     return Rates(_bandwidth(where), _launch(where), flops, codecs, _links(where))
 
 

@@ -12,6 +12,7 @@ import os
 import tempfile
 import threading
 import time
+import weakref
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
@@ -19,9 +20,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from memopt.edit import DISK
 from memopt.errors import MemoptError
 from memopt.kernels.codec import register
-from memopt.runtime.tokens import read_token, token, token_bytes
+from memopt.runtime.tokens import token_bytes
 from memopt.units import format_size
 
 TRIAL = 1 << 22  # bytes written and read back to learn a folder's rates
@@ -164,11 +166,13 @@ class Pool:
     def pack(self, x: Tensor) -> Tensor:
         """Write flat values; the token they are read back by."""
         number = self.write(_bytes(x.cpu()))
-        return token(number, self.release)
+        token = torch.tensor([number, self.process]).view(torch.uint8)
+        weakref.finalize(token, self.release, number, self.process)
+        return token
 
-    def unpack(self, packed: Tensor, out: Tensor) -> None:
+    def unpack(self, token: Tensor, out: Tensor) -> None:
         """Read the values a token stands for."""
-        number, process = read_token(packed)
+        number, process = token.view(torch.int64).tolist()
         here = out if out.device.type == "cpu" else torch.empty(out.shape, dtype=out.dtype)
         self.read(number, process, _bytes(here))
         if here is not out:
@@ -183,7 +187,7 @@ def use(folder: str | Path, limit: int) -> Pool:
     """The pool of this limit in bytes in this folder. Raises ValueError where that cannot be written to."""
     key = Path(folder).resolve(), limit
     if key not in pools:
-        pool = pools[key] = Pool(*key, f"disk_{next(NUMBERS)}")
+        pool = pools[key] = Pool(*key, f"{DISK}_{next(NUMBERS)}")
         register(pool.codec, pool.pack, pool.unpack, token_bytes)
     return pools[key]
 

@@ -86,6 +86,8 @@ def test_two_bits_are_the_slope_of_the_nearest_sum_of_relus(name: str) -> None:
 
     a = float(x[last - 1] + x[last]) / 2
     assert a == pytest.approx(-float(x[first - 1] + x[first]) / 2)
+    tent = (a - x.abs()).clamp(min=0)
+    assert level == pytest.approx(float(((value - x.relu()) * tent).sum() / tent.square().sum()), rel=0.005)
     best = off(a, level)
     assert best < min(off(a * 1.1, level), off(a * 0.9, level), off(a, level * 1.1), off(a, level * 0.9))
     assert best < 0.5 * off(0.0, 0.0)  # relu alone

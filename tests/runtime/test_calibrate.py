@@ -15,6 +15,7 @@ from memopt.kernels.codec import PACKED_BYTES
 from memopt.runtime import calibrate
 from memopt.runtime.calibrate import Rates, load_rates, measure_rates, rates_file, save_rates
 from memopt.runtime.here import here
+from memopt.runtime.tokens import elsewhere
 
 CPU = torch.device("cpu")
 RATES = Rates(8e9, 1e-6, {"fp32": 50e9, "bf16": 20e9, "fp16": 1e9}, {"int8": (1e9, 2e9)})
@@ -84,7 +85,7 @@ def test_measured_rates_order_the_work_as_the_machine_does(monkeypatch: pytest.M
     monkeypatch.setitem(calibrate.SIDE, "cpu", 256)
     monkeypatch.setitem(calibrate.PACKED, "cpu", 2**18)
     rates = measure_rates(CPU)
-    assert {*rates.codecs} == {name for name in PACKED_BYTES if not name.startswith("disk_")}
+    assert {*rates.codecs} == {name for name in PACKED_BYTES if not elsewhere(name)}
     assert all(rate > 0 for pair in rates.codecs.values() for rate in pair)
     assert rates.memory_bandwidth > 0
     assert set(rates.flops) == {"fp32", "bf16", "fp16"}
