@@ -74,7 +74,7 @@ def round_off(error: float) -> float:
 
 
 ANY = 1 << 62  # bytes of a disk as large as one likes
-MANY = 5_000  # steps above which a lossy lever that nobody named is not tried: minutes for 80 layers
+MANY = 5_000  # steps above which no lossy lever that nobody named is tried, nor another lowering: minutes for 80 layers
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,7 @@ class Spelling:
     host: str = 'host_budget="{}"'
     disk: str = 'disk_budget="{}"'
     numerics: str = 'numerics="reordered", lowering="eager"'
+    lowering: str = 'lowering="eager"'
     on: str = 'passes without "-{}"'
     anew: str = "a plan made anew, without plan_file"
 
@@ -104,6 +105,7 @@ COMMAND_LINE = Spelling(
     host="--host-budget {}",
     disk="--disk-budget {}",
     numerics="--numerics reordered --lowering eager",
+    lowering="--lowering eager",
     on="--passes without -{}",
     anew="a plan made anew, without --plan",
 )
@@ -115,7 +117,8 @@ class Refused:
 
     price: the costs of a survey's operations. capture: surveys a call with other inputs.
     call: the positional and keyword inputs, or None if they are not known. reordered: surveys that call as it runs with
-    reordered numerics, where that runs other operations; else None. noise: what is known of lossy levers.
+    reordered numerics, where that runs other operations; else None. eager: surveys it in the eager lowering, where the
+    other was asked for. noise: what is known of lossy levers.
     """
 
     result: PlanResult
@@ -125,6 +128,7 @@ class Refused:
     call: Call | None
     capture: Callable[[Call], Survey]
     reordered: Callable[[Call], Survey] | None = None
+    eager: Callable[[Call], Survey] | None = None
     spelling: Spelling = Spelling()
     noise: Noise = UNMEASURED
 
@@ -146,6 +150,7 @@ class Refused:
         yield from self._host()
         yield from self._disk()
         yield from self._numerics()
+        yield from self._lowering()
         yield from self._optimizers()
         yield from self._smaller()
 
@@ -210,6 +215,12 @@ class Refused:
         if self.reordered is not None and self.call is not None:
             request = replace(self.request, numerics="reordered")
             yield self._way(self.spelling.numerics, "reordered", self._plan(self.reordered(self.call), request))
+
+    def _lowering(self) -> Iterator[WayOut]:
+        """The eager lowering: a compiler may store what it fuses, and the plan cannot keep it from all of that."""
+        if self.eager is not None and self.call is not None and len(self.result.before.steps) <= MANY:
+            plan = self._plan(self.eager(self.call), replace(self.request, lowering="eager"))
+            yield self._way(self.spelling.lowering, "reordered", plan)
 
     def _optimizers(self) -> Iterator[WayOut]:
         """One without state, if this one has some."""

@@ -106,11 +106,11 @@ class Session:
         self.current = key
         return self.plans[key]
 
-    def capture(self, call: Call, exact: bool | None = None) -> Survey:
-        """Every graph of the step for these inputs. exact: None as requested. Raises CaptureError."""
-        clean = prepare(self.request.lowering, self.request.off)
+    def capture(self, call: Call, exact: bool | None = None, lowering: str = "") -> Survey:
+        """Every graph of the step for these inputs. exact, lowering: if left out as requested. Raises CaptureError."""
+        lowering = lowering or self.request.lowering
         exact = self.request.exact if exact is None else exact
-        return survey(self.model, *call, clean, self.request.lowering, self.gradients, exact)
+        return survey(self.model, *call, prepare(lowering, self.request.off), lowering, self.gradients, exact)
 
     def adopt(self, found: Survey, capture_seconds: float, call: Call | None = None) -> Planned:
         """Price and plan a survey. Raises BudgetError; call: inputs it may try smaller."""
@@ -149,9 +149,11 @@ class Session:
         reordered = (
             partial(self.capture, exact=False) if any(fused_cells(c.program.graph) for c in found.captures) else None
         )
+        eager = partial(self.capture, lowering="eager") if self.request.lowering == "inductor" else None
         refused = Refused(
-            result, found, self.request, self.costs, call, self.capture, reordered, self.spelling, self.accuracy.used
-        )
+            result, found, self.request, self.costs, call, self.capture, reordered, eager, self.spelling,
+            self.accuracy.used,
+        )  # fmt: skip
         return replace(result, ways_out=refused.ways_out())
 
     def step(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:

@@ -138,7 +138,7 @@ def test_the_gradient_is_unbiased_where_rounding_is(monkeypatch: pytest.MonkeyPa
     program, exact, turns = insert(step.program, step.graph, offers), flat([*step.exact]), 64
     rounded = []
     for turn in range(turns):
-        monkeypatch.setattr(quantise, "offset", lambda _, turn=turn: turn * 1021)
+        monkeypatch.setattr(quantise, "place", lambda _, turn=turn: turn * 1021)
         rounded.append(flat([*probe.gradients(program, step.values)]))
     single = sum(float((gradient - exact).norm()) for gradient in rounded) / turns
     mean = torch.stack(rounded).mean(0)

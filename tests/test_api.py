@@ -240,17 +240,18 @@ def test_dumps_are_readable_python_and_debug_logs_the_passes(
     assert sorted(files) == [
         "00_captured.py",
         "10_batch_statistics.py",
-        "20_relu_masks.py",
-        "30_replay_random.py",
+        "20_kept_outputs.py",
+        "30_relu_masks.py",
+        "40_replay_random.py",
         "90_planned.py",
         "plan.json",
     ]
-    for name in ("00_captured.py", "30_replay_random.py", "90_planned.py"):
+    for name in ("00_captured.py", "40_replay_random.py", "90_planned.py"):
         compile(files[name], name, "exec")
     again = [line for line in files["90_planned.py"].splitlines() if "__1 = " in line]
     assert again
     assert not [line for line in files["00_captured.py"].splitlines() if "__1 = " in line]
-    assert "generator_state" in files["30_replay_random.py"]
+    assert "generator_state" in files["40_replay_random.py"]
     assert "net.3.weight" in files["00_captured.py"]
     assert '"status": "' in files["plan.json"]
     logged = caplog.text

@@ -57,7 +57,7 @@ def test_a_budget_that_is_none_lists_the_accepted_forms(budget: Any, says: str) 
 OPTIONS = [
     ({"numerics": "fast"}, "numerics='fast' is not known; known are exact, reordered"),
     ({"lowering": "tvm"}, "lowering='tvm' is not known; known are auto, inductor, eager"),
-    ({"passes": "-recomputation"}, "passes='recomputation' is not known; known are batch_statistics, relu_masks,"),
+    ({"passes": "-recomputation"}, "passes='recomputation' is not known; known are batch_statistics, kept_outputs,"),
     ({"allow": ("adamw9bit",)}, "allow='adamw9bit' is not known"),
     ({"allow": "adamw9bit"}, "allow='adamw9bit' is not known"),
     ({"accumulate": 0}, "accumulate=0 refused"),
@@ -184,7 +184,7 @@ COMMANDS = [
     ("plan llama-tiny --budget 1GB --batch 0", "--batch"),
     ("plan llama-tiny --budget 1GB --allow adamw9bit", "allow='adamw9bit' is not known"),
     ("plan llama-tiny --budget 1GB --passes -nosuch", "passes='nosuch' is not known"),
-    ("plan llama-tiny --budget 1GB --host-budget 1GB", "which this version does not have"),
+    ("plan llama-tiny --budget 1GB --host-budget 1GB", "host_budget is for steps on a GPU"),
     ("plan llama-tiny --budget 1GB --nosuch", "--nosuch"),
     ("plan llama-tiny --budget 1GB --html /no/such/folder/r.html", "cannot write"),
     ("plan config-that-is-not-there.json --budget 1GB", "cannot read config-that-is-not-there.json"),

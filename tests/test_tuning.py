@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+import memopt
+from benchmarks.beds import BEDS
 from memopt.models import load
 from memopt.pipeline import silent
 from memopt.runtime.measure import measure_step
@@ -53,3 +55,15 @@ def _gradients(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> list[
     found = [loss, *(p.grad for p in model.parameters() if p.grad is not None)]
     model.zero_grad(set_to_none=True)
     return found
+
+
+def test_a_refusal_names_the_eager_lowering_where_that_needs_less() -> None:
+    """A convolution's backward is a library call either way; what Inductor stores around it is more."""
+    model, inputs = BEDS["unet-tiny"].make()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    with pytest.raises(memopt.BudgetError) as refused:
+        memopt.plan(model, inputs, budget=1, lowering="inductor", optimizer=optimizer)
+    (way,) = [way for way in refused.value.ways_out if way.change == 'lowering="eager"']
+    assert way.peak_bytes < refused.value.floor_bytes
+    found = memopt.plan(model, inputs, budget=way.peak_bytes, lowering="eager", optimizer=optimizer)
+    assert found.plan.peak <= way.peak_bytes

@@ -98,7 +98,9 @@ def test_a_plan_for_a_gpu_uses_host_memory_within_its_budget(whole: int) -> None
     assert 0 < sum(d.bytes + 16 for d in less.decisions) <= 3 * 4096 * 256 * 4
 
 
-def test_the_programs_run_with_values_in_host_memory_and_no_bit_changes(whole: int) -> None:
+def test_the_programs_run_with_values_in_host_memory_and_no_bit_changes(
+    whole: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On CPU it saves nothing, but it runs: the photograph agrees, gradients are equal, the pool is empty after."""
     torch.manual_seed(0)
     model, x = Stack(), torch.randn(4096, 256)
@@ -107,7 +109,9 @@ def test_the_programs_run_with_values_in_host_memory_and_no_bit_changes(whole: i
     request = make_request(
         device("rtx4090"), int(0.6 * whole), sgd, (), "exact", "eager", "-recompute", 1, "stack", "1GB"
     )
-    pool = host.use(10**9)
+    pool, packed = host.use(10**9), list[int]()
+    reserve = pool.reserve
+    monkeypatch.setattr(pool, "reserve", lambda nbytes: (packed.append(nbytes), reserve(nbytes)))
     found = survey(model, (x,), {}, prepare("eager"), "eager")
     plan = make_plan(found, request, Costs(), 0.0, silent)
     assert {r.takes[0][0] for r in plan.result.plan.chosen} == {HOST}
@@ -121,7 +125,7 @@ def test_the_programs_run_with_values_in_host_memory_and_no_bit_changes(whole: i
     out = torch.fx.Interpreter(changed.module).run(
         *(rest[changed.kinds[n.name]] if g is None else g.detach() for n, g in zip(places, given, strict=True))
     )
-    assert pool.count > 0
+    assert packed == [host.room(x.nbytes)] * len(plan.result.plan.chosen)
     gradients = [g for g in out[changed.forward_outputs :] if g is not None]
     assert len(gradients) == len(want)
     assert all(any(torch.equal(g, w) for w in want) for g in gradients)
