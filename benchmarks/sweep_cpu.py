@@ -33,13 +33,15 @@ from memopt.runtime.resident import resident_tensors
 from memopt.session import Session, attach, input_key
 
 DEPTHS, BUDGETS = (16, 24, 32), 12
+BATCH, SEQ, VOCABULARY = 2, 64, 256
 HUGE = "90%"  # of this machine: more than any stack here needs
 Row = dict[str, Any]
 
 
 def stack(layers: int) -> Bed:
     """A Llama of this depth whose step takes a fraction of a second on two cores."""
-    return Bed(f"Llama, {layers} layers, hidden 64, B=2 S=64", llama(layers, 64, 176, 4, 256), tokens(256, 2, 64))
+    text = f"Llama, {layers} layers, hidden 64, B={BATCH} S={SEQ}"
+    return Bed(text, llama(layers, 64, 176, 4, VOCABULARY), tokens(VOCABULARY, BATCH, SEQ))
 
 
 def session_for(model: LossOnly, budget: int | str) -> Session:

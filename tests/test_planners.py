@@ -12,6 +12,7 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.planners import __main__ as command
 from benchmarks.planners import bench, graphs
@@ -33,6 +34,7 @@ from benchmarks.planners.table import markdown
 from benchmarks.planners.titan_greedy import by_turns
 from benchmarks.planners.torch_budget import scored
 from benchmarks.record import read_lines
+from benchmarks.sweep_cpu import stack
 from memopt.edit import edit
 from memopt.graph import Step, StepGraph, Storage, TensorInfo
 from memopt.passes.recompute import Recompute
@@ -436,3 +438,12 @@ def test_the_command_from_beginning_to_end(tmp_path: Path, monkeypatch: pytest.M
     assert "HOLDS  memopt: no budget violated" in capsys.readouterr().out
     assert command.main([*options, "--table"]) == 0
     assert "| gpt2 | 80% |" in capsys.readouterr().out
+
+
+def test_the_stacks_are_those_of_the_sweep() -> None:
+    work = graphs.deep(2)
+    torch.manual_seed(0)
+    model, inputs = stack(2).make()
+    given = work.inputs(work.batch, work.seq)
+    assert {name: value.shape for name, value in given.items()} == {n: v.shape for n, v in inputs.items()}
+    assert [p.shape for p in work.build().parameters()] == [p.shape for p in model.model.parameters()]

@@ -14,9 +14,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from benchmarks.beds import tokens
 from benchmarks.planners.export import Partition, Work
 from benchmarks.planners.partition import partitions
-from benchmarks.sweep_cpu import stack
+from benchmarks.sweep_cpu import BATCH, SEQ, VOCABULARY, stack
 from memopt.api import make_request
 from memopt.capture import Survey, survey
 from memopt.cost import Roofline
@@ -72,11 +73,10 @@ def deep(layers: int) -> Workload:
     bed = stack(layers)
 
     def inputs(batch: int, seq: int) -> dict[str, Tensor]:
-        ids = torch.randint(bed.vocabulary, (batch, seq))
-        return {"input_ids": ids, "labels": ids.clone()}
+        return tokens(VOCABULARY, batch, seq)()
 
     source = "after pytorch/pytorch#197838"
-    return Workload(f"stack-{layers}", bed.build, inputs, loss_of, bed.batch, bed.seq, source)
+    return Workload(f"stack-{layers}", bed.build, inputs, loss_of, BATCH, SEQ, source)
 
 
 # T4: of the catalogue's cards the nearest to MONeT's P100 (16 GB, 9.3 Tflop/s in fp32).
