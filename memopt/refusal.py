@@ -218,9 +218,14 @@ class Refused:
 
     def _lowering(self) -> Iterator[WayOut]:
         """The eager lowering: a compiler may store what it fuses, and the plan cannot keep it from all of that."""
-        if self.eager is not None and self.call is not None and len(self.result.before.steps) <= MANY:
-            plan = self._plan(self.eager(self.call), replace(self.request, lowering="eager"))
-            yield self._way(self.spelling.lowering, "reordered", plan)
+        if self.eager is None or self.call is None or len(self.result.before.steps) > MANY:
+            return
+        try:
+            found = self.eager(self.call)
+        except MemoptError:
+            return  # what cannot be captured so is no way out, and the refusal stands
+        plan = self._plan(found, replace(self.request, lowering="eager"))
+        yield self._way(self.spelling.lowering, "reordered", plan)
 
     def _optimizers(self) -> Iterator[WayOut]:
         """One without state, if this one has some."""
