@@ -65,7 +65,7 @@ def measure(preset: str, layers: int, batch: int, seq: int, device: str, lowerin
     built = time.perf_counter()
     target = replace(known(device), memory=1 << 50)
     request = make_request(target, 1, made.optimizer_over(model), (), "reordered", lowering, "", 1, preset)
-    found = survey(model, (), inputs, prepare(request.lowering), request.lowering)
+    found = survey(model, (), inputs, prepare(request.lowering), request.lowering, rewrites=request.rewrites)
     captured = time.perf_counter()
     free = make_plan(found, request, Costs(), captured - built, silent).result
     again = time.perf_counter()

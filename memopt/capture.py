@@ -29,9 +29,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from memopt.blame import Twice, raised_by_us, sentence, user_line
 from memopt.calls import misfit
 from memopt.errors import CaptureError, Killed, MemoptError
+from memopt.forward import Found, joined
 from memopt.frames import dynamo_set, forget, only_critical
 from memopt.hosts import as_in_eager
 from memopt.lowering import lower, signature
+from memopt.passbase import Rewrite
 from memopt.program import Program, argument_places
 
 Prepare = Callable[[Program], Program]
@@ -65,7 +67,8 @@ class Survey:
     """What the dry run found. model: as given. outputs: its fake output. notes: what was not seen, said out loud.
 
     captures: the runs of its graphs, in order; a graph that runs for several layers is there several times. kept:
-    storages (as in Capture) the caller gets; None if that is not known, and all results count as kept.
+    storages (as in Capture) the caller gets; None if that is not known, and all results count as kept. found: places
+    that rewrites of the forward looked at, of every graph once.
     """
 
     captures: tuple[Capture, ...]
@@ -74,6 +77,7 @@ class Survey:
     loss_only: bool
     notes: tuple[str, ...] = ()
     kept: frozenset[int] | None = None
+    found: Found = field(default_factory=dict)
 
 
 @dataclass(repr=False)
@@ -89,6 +93,8 @@ class _Recorder:
     lowering: str
     loss_only: bool
     exact: bool
+    rewrites: Sequence[type[Rewrite]] = ()
+    found: list[Found] = field(default_factory=list)
     captures: list[Capture] = field(default_factory=list)
     latest: Capture | None = None
     graphs: list[tuple[Callable[..., Any], Capture]] = field(default_factory=list)
@@ -103,7 +109,10 @@ class _Recorder:
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         self.latest = None
-        run = lower(module, inputs, self.names, self.record, self.lowering, True, self.loss_only, exact=self.exact)
+        run = lower(
+            module, inputs, self.names, self.record, self.lowering, True, self.loss_only, exact=self.exact,
+            rewrites=self.rewrites, found=self.found.append,
+        )  # fmt: skip
         if self.latest is None:
             return run
         self.graphs.append((run, self.latest))
@@ -162,11 +171,12 @@ def survey(
     lowering: str = "eager",
     gradients: str = "loss",
     exact: bool = True,
+    rewrites: Sequence[type[Rewrite]] = (),
 ) -> Survey:
     """Run the model's forward under fake tensors and record every graph of it that trains.
 
     model, args, kwargs: real or fake; nothing of theirs is touched. gradients: "loss" or "all" (memopt.outputs).
-    exact: as in `memopt.lowering.lower`.
+    exact, rewrites: as in `memopt.lowering.lower`.
     Raises CaptureError naming the user's line when the forward cannot be traced or fails (its own error is the cause),
     when inputs are missing, and when nothing asks for a gradient.
     """
@@ -175,7 +185,7 @@ def survey(
     mode = _mode_of(model) or FakeTensorMode(allow_non_fake_inputs=True)
     twin = faked(model, mode)
     args, kwargs = tree_map_only(torch.Tensor, lambda t: fake_tensor(t, mode), (tuple(args), dict(kwargs)))
-    recorder = _Recorder(tensor_names(twin), prepare, lowering, gradients == "loss", exact)
+    recorder = _Recorder(tensor_names(twin), prepare, lowering, gradients == "loss", exact, rewrites)
     recorder.know((args, kwargs, list(twin.parameters()), list(twin.buffers())))
     recorder.leaves = {id(leaf): at for at, leaf in enumerate(tree_leaves((args, kwargs)))}
     try:
@@ -188,9 +198,10 @@ def survey(
     if not recorder.trained:
         raise CaptureError(_nothing_to_train(model, outputs))
     if recorder.loss_only and (recorder.trained > 1 or notes):  # outputs of one graph may feed the next, seen or not
-        return replace(survey(twin, args, kwargs, prepare, lowering, "all", exact), model=model)
+        return replace(survey(twin, args, kwargs, prepare, lowering, "all", exact, rewrites), model=model)
     kept = None if notes else frozenset(key for key in recorder.numbers(tree_leaves(outputs)) if key is not None)
-    return Survey(tuple(recorder.captures), model, outputs, recorder.loss_only, notes, kept)
+    found = joined(recorder.found)
+    return Survey(tuple(recorder.captures), model, outputs, recorder.loss_only, notes, kept, found)
 
 
 def _dry_run(

@@ -15,7 +15,9 @@ import torch
 from torch import fx
 
 from memopt.facts import hint
+from memopt.forward import Found, rewritten
 from memopt.outputs import detach_beside_loss, refuse_gradients
+from memopt.passbase import Rewrite
 from memopt.program import Program, normalised, split
 from memopt.recurrent import as_untraced
 from memopt.runtime.executor import Executor
@@ -35,15 +37,20 @@ def lower(
     loss_only: bool = False,
     seen: Callable[[bool], None] = lambda held: None,
     exact: bool = True,
+    rewrites: Sequence[type[Rewrite]] = (),
+    found: Callable[[Found], None] = lambda found: None,
 ) -> Callable[..., Any]:
     """A callable for Dynamo that runs the graph with its joint program transformed.
 
     names: id(tensor) -> the user's name of that parameter or buffer. dry: the graph will run on fake tensors only, to
     find what comes after it; nothing is generated or compiled. loss_only, seen: see `memopt.outputs`. exact: in the
-    eager lowering, round as untraced torch does (`memopt.recurrent`).
+    eager lowering, round as untraced torch does (`memopt.recurrent`). rewrites: of the forward; found: is told
+    what they found.
     """
     as_untraced(module, fused=exact and lowering == "eager")
     detached = detach_beside_loss(module) if loss_only else None
+    module, sites = rewritten(module, rewrites)
+    found(sites)
     described = _described(module, inputs, names)
 
     def partition(joint: fx.GraphModule, _: Any, *, num_fwd_outputs: int, **__: Any) -> tuple[Any, Any]:

@@ -45,6 +45,33 @@ class PassResult:
 
 
 @dataclass(frozen=True)
+class Site:
+    """A place a rewrite looked at. source: the user's line. nbytes: what the backward need not hold any more.
+
+    refused: why it was left alone; "" where it was rewritten.
+    """
+
+    source: str
+    nbytes: int = 0
+    refused: str = ""
+
+    @property
+    def rewritten(self) -> bool:
+        return not self.refused
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """A change of the forward before it is differentiated (memopt/forward.py). Run twice, it finds nothing the second
+    time. begins_at: parts of names of torch's functions, one of which a place always calls."""
+
+    name: ClassVar[str]
+    numerics: ClassVar[Numerics]
+    begins_at: ClassVar[tuple[str, ...]]
+    run: ClassVar[Any]  # a staticmethod of Forward -> tuple[Site, ...], changing the graph in place
+
+
+@dataclass(frozen=True)
 class Cleanup:
     """A rewrite that is always better and costs nothing. Run twice, it changes nothing the second time."""
 

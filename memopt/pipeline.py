@@ -27,7 +27,7 @@ from memopt.graph import TANGENTS, StepGraph, Storage, TensorInfo, verify
 from memopt.joints import Part
 from memopt.noise import Noise
 from memopt.optim.photograph import OptimizerPhase, photograph_optimizer
-from memopt.passbase import Trade
+from memopt.passbase import Rewrite, Trade
 from memopt.passes import CLEANUPS, TRADES
 from memopt.passes.few_bit import ApproxBP, FewBit
 from memopt.passes.offload import OffloadDisk, OffloadHost
@@ -36,6 +36,7 @@ from memopt.plans import MAX_GRAD_ERROR, REUSED, Plan, Problem, Status, simulate
 from memopt.prices import Meter, priced, unmeasured
 from memopt.program import Program, insert, photograph
 from memopt.report import SCHEMA, PlanResult
+from memopt.rewrites import left_alone, permitted, rewritten_levers
 from memopt.seams import parts_of, runs_untraced
 from memopt.solvers import solve
 from memopt.timeline import at_peak, by_kind, peak
@@ -89,6 +90,11 @@ class Request:
             HOST: float(self.host[0]),
             DISK: float(self.disk[0]),
         }
+
+    @property
+    def rewrites(self) -> tuple[type[Rewrite], ...]:
+        """Of the forward, those that may run: not switched off, and of no other rounding where it must be exact."""
+        return permitted(self.numerics, self.off)
 
     @property
     def exact(self) -> bool:
@@ -233,6 +239,7 @@ def make_plan(
         binding=binding(after, request.device.allocator_block) if plan.status is Status.INFEASIBLE else None,
         classes={trade.name: trade.numerics.value for trade in TRADES},
         notes=(*_notes(survey, parts, phase, request), _priced(whole, costs, request.device)),
+        rewrites=rewritten_levers(survey),
         identity=identity(survey),
         max_grad_error=request.max_grad_error,
     )
@@ -343,7 +350,7 @@ def binding(graph: StepGraph, block: int) -> Binding:
 
 
 def _notes(survey: Survey, parts: Sequence[Part], phase: OptimizerPhase, request: Request) -> tuple[str, ...]:
-    notes = [*survey.notes, *([phase.assumed] if phase.assumed else [])]
+    notes = [*survey.notes, *left_alone(survey), *([phase.assumed] if phase.assumed else [])]
     if request.lowering == "inductor":
         slopes = (trade.name for trade in (FewBit, ApproxBP) if trade.name not in request.off)
         why = 'under Inductor, which takes nonlinearities apart: lowering="eager"'

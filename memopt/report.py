@@ -34,7 +34,8 @@ PROFILED = "the measured seconds are of a step under the profiler, which slows i
 
 @dataclass(frozen=True, slots=True)
 class Lever:
-    """What one trade did: bytes it keeps out of memory across the gaps, seconds its copies take, values remade."""
+    """What one trade did: bytes it keeps out of memory across the gaps, seconds its copies take, values remade. Of a
+    rewrite: bytes its backwards need not hold, and its places."""
 
     lever: str
     numerics: str
@@ -74,7 +75,8 @@ class PlanResult:
     (the same if infeasible). seconds: step name -> seconds of one run; a copy costs what its original does.
     breaks: graph breaks. timings: seconds of "capture", "plan", "lower". binding, ways_out: set when infeasible.
     classes: lever -> "exact", "reordered" or "lossy". formula: the peak in batch B and sequence S. notes: what was
-    assumed. lowered: peak bytes of each phase of the compiled code, {} if the graph runs step by step.
+    assumed. rewrites: what was rewritten in the forward before it was captured: `before` has it already.
+    lowered: peak bytes of each phase of the compiled code, {} if the graph runs step by step.
     identity: {"graph": hash, "torch": version, "schema": "1"}, what a plan file is checked against.
     max_grad_error: what lossy levers may make of the gradient, relative; measured_grad_error: what these decisions made
     of one batch's.
@@ -95,6 +97,7 @@ class PlanResult:
     classes: Mapping[str, str] = field(default_factory=dict)
     formula: str = ""
     notes: tuple[str, ...] = ()
+    rewrites: tuple[Lever, ...] = ()
     measured: MeasuredStep | None = None
     lowered: Mapping[str, int] = field(default_factory=dict)
     identity: Mapping[str, str] = field(default_factory=dict)
@@ -216,8 +219,8 @@ class PlanResult:
 
     @cached_property
     def levers(self) -> tuple[Lever, ...]:
-        """The decisions summed by trade, most bytes first."""
-        rows = []
+        """The rewrites of the forward, and the decisions summed by trade, most bytes first."""
+        rows = list(self.rewrites)
         for name in dict.fromkeys(decision.lever for decision in self.decisions):
             mine = [decision for decision in self.decisions if decision.lever == name]
             nbytes, seconds = sum(d.bytes for d in mine), sum(d.seconds for d in mine)

@@ -110,7 +110,8 @@ class Session:
         """Every graph of the step for these inputs. exact, lowering: if left out as requested. Raises CaptureError."""
         lowering = lowering or self.request.lowering
         exact = self.request.exact if exact is None else exact
-        return survey(self.model, *call, prepare(lowering, self.request.off), lowering, self.gradients, exact)
+        clean, rewrites = prepare(lowering, self.request.off), self.request.rewrites
+        return survey(self.model, *call, clean, lowering, self.gradients, exact, rewrites)
 
     def adopt(self, found: Survey, capture_seconds: float, call: Call | None = None) -> Planned:
         """Price and plan a survey. Raises BudgetError; call: inputs it may try smaller."""
@@ -226,7 +227,10 @@ class Session:
     def lowered(self, module: fx.GraphModule, inputs: Sequence[Any], transform: Transform) -> Callable[..., Any]:
         loss_only = self.gradients == "loss" and all(found.loss_only for found in self.surveys.values())
         names, request = tensor_names(self.model), self.request
-        return lower(module, inputs, names, transform, request.lowering, False, loss_only, self.seen, request.exact)
+        return lower(
+            module, inputs, names, transform, request.lowering, False, loss_only, self.seen, request.exact,
+            request.rewrites,
+        )  # fmt: skip
 
     def dispatched(
         self, first: Callable[..., Any], spare: fx.GraphModule, inputs: Sequence[Any], planned: Planned, mark: str

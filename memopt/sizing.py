@@ -28,7 +28,9 @@ def surveyed(session: Session, inputs: Mapping[str, Any]) -> Survey:
     """The session's step for these keyword inputs, captured but not planned. Raises CaptureError."""
     request = session.request
     clean = prepare(request.lowering, request.off)
-    return survey(session.model, (), inputs, clean, request.lowering, session.gradients, request.exact)
+    return survey(
+        session.model, (), inputs, clean, request.lowering, session.gradients, request.exact, request.rewrites
+    )
 
 
 def floor_plan(session: Session, found: Survey) -> Planned:

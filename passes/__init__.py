@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memopt.passbase import Cleanup, Trade
+from memopt.passbase import Cleanup, Rewrite, Trade
 from memopt.passes.batch_statistics import BatchStatistics
 from memopt.passes.few_bit import ApproxBP, FewBit
 from memopt.passes.kept_outputs import KeptOutputs
@@ -15,6 +15,7 @@ from memopt.passes.recompute import Recompute
 from memopt.passes.relu_masks import ReluMasks
 from memopt.passes.replay_random import ReplayRandom
 
+REWRITES: tuple[type[Rewrite], ...] = ()  # of the forward, before it is differentiated
 CLEANUPS: tuple[type[Cleanup], ...] = (
     BatchStatistics,  # early: what is read for nothing should not be seen by any other pass
     KeptOutputs,  # before the photograph: one of two values is not saved at all

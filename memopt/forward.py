@@ -1,0 +1,142 @@
+"""The forward of a step before it is differentiated, in one spelling: what rewrites work on.
+
+Dynamo's graph spells the same mathematics in many ways (`@`, bmm, einsum, F.softmax, method calls). Traced again on
+fake tensors, above autograd's dispatch, it is ATen in flat arguments: composite operations (linear, matmul, dropout,
+scaled_dot_product_attention, cross_entropy_loss) are still whole, everything else is gone. AOTAutograd differentiates
+what rewrites leave. Where no rewrite finds a place, Dynamo's own graph goes on, untouched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from memopt.errors import VerifyError
+from memopt.passbase import Rewrite, Site
+
+Found = dict[str, tuple[Site, ...]]  # rewrite's name -> the places it looked at
+SAME = ("stack_trace", "nn_module_stack", "seq_nr")  # what a new node says of where it comes from
+
+
+@dataclass(frozen=True)
+class Forward:
+    """module: pre-dispatch ATen; flat placeholders in the order of Dynamo's; meta["val"] holds each node's fake value.
+
+    A rewrite changes module.graph in place.
+    """
+
+    module: fx.GraphModule
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+    def calls(self, *targets: Any) -> list[fx.Node]:
+        """Nodes that call one of these operations, in order."""
+        return [node for node in self.graph.nodes if node.op == "call_function" and node.target in targets]
+
+    def new(self, target: Callable[..., Any], args: tuple[Any, ...], like: fx.Node, **kwargs: Any) -> fx.Node:
+        """A call at the graph's insertion point, with the fake value it gives; its source line is that of `like`."""
+        node = self.graph.call_function(target, args, kwargs)
+        node.meta = {key: like.meta[key] for key in SAME if key in like.meta}
+        given, named = fx.map_arg((args, kwargs), lambda arg: arg.meta["val"])
+        with like.meta["val"].fake_mode:
+            node.meta["val"] = target(*given, **named)
+        return node
+
+
+def rewritten(module: fx.GraphModule, rewrites: Iterable[type[Rewrite]]) -> tuple[fx.GraphModule, Found]:
+    """Dynamo's graph with the rewrites done, and what each found. The same module if none changed anything.
+
+    Raises VerifyError if what a rewrite left is no graph, or has other outputs.
+    """
+    wanted = [rewrite for rewrite in rewrites if _may_find(rewrite, module.graph)]
+    if not wanted or not _traceable(module):
+        return module, {}
+    forward = forward_of(module)
+    before = _interface(forward)
+    found: Found = {}
+    for rewrite in wanted:
+        found[rewrite.name] = rewrite.run(forward)
+        _verified(rewrite.name, forward, before)
+    if not any(site.rewritten for sites in found.values() for site in sites):
+        return module, found
+    forward.module.recompile()
+    return forward.module, found
+
+
+def forward_of(module: fx.GraphModule) -> Forward:
+    """Dynamo's graph traced again. Placeholders keep what Dynamo and AOTAutograd noted of them."""
+    holders = module.graph.find_nodes(op="placeholder")
+    fakes = [holder.meta["example_value"] for holder in holders]
+
+    def run(*args: Any) -> Any:
+        return fx.Interpreter(module).run(*args)
+
+    with fakes[0].fake_mode, fx.traceback.preserve_node_meta():
+        traced = make_fx(run, pre_dispatch=True)(*fakes)
+    traced.meta.update(module.meta)
+    for new, old in zip(traced.graph.find_nodes(op="placeholder"), holders, strict=True):
+        new.meta = {**old.meta, **new.meta}
+    return Forward(traced)
+
+
+def _may_find(rewrite: type[Rewrite], graph: fx.Graph) -> bool:
+    """Whether Dynamo's graph calls, by any spelling, what this rewrite begins at."""
+    return any(word in _spelled(node) for node in graph.nodes for word in rewrite.begins_at)
+
+
+def _spelled(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target)) if node.op.startswith("call") else ""
+
+
+def _traceable(module: fx.GraphModule) -> bool:
+    """Whether the graph can be traced again: all inputs are tensors, every call is an operation of torch's.
+
+    Not so of regions (checkpointing, autograd functions, flex attention), which are graphs within the graph, nor of
+    recurrent networks, which `memopt.recurrent` computes as untraced torch does.
+    """
+    holders = module.graph.find_nodes(op="placeholder")
+    tensors = all(isinstance(holder.meta.get("example_value"), torch.Tensor) for holder in holders)
+    return bool(holders) and tensors and not any(map(_opaque, module.graph.nodes))
+
+
+def _opaque(node: fx.Node) -> bool:
+    known = getattr(node.target, "__module__", "") or ""
+    return node.op == "call_function" and (
+        isinstance(node.target, torch._ops.HigherOrderOperator) or known.startswith("memopt.recurrent")
+    )
+
+
+def _interface(forward: Forward) -> list[Any]:
+    """Shape and dtype of each output; None where there is no tensor."""
+    returned: Sequence[Any] = forward.graph.output_node().args[0]  # type: ignore[assignment]
+    values = [node.meta["val"] if isinstance(node, fx.Node) else None for node in returned]
+    return [(tuple(v.shape), v.dtype) if isinstance(v, torch.Tensor) else None for v in values]
+
+
+def _verified(name: str, forward: Forward, before: list[Any]) -> None:
+    """Raise VerifyError for a graph that does not hold together, or returns something else than before."""
+    try:
+        forward.graph.lint()
+    except RuntimeError as error:
+        raise VerifyError(f"the rewrite {name!r} broke the forward: {error}") from error
+    if _interface(forward) != before:
+        raise VerifyError(f"the rewrite {name!r} changed shapes or dtypes of what the forward returns")
+    bare = next((node.name for node in forward.graph.nodes if "val" not in node.meta and node.op != "output"), None)
+    if bare is not None:
+        raise VerifyError(f"the rewrite {name!r} left {bare} without its fake value")
+
+
+def joined(several: Iterable[Mapping[str, tuple[Site, ...]]]) -> Found:
+    """What was found in several graphs, together."""
+    found: Found = {}
+    for each in several:
+        for name, sites in each.items():
+            found[name] = (*found.get(name, ()), *sites)
+    return found
