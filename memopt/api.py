@@ -224,7 +224,7 @@ def resolve_lowering(lowering: str, device: Device, numerics: str) -> str:
 
 def switched_off(passes: str) -> frozenset[str]:
     """Names switched off by "+a,-b". ValueError for a name there is no pass for."""
-    known = tuple(each.name for each in (*REWRITES, *CLEANUPS, *TRADES))
+    known = (*(r.name for r in REWRITES), *(c.name for c in CLEANUPS), *(t.name for t in TRADES))
     off = set()
     for word in filter(None, (part.strip() for part in passes.split(","))):
         name = _known("passes", word.lstrip("+-"), known)
