@@ -32,9 +32,9 @@ from memopt.errors import CaptureError, Killed, MemoptError
 from memopt.forward import Found, joined
 from memopt.frames import dynamo_set, forget, only_critical
 from memopt.hosts import as_in_eager
-from memopt.lowering import lower, signature
+from memopt.lowering import Transform, lower, signature
 from memopt.passbase import Rewrite
-from memopt.program import Program, argument_places
+from memopt.program import Program, argument_places, copied
 
 Prepare = Callable[[Program], Program]
 FROZEN = "no gradient is asked for: none of the model's parameters requires one; set requires_grad=True on some"
@@ -46,7 +46,8 @@ class Capture:
 
     sources: of its arguments: the parameter's or buffer's name, or the number of the call's leaf; None: neither.
     given, returned: storages of the graph's arguments and results (None: no tensor), as numbers that are equal where
-    storages are; fresh: those of its arguments that no graph made, nor the caller gave.
+    storages are; fresh: those of its arguments that no graph made, nor the caller gave. plain: the program as the user
+    wrote it, where its forward was rewritten.
     """
 
     program: Program
@@ -55,6 +56,7 @@ class Capture:
     given: tuple[int | None, ...] = ()
     returned: tuple[int | None, ...] = ()
     fresh: frozenset[int] = frozenset()
+    plain: Program | None = None
 
     @property
     def trains(self) -> bool:
@@ -78,6 +80,13 @@ class Survey:
     notes: tuple[str, ...] = ()
     kept: frozenset[int] | None = None
     found: Found = field(default_factory=dict)
+
+    @property
+    def plain(self) -> Survey | None:
+        """The step as the user wrote it; None where no rewrite changed anything."""
+        if all(capture.plain is None for capture in self.captures):
+            return None
+        return replace(self, captures=tuple(replace(c, program=c.plain or c.program) for c in self.captures))
 
 
 @dataclass(repr=False)
@@ -109,14 +118,27 @@ class _Recorder:
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         self.latest = None
-        run = lower(
-            module, inputs, self.names, self.record, self.lowering, True, self.loss_only, exact=self.exact,
-            rewrites=self.rewrites, found=self.found.append,
-        )  # fmt: skip
+        spare = fx.GraphModule(module, copied(module.graph)) if self.rewrites else None
+        run = self.lowered(module, inputs, self.record, self.rewrites)
         if self.latest is None:
             return run
+        if spare is not None and any(site.rewritten for sites in self.found[-1].values() for site in sites):
+            self.lowered(spare, inputs, self.record_plain, ())
         self.graphs.append((run, self.latest))
         return self.watched(len(self.graphs) - 1)
+
+    def lowered(
+        self, module: fx.GraphModule, inputs: Sequence[Any], transform: Transform, rewrites: Sequence[type[Rewrite]]
+    ) -> Callable[..., Any]:
+        return lower(
+            module, inputs, self.names, transform, self.lowering, True, self.loss_only, exact=self.exact,
+            rewrites=rewrites, found=self.found.append,
+        )  # fmt: skip
+
+    def record_plain(self, program: Program) -> Program:
+        assert self.latest is not None
+        self.latest = replace(self.latest, plain=program)
+        return program
 
     def record(self, program: Program) -> Program:
         self.latest = Capture(self.prepare(program), signature(program))
@@ -131,7 +153,8 @@ class _Recorder:
             given = self.numbers(args)
             fresh = frozenset(key for key in given if key is not None) - self.known
             named, sources = self.named(graph.program, args), tuple(map(self.source, args))
-            self.captures.append(replace(graph, program=named, sources=sources, given=given, fresh=fresh))
+            plain = None if graph.plain is None else self.named(graph.plain, args)
+            self.captures.append(replace(graph, program=named, sources=sources, given=given, fresh=fresh, plain=plain))
             outputs = run(*args)
             _refuse_twice(outputs)
             self.captures[place] = replace(self.captures[place], returned=self.numbers(outputs))

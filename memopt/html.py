@@ -84,9 +84,10 @@ def _section(title: str, body: str) -> str:
 
 def _charts(result: PlanResult) -> str:
     """Two panels on one scale of bytes and seconds, so that they can be compared by eye."""
-    shown = [("Without memopt", result.before)] * (result.after is not result.before or result.infeasible)
+    shown = [("Without memopt", result.baseline)] * (result.after is not result.baseline or result.infeasible)
     shown += [(PLANNED, result.after)] * (not result.infeasible)
-    drawn = [columns(graph, result.seconds_of, result.block) for _, graph in shown]
+    spent = {PLANNED: result.seconds_of}
+    drawn = [columns(graph, spent.get(name, result.baseline_seconds_of), result.block) for name, graph in shown]
     top = max(column.total for panel_columns in drawn for column in panel_columns)
     found = result.measured.phases if result.measured else {}
     top = max(top, *found.values(), 0)
@@ -142,9 +143,9 @@ def _cell(kind: str, text: str) -> str:
 def _at_peak(result: PlanResult) -> str:
     """By kind and by source line, with the plan; the same without it, folded away."""
     now = f'<p class="soft">{escape(place_of_peak(result))}</p>' + _held(result, result.after)
-    if result.infeasible or result.after is result.before:
+    if result.infeasible or result.after is result.baseline:
         return now
-    return f"{now}<details><summary>The same without memopt</summary>{_held(result, result.before)}</details>"
+    return f"{now}<details><summary>The same without memopt</summary>{_held(result, result.baseline)}</details>"
 
 
 def _held(result: PlanResult, graph: StepGraph) -> str:
@@ -167,7 +168,7 @@ def _held(result: PlanResult, graph: StepGraph) -> str:
 
 
 def _phases(result: PlanResult) -> str:
-    before, after = phase_peaks(result.before, result.block), phase_peaks(result.after, result.block)
+    before, after = phase_peaks(result.baseline, result.block), phase_peaks(result.after, result.block)
     shown: dict[str, dict[str, str]] = {"peak without memopt>": {name: short(size) for name, size in before.items()}}
     if not result.infeasible:
         shown["planned>"] = {name: short(size) for name, size in after.items()}

@@ -13,17 +13,18 @@ from math import sqrt
 
 import torch
 
+from memopt.applied import apply_plan
 from memopt.capture import Capture, Survey
 from memopt.compose import whole_step, with_inputs, with_workspaces, without_outputs
 from memopt.cost import CostModel, Measured, Roofline
 from memopt.devices import Device
 from memopt.dumps import CAPTURED, count, dump_program, passed
 from memopt.edit import DISK, GRADIENT, HOST, Remake, edit
-from memopt.errors import Binding, PlanFileError, VerifyError
+from memopt.errors import Binding, PlanFileError
 from memopt.facts import storage_bytes
 from memopt.fences import fenced
 from memopt.fusion import Fences, Fused, expanded, fused, fused_seconds, unfused
-from memopt.graph import TANGENTS, StepGraph, Storage, TensorInfo, verify
+from memopt.graph import StepGraph, Storage, TensorInfo
 from memopt.joints import Part
 from memopt.noise import Noise
 from memopt.optim.photograph import OptimizerPhase, photograph_optimizer
@@ -34,7 +35,7 @@ from memopt.passes.offload import OffloadDisk, OffloadHost
 from memopt.planfile import PlanFile, check_identity
 from memopt.plans import MAX_GRAD_ERROR, REUSED, Plan, Problem, Status, simulated
 from memopt.prices import Meter, priced, unmeasured
-from memopt.program import Program, insert, photograph
+from memopt.program import Program
 from memopt.report import SCHEMA, PlanResult
 from memopt.rewrites import left_alone, permitted, rewritten_levers
 from memopt.seams import parts_of, runs_untraced
@@ -215,9 +216,8 @@ def make_plan(
     phase = optimizer_phase(survey, request)
     parts = parts_of(survey)
     whole = step_graph(survey, parts, request, phase, costs)
-    seconds = _seconds(whole, _cost_model(request, costs))
-    contracted = fused(whole) if request.lowering == "inductor" else unfused(whole)
-    graph, seconds = contracted.graph, fused_seconds(contracted, seconds)
+    contracted, seconds = _contracted(whole, request, costs)
+    graph = contracted.graph
     remakes, brought = priced(graph, _proposals(graph, seconds, request), _cost_model(request, costs), costs.meter)
     seconds |= brought
     problem = Problem(graph, (), request.budget, seconds, request.device.allocator_block, request.limits)
@@ -225,6 +225,7 @@ def make_plan(
     problem = replace(problem, remakes=tuple(r for r in offers if plan_file or problem.allows((r,))))
     plan = _reused(problem, plan_file, survey) if plan_file else _solved(problem, request, progress)
     after = edit(graph, plan.chosen)
+    plain, plain_seconds = _as_written(survey, request, phase, costs)
     result = PlanResult(
         model=request.model,
         device=request.device.name,
@@ -240,6 +241,8 @@ def make_plan(
         classes={trade.name: trade.numerics.value for trade in TRADES},
         notes=(*_notes(survey, parts, phase, request), _priced(whole, costs, request.device)),
         rewrites=rewritten_levers(survey),
+        plain=plain,
+        plain_seconds=plain_seconds,
         identity=identity(survey),
         max_grad_error=request.max_grad_error,
     )
@@ -282,6 +285,23 @@ def step_graph(
     """The photograph of the whole step: the captured programs, the optimizer, and what no program reads."""
     graph = whole_step(parts, phase, request.accumulate > 1)
     return with_workspaces(with_inputs(graph, [*_unread(survey), *_libraries(costs)]), costs.workspaces)
+
+
+def _as_written(
+    survey: Survey, request: Request, phase: OptimizerPhase, costs: Costs
+) -> tuple[StepGraph | None, Mapping[str, float]]:
+    """The step as the user wrote it, and its seconds; None where no rewrite changed it."""
+    plain = survey.plain
+    if plain is None:
+        return None, {}
+    contracted, seconds = _contracted(step_graph(plain, parts_of(plain), request, phase, costs), request, costs)
+    return contracted.graph, seconds
+
+
+def _contracted(whole: StepGraph, request: Request, costs: Costs) -> tuple[Fused, dict[str, float]]:
+    """The step as the lowering runs it, and its seconds."""
+    made = fused(whole) if request.lowering == "inductor" else unfused(whole)
+    return made, fused_seconds(made, _seconds(whole, _cost_model(request, costs)))
 
 
 def optimizer_phase(survey: Survey, request: Request) -> OptimizerPhase:
@@ -374,31 +394,6 @@ def _priced(graph: StepGraph, costs: Costs, device: Device) -> str:
         f"seconds of operations: {known} of {len(keys)} kinds measured on this device, the others by the roofline of "
         f"{device.name}; what those take inside themselves (workspaces) is not counted"
     )
-
-
-def apply_plan(program: Program, whole: StepGraph, remakes: Sequence[Remake]) -> Program:
-    """The program with its remakes inserted, verified: its photograph must be what `edit` predicted, step for step.
-
-    whole: the graph of the step the remakes were planned on; it contains the program's steps under their names.
-    """
-    if not remakes:
-        return program
-    changed = insert(program, whole, remakes)
-    predicted = edit(whole, remakes)
-    found = verify(photograph(changed))
-    if _shape(found, found) != _shape(predicted, found):
-        raise VerifyError("the edited program is not the one the plan predicted; this is a bug in a trade or in insert")
-    return changed
-
-
-def _shape(graph: StepGraph, like: StepGraph) -> list[tuple[str, tuple[str, ...], int]]:
-    """(name, reads, bytes created) of the steps that `like` has too; of the optimizer's none, nor of tangents, which
-    are what later parts hand over."""
-    return [
-        (step.name, step.reads, sum(graph.storages[name].nbytes for name in graph.created(step)))
-        for step in graph.steps
-        if step.phase != "optimizer" and step.op != TANGENTS and (graph is like or step.name in like.position)
-    ]
 
 
 def silent(stage: str, fraction: float | None) -> None:

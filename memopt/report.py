@@ -75,7 +75,8 @@ class PlanResult:
     (the same if infeasible). seconds: step name -> seconds of one run; a copy costs what its original does.
     breaks: graph breaks. timings: seconds of "capture", "plan", "lower". binding, ways_out: set when infeasible.
     classes: lever -> "exact", "reordered" or "lossy". formula: the peak in batch B and sequence S. notes: what was
-    assumed. rewrites: what was rewritten in the forward before it was captured: `before` has it already.
+    assumed. rewrites: what was rewritten in the forward before it was captured: `before` has it already; plain,
+    plain_seconds: then the step as the user wrote it.
     lowered: peak bytes of each phase of the compiled code, {} if the graph runs step by step.
     identity: {"graph": hash, "torch": version, "schema": "1"}, what a plan file is checked against.
     max_grad_error: what lossy levers may make of the gradient, relative; measured_grad_error: what these decisions made
@@ -98,6 +99,8 @@ class PlanResult:
     formula: str = ""
     notes: tuple[str, ...] = ()
     rewrites: tuple[Lever, ...] = ()
+    plain: StepGraph | None = field(default=None, repr=False)
+    plain_seconds: Mapping[str, float] = field(default_factory=dict, repr=False)
     measured: MeasuredStep | None = None
     lowered: Mapping[str, int] = field(default_factory=dict)
     identity: Mapping[str, str] = field(default_factory=dict)
@@ -123,10 +126,15 @@ class PlanResult:
         """Predicted peak of each phase of the planned step, bytes."""
         return self.lowered or phase_peaks(self.after, self.block)
 
+    @property
+    def baseline(self) -> StepGraph:
+        """The same step without memopt."""
+        return self.before if self.plain is None else self.plain
+
     @cached_property
     def baseline_peak(self) -> int:
         """Predicted peak of the same step without memopt, bytes."""
-        return peak(self.before, self.block)
+        return peak(self.baseline, self.block)
 
     @cached_property
     def step_seconds(self) -> float:
@@ -136,7 +144,12 @@ class PlanResult:
     @cached_property
     def baseline_seconds(self) -> float:
         """Predicted seconds of the same step without memopt."""
-        return sum(self.seconds_of(step) for step in self.before.steps)
+        return sum(self.baseline_seconds_of(step) for step in self.baseline.steps)
+
+    @cached_property
+    def bound_seconds(self) -> float:
+        """Seconds that no plan of these levers comes below."""
+        return sum(self.seconds_of(step) for step in self.before.steps) + self.plan.lower_bound
 
     @property
     def gap(self) -> float:
@@ -179,6 +192,10 @@ class PlanResult:
     def seconds_of(self, step: Step) -> float:
         found = self.seconds.get(step.name)
         return self.seconds.get(original(step.name), 0.0) if found is None else found
+
+    def baseline_seconds_of(self, step: Step) -> float:
+        """Of a step of the baseline."""
+        return self.seconds_of(step) if self.plain is None else self.plain_seconds.get(step.name, 0.0)
 
     @cached_property
     def held_at_peak(self) -> tuple[Held, ...]:
@@ -242,7 +259,7 @@ class PlanResult:
             },
             "baseline": {"peak_bytes": self.baseline_peak, "seconds": self.baseline_seconds},
             "floor_bytes": self.plan.floor,
-            "lower_bound_seconds": self.baseline_seconds + self.plan.lower_bound,
+            "lower_bound_seconds": self.bound_seconds,
             "gap": self.gap,
             "levers": [_lever_json(lever) for lever in self.levers],
             "decisions": [_fields(decision) for decision in self.decisions],

@@ -124,7 +124,7 @@ TIME = "step time"
 
 def _totals(result: PlanResult) -> Table:
     """Peak, phase peaks and step time: without memopt, planned and the change, measured where there is a figure."""
-    before = _figures(result.baseline_peak, phase_peaks(result.before, result.block), result.baseline_seconds)
+    before = _figures(result.baseline_peak, phase_peaks(result.baseline, result.block), result.baseline_seconds)
     columns = {"without memopt>": {name: _figure(name, value) for name, value in before.items()}}
     if not result.infeasible:
         after = _figures(result.peak, phase_peaks(result.after, result.block), result.step_seconds)
@@ -225,7 +225,7 @@ def bound_line(result: PlanResult) -> str:
     plan = result.plan
     if plan.seconds <= 0:
         return "no seconds added, which nothing can beat"
-    bound = format_seconds(result.baseline_seconds + plan.lower_bound)
+    bound = format_seconds(result.bound_seconds)
     return (
         f"{format_seconds(plan.seconds)} added; no plan of these levers takes under {bound} a step; "
         f"gap {100 * result.gap:.2f} % of the step time ({plan.solver or 'unnamed solver'})"

@@ -99,6 +99,9 @@ def test_the_real_step_is_the_rewritten_one(monkeypatch: pytest.MonkeyPatch, opt
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), want, strict=True))
     levers = {lever.lever: lever for lever in model.memopt.plan.levers}
     assert ("halved" in levers) == runs
+    assert (
+        model.memopt.plan.baseline_peak == memopt.plan(Doubling(), (x,), budget="1GB", lowering="eager").baseline_peak
+    )
     if runs:
         assert (levers["halved"].numerics, levers["halved"].bytes, levers["halved"].count) == ("reordered", 128, 1)
 

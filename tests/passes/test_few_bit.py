@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 import memopt
+from memopt.applied import apply_plan
 from memopt.edit import edit
 from memopt.graph import StepGraph, verify
 from memopt.passes.few_bit import ApproxBP, FewBit, read_for_slope
 from memopt.passes.recompute import Recompute
-from memopt.pipeline import apply_plan
 from memopt.plans import Problem, simulated
 from memopt.program import photograph
 from memopt.runtime.measure import measure_step
