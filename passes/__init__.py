@@ -14,10 +14,12 @@ from memopt.passes.quantise import Fp8Activations, Int2Activations, Int4Activati
 from memopt.passes.recompute import Recompute
 from memopt.passes.relu_masks import ReluMasks
 from memopt.passes.replay_random import ReplayRandom
+from memopt.passes.unread_inputs import UnreadInputs
 
 REWRITES: tuple[type[Rewrite], ...] = ()  # of the forward, before it is differentiated
 CLEANUPS: tuple[type[Cleanup], ...] = (
     BatchStatistics,  # early: what is read for nothing should not be seen by any other pass
+    UnreadInputs,  # as early: what is left of the readers decides what the next two may do
     KeptOutputs,  # before the photograph: one of two values is not saved at all
     ReluMasks,  # before trades propose: the masks it makes are packed by one of them
     ReplayRandom,  # last before the photograph: what is random must be replayable when trades propose
