@@ -6,6 +6,7 @@ import torch
 
 import memopt.kernels.fewbit  # noqa: F401  # for what importing does
 import memopt.kernels.fp8  # noqa: F401
+import memopt.kernels.linear_cross_entropy  # noqa: F401
 import memopt.kernels.narrow  # noqa: F401
 import memopt.kernels.pack_bits  # noqa: F401
 import memopt.kernels.quantise  # noqa: F401
