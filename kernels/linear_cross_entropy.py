@@ -5,13 +5,14 @@
     d loss_n / d logits_n = softmax(logits_n) - (1 - e) onehot(target_n) - e / V
 
 The gradients of hidden, weight and bias are made in the forward, where the chunk is at hand, and scaled in the backward
-by what arrives there (1, or a power of two, costs no rounding; as Liger-Kernel does, arXiv:2410.10989; the idea of never holding the logits: arXiv:2411.09009).
-The weight's gradient would be made first thing in the backward anyway.
+by what arrives there, as Liger-Kernel does (arXiv:2410.10989; 1, or a power of two, costs no rounding); the idea of
+never holding the logits is Cut Cross-Entropy's (arXiv:2411.09009). The weight's gradient would be made first thing in
+the backward anyway.
 
-fp32 is chunked by rows: three products, as many as without chunks. Below fp32 the weight's gradient would be rounded once a
-chunk, or be summed in twice its bytes; there chunks are of the vocabulary, whose gradients are whole, and the logits
-are made twice (four products). Logits are rounded to the weight's type and then computed with in fp32, as a model does
-that calls `logits.float()`.
+fp32 is chunked by rows: three products, as many as without chunks. Below fp32 the weight's gradient would be rounded
+once a chunk, or be summed in twice its bytes; there chunks are of the vocabulary, whose gradients are whole, and the
+logits are made twice (four products). Logits are rounded to the weight's type and then computed with in fp32, as a
+model does that calls `logits.float()`.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def _flops(hidden: Any, weight: Any, *rest: Any, out_val: Any = None, **_: Any) 
     """Products of (N, H) and (V, H): one for the loss, and one for each of two gradients (two below fp32)."""
     again = any(rest[-1][:2]) and not (out_val is not None and out_val[1].dtype.itemsize >= 4)
     products = 1 + sum(rest[-1][:2]) + again
-    return 2 * products * hidden[0] * hidden[1] * weight[0]
+    return int(2 * products * hidden[0] * hidden[1] * weight[0])
 
 
 def _chunks(count: int, size: int) -> Iterator[slice]:

@@ -9,7 +9,7 @@ what rewrites leave. Where no rewrite finds a place, Dynamo's own graph goes on,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,17 +20,33 @@ from memopt.errors import VerifyError
 from memopt.passbase import Rewrite, Site
 
 Found = dict[str, tuple[Site, ...]]  # rewrite's name -> the places it looked at
+IDLE = {"dtype", "layout", "device"}  # arguments of a cast that ask for no copy
 SAME = ("stack_trace", "nn_module_stack", "seq_nr")  # what a new node says of where it comes from
+
+
+@dataclass(frozen=True)
+class Later:
+    """An output that is made when it is read: a linear layer's, of the hidden state that the graph returns instead.
+
+    weight, bias: numbers of the graph's inputs (None: no bias). shape, dtype: of the output.
+    """
+
+    weight: int
+    bias: int | None
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
 class Forward:
     """module: pre-dispatch ATen; flat placeholders in the order of Dynamo's; meta["val"] holds each node's fake value.
 
-    A rewrite changes module.graph in place.
+    A rewrite changes module.graph in place. later: output -> what the caller gets for it, where the graph returns
+    something smaller that it can be made of.
     """
 
     module: fx.GraphModule
+    later: dict[int, Later] = field(default_factory=dict)
 
     @property
     def graph(self) -> fx.Graph:
@@ -50,14 +66,23 @@ class Forward:
         return node
 
 
-def rewritten(module: fx.GraphModule, rewrites: Iterable[type[Rewrite]]) -> tuple[fx.GraphModule, Found]:
-    """Dynamo's graph with the rewrites done, and what each found. The same module if none changed anything.
+@dataclass(frozen=True)
+class Rewritten:
+    """module: with the rewrites done; Dynamo's own if none changed anything. later: as in Forward."""
+
+    module: fx.GraphModule
+    found: Found = field(default_factory=dict)
+    later: Mapping[int, Later] = field(default_factory=dict)
+
+
+def rewritten(module: fx.GraphModule, rewrites: Iterable[type[Rewrite]]) -> Rewritten:
+    """Dynamo's graph with the rewrites done, and what each found.
 
     Raises VerifyError if what a rewrite left is no graph, or has other outputs.
     """
     wanted = [rewrite for rewrite in rewrites if _may_find(rewrite, module.graph)]
     if not wanted or not _traceable(module):
-        return module, {}
+        return Rewritten(module)
     forward = forward_of(module)
     before = _interface(forward)
     found: Found = {}
@@ -65,9 +90,9 @@ def rewritten(module: fx.GraphModule, rewrites: Iterable[type[Rewrite]]) -> tupl
         found[rewrite.name] = rewrite.run(forward)
         _verified(rewrite.name, forward, before)
     if not any(site.rewritten for sites in found.values() for site in sites):
-        return module, found
+        return Rewritten(module, found)
     forward.module.recompile()
-    return forward.module, found
+    return Rewritten(forward.module, found, forward.later)
 
 
 def forward_of(module: fx.GraphModule) -> Forward:
@@ -83,7 +108,22 @@ def forward_of(module: fx.GraphModule) -> Forward:
     traced.meta.update(module.meta)
     for new, old in zip(traced.graph.find_nodes(op="placeholder"), holders, strict=True):
         new.meta = {**old.meta, **new.meta}
+    _drop_idle_casts(traced.graph)
     return Forward(traced)
+
+
+def _drop_idle_casts(graph: fx.Graph) -> None:
+    """Casts to what a tensor is already: torch gives the tensor itself."""
+    for target in (torch.ops.aten.to.dtype, torch.ops.aten.to.dtype_layout):
+        for node in graph.find_nodes(op="call_function", target=target):
+            if len(node.args) < 3 and set(node.kwargs) <= IDLE and _kind(node) == _kind(node.all_input_nodes[0]):
+                node.replace_all_uses_with(node.all_input_nodes[0])
+                graph.erase_node(node)
+
+
+def _kind(node: fx.Node) -> tuple[Any, ...]:
+    value: torch.Tensor = node.meta["val"]
+    return value.dtype, value.device, value.layout
 
 
 def _may_find(rewrite: type[Rewrite], graph: fx.Graph) -> bool:
@@ -114,10 +154,12 @@ def _opaque(node: fx.Node) -> bool:
 
 
 def _interface(forward: Forward) -> list[Any]:
-    """Shape and dtype of each output; None where there is no tensor."""
+    """Shape and dtype of each output as the caller gets it; None where there is no tensor."""
     returned: Sequence[Any] = forward.graph.output_node().args[0]  # type: ignore[assignment]
     values = [node.meta["val"] if isinstance(node, fx.Node) else None for node in returned]
-    return [(tuple(v.shape), v.dtype) if isinstance(v, torch.Tensor) else None for v in values]
+    given = [(tuple(v.shape), v.dtype) if isinstance(v, torch.Tensor) else None for v in values]
+    made = {at: (later.shape, later.dtype) for at, later in forward.later.items()}
+    return [made.get(at, each) for at, each in enumerate(given)]
 
 
 def _verified(name: str, forward: Forward, before: list[Any]) -> None:

@@ -16,6 +16,7 @@ from torch import fx
 
 from memopt.facts import hint
 from memopt.forward import Found, rewritten
+from memopt.later import made_later
 from memopt.outputs import detach_beside_loss, refuse_gradients
 from memopt.passbase import Rewrite
 from memopt.program import Program, normalised, split
@@ -49,22 +50,24 @@ def lower(
     """
     as_untraced(module, fused=exact and lowering == "eager")
     detached = detach_beside_loss(module) if loss_only else None
-    module, sites = rewritten(module, rewrites)
-    found(sites)
+    changed = rewritten(module, rewrites)
+    module = changed.module
+    found(changed.found)
     described = _described(module, inputs, names)
 
     def partition(joint: fx.GraphModule, _: Any, *, num_fwd_outputs: int, **__: Any) -> tuple[Any, Any]:
         program = _program(joint, num_fwd_outputs, described)
-        changed = transform(program)
-        return split(program if dry else changed)
+        planned = transform(program)
+        return split(program if dry else planned)
 
     def untrained(graph: fx.GraphModule) -> fx.GraphModule:
         """A graph without a backward: part of the step all the same."""
-        changed = transform(_program(graph, len(graph.graph.output_node().args[0]), described))  # type: ignore[arg-type]
-        return graph if dry else changed.module
+        planned = transform(_program(graph, len(graph.graph.output_node().args[0]), described))  # type: ignore[arg-type]
+        return graph if dry else planned.module
 
     run = (_inductor if lowering == "inductor" else _eager)(module, inputs, partition, untrained, dry)
-    return run if detached is None else refuse_gradients(run, *detached, seen)
+    run = run if detached is None else refuse_gradients(run, *detached, seen)
+    return made_later(run, changed.later) if changed.later and not dry else run
 
 
 def _described(module: fx.GraphModule, inputs: Sequence[Any], names: Mapping[int, str]) -> list[tuple[str, str]]:

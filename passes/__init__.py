@@ -6,6 +6,7 @@ from memopt.passbase import Cleanup, Rewrite, Trade
 from memopt.passes.batch_statistics import BatchStatistics
 from memopt.passes.few_bit import ApproxBP, FewBit
 from memopt.passes.kept_outputs import KeptOutputs
+from memopt.passes.linear_cross_entropy import LinearCrossEntropy
 from memopt.passes.linear_inputs import CompAct, WtaCrs
 from memopt.passes.narrow_indices import NarrowIndices
 from memopt.passes.offload import OffloadDisk, OffloadHost
@@ -16,7 +17,9 @@ from memopt.passes.relu_masks import ReluMasks
 from memopt.passes.replay_random import ReplayRandom
 from memopt.passes.unread_inputs import UnreadInputs
 
-REWRITES: tuple[type[Rewrite], ...] = ()  # of the forward, before it is differentiated
+REWRITES: tuple[type[Rewrite], ...] = (  # of the forward, before it is differentiated
+    LinearCrossEntropy,
+)
 CLEANUPS: tuple[type[Cleanup], ...] = (
     BatchStatistics,  # early: what is read for nothing should not be seen by any other pass
     UnreadInputs,  # as early: what is left of the readers decides what the next two may do

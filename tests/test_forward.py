@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 import memopt
 from memopt import api, rewrites
 from memopt.errors import VerifyError
-from memopt.forward import Forward, rewritten
+from memopt.forward import Forward, Rewritten, rewritten
 from memopt.passbase import Numerics, Rewrite, Site
 
 ATEN = torch.ops.aten
@@ -45,8 +45,9 @@ def traced(function: Any, *inputs: Tensor) -> fx.GraphModule:
 
 def test_every_spelling_arrives_as_one() -> None:
     for spelled in (lambda x: x * 2, lambda x: torch.mul(x, 2), lambda x: x.mul(2), lambda x: 2 * x):
-        module, found = rewritten(traced(spelled, torch.randn(3)), [Halved])
-        assert found == {"halved": (Site("here.py:1", 12),)}
+        changed = rewritten(traced(spelled, torch.randn(3)), [Halved])
+        module = changed.module
+        assert changed.found == {"halved": (Site("here.py:1", 12),)}
         assert [n.target for n in module.graph.nodes if n.op == "call_function"] == [ATEN.add.Tensor]
         x = torch.randn(3)
         assert torch.equal(module(x)[0], 2 * x)
@@ -58,7 +59,7 @@ def test_every_spelling_arrives_as_one() -> None:
 def test_what_is_not_rewritten_stays_dynamo_s_own_graph(function: Any) -> None:
     """Nothing to find; and regions within the graph, which cannot be traced again."""
     module = traced(function, torch.randn(3, requires_grad=True))
-    assert rewritten(module, [Halved]) == (module, {})
+    assert rewritten(module, [Halved]) == Rewritten(module)
 
 
 def test_a_rewrite_that_breaks_the_forward_is_named() -> None:

@@ -20,7 +20,7 @@ LEVELS = {
     1: "plans edit cost timeline devices fusion joints",
     2: "program facts listing unwrapped passbase operations forward kernels solvers",
     3: "passes blame capture frames hosts optim runtime lowering fences inductor relay compose seams outputs recurrent "
-    "models workload factory nets text fakes prices noise applied",
+    "models workload factory nets text fakes prices noise applied later",
     4: "pipeline dumps refusal smaller profiling tuning session report table planfile html chart page formula carry "
     "sizing watch probe accuracy rewrites",
     5: "api workbench",
