@@ -35,11 +35,15 @@ def chunk_size(count: int, across: int) -> int:
     return min(count, max(LEAST, CHUNK // (4 * across)))
 
 
-def workspace_bytes(rows: int, words: int, itemsize: int) -> int:
-    """What the operation takes inside itself: a chunk of logits, in fp32, and below fp32 in the weight's type too."""
+SMALL = 64  # bytes a row that stands for what is of rows alone: targets, sums, losses
+
+
+def workspace_bytes(rows: int, words: int, width: int, itemsize: int) -> int:
+    """At most what the operation takes inside itself: a chunk of logits, and what is of rows; below fp32 the chunk in
+    both types, and so the hidden state's gradient."""
     if itemsize >= 4:
-        return itemsize * chunk_size(rows, words) * words
-    return (4 + itemsize) * chunk_size(words, rows) * rows
+        return itemsize * chunk_size(rows, words) * words + SMALL * rows
+    return (4 + itemsize) * rows * (chunk_size(words, rows) + width) + SMALL * rows
 
 
 @torch.library.custom_op("memopt::linear_cross_entropy", mutates_args=())

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,6 +44,7 @@ class Facts:
     random: bool
     advances: bool
     fusable: bool
+    workspace: int = 0
 
 
 def facts(node: fx.Node) -> Facts:
@@ -92,8 +93,9 @@ def _read(node: fx.Node) -> Facts:
     drawn = node.target in DRAWS
     pure = drawn or _pure(node, random)
     return Facts(
-        op_name(node), made, cost_key(node), _flops(node), source_line(node), pure, random, drawn, is_fusable(node)
-    )
+        op_name(node), made, cost_key(node), _flops(node), source_line(node), pure, random, drawn, is_fusable(node),
+        WORKSPACES[node.target](node) if node.target in WORKSPACES else 0,
+    )  # fmt: skip
 
 
 def _made(value: torch.Tensor, homes: dict[int, int]) -> Made:
@@ -158,6 +160,7 @@ def _pure(node: fx.Node, random: bool) -> bool:
     return node.target.namespace in ("aten", "prims", "memopt") and not node.target._schema.is_mutable
 
 
+WORKSPACES: dict[Any, Callable[[fx.Node], int]] = {}  # bytes operations take inside, where that is known by formula
 PURE: set[Any] = {operator.getitem}  # targets that are no overloads and known to be functions of their inputs
 DRAWS: set[Any] = set()  # targets that draw random numbers from a generator state they read (memopt.runtime.rng)
 

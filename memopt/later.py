@@ -21,7 +21,7 @@ GONE = (
     "these logits were never held: they are made when they are first read, and the weights they are made of have "
     'changed since; read them before optimizer.step(), or keep them by passes="-linear_cross_entropy"'
 )
-GETTERS = ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf")
+GETTERS = ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "is_leaf", "grad_fn")
 METHODS = ("size", "dim", "numel", "__len__", "element_size", "is_floating_point")
 KNOWN = {  # what is answered without making anything
     *(getattr(torch.Tensor, name).__get__ for name in GETTERS),

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import torch
+from torch import fx
 
 import memopt.kernels.fewbit  # noqa: F401  # for what importing does
 import memopt.kernels.fp8  # noqa: F401
-import memopt.kernels.linear_cross_entropy  # noqa: F401
+import memopt.kernels.linear_cross_entropy
 import memopt.kernels.narrow  # noqa: F401
 import memopt.kernels.pack_bits  # noqa: F401
 import memopt.kernels.quantise  # noqa: F401
 import memopt.kernels.sampled  # noqa: F401
+from memopt.facts import WORKSPACES, hint
 
 
 def overload(name: str) -> torch._ops.OpOverload:
@@ -18,3 +20,12 @@ def overload(name: str) -> torch._ops.OpOverload:
     namespace, operation, which = name.split(".")
     found: torch._ops.OpOverload = getattr(getattr(getattr(torch.ops, namespace), operation), which)
     return found
+
+
+def _loss_workspace(node: fx.Node) -> int:
+    hidden, weight = (arg.meta["val"] for arg in node.all_input_nodes[:2])
+    size = memopt.kernels.linear_cross_entropy.workspace_bytes
+    return size(hint(hidden.shape[0]), hint(weight.shape[0]), hint(weight.shape[1]), hidden.element_size())
+
+
+WORKSPACES[torch.ops.memopt.linear_cross_entropy.default] = _loss_workspace

@@ -124,9 +124,10 @@ class Planned:
     def released(self) -> PlanResult:
         """The result when the caller drops the forward's outputs beside the loss before the backward begins."""
         before, after = (without_outputs(graph) for graph in (self.result.before, self.result.after))
+        plain = self.result.plain and without_outputs(self.result.plain)
         lowered = self.lowered_released
         plan = replace(self.result.plan, peak=max(lowered.values(), default=peak(after, self.result.block)))
-        return replace(self.result, before=before, after=after, plan=plan, lowered=lowered)
+        return replace(self.result, before=before, after=after, plain=plain, plan=plan, lowered=lowered)
 
     def missing(self, missed: int) -> Planned:
         """The plan when real steps were seen to take `missed` bytes more than predicted: added to every phase."""

@@ -231,7 +231,7 @@ class _Photographer:
         writes = tuple(made for at, made in enumerate(names) if self.declare(made, at, node, kind))
         reads = tuple(self.program.name(arg) for arg in tensor_inputs(node) if arg not in own_statistics(node))
         again = node.target in AGAIN.values()  # what a copy of a draw holds: `memopt.edit.workspace_again`
-        workspace = self.storages[self.tensors[reads[0]].storage].nbytes if again else 0
+        workspace = self.storages[self.tensors[reads[0]].storage].nbytes if again else known.workspace
         advances = known.advances and not again
         step = Step(name, known.op, phase, reads, writes, known.source, known.key, known.flops, workspace)
         pure = known.pure and not self.changed_later(node)

@@ -21,7 +21,7 @@ from memopt.passbase import Numerics, Rewrite, Site
 ATEN = torch.ops.aten
 CASTS = (ATEN.to.dtype, ATEN.to.dtype_layout, ATEN._to_copy.default, ATEN.to.device)
 SAME = (ATEN.contiguous.default, ATEN.alias.default, ATEN.clone.default)
-SHAPES = (ATEN.view.default, ATEN.reshape.default, ATEN._unsafe_view.default)
+SHAPES = (ATEN.view.default, ATEN.reshape.default, ATEN._unsafe_view.default, ATEN.flatten.using_ints)
 TURNS = (ATEN.t.default, ATEN.transpose.int, ATEN.permute.default, ATEN.numpy_T.default)
 DEFAULTS: dict[str, Any] = {"weight": None, "reduction": kernel.MEAN, "ignore_index": -100, "label_smoothing": 0.0}
 

@@ -126,9 +126,10 @@ class OpCosts:
         return self.device.type == "cpu" and self.known[key].seconds > likely
 
     def workspace(self, op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-        """Workspace bytes of a call with tensors (fake or meta) like these; 0 if it cannot be run."""
-        cost = self.measure(called(op, args, kwargs))
-        return 0 if cost is None else cost.workspace
+        """Workspace bytes of a call with tensors (fake or meta) like these; by formula, or 0, if it cannot be run."""
+        node = called(op, args, kwargs)
+        cost = self.measure(node)
+        return facts(node).workspace if cost is None else cost.workspace
 
     def measure_all(self, nodes: Iterable[fx.Node]) -> dict[str, OpCost]:
         """Costs by key of every node that can be measured, those with the most bytes first while time lasts."""

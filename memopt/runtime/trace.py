@@ -30,7 +30,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from memopt.errors import MemoptError
 
-MARK = "memopt::"  # record_function ranges that start so are kept in a trace, under the name without it
+MARK = (
+    "memopt: "  # record_function ranges that start so are kept in a trace, under the name without it; no operation does
+)
 
 
 @dataclass(frozen=True, slots=True)

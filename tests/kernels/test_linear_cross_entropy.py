@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from memopt.kernels import linear_cross_entropy as kernel
+from memopt.runtime.measure import measure
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -97,3 +98,24 @@ def test_all_rows_ignored_gives_what_torch_gives() -> None:
     assert ours[0].isnan()
     assert plain[0].isnan()
     assert all(torch.equal(a, b) for a, b in zip(plain[1:], ours[1:], strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_its_workspace_is_bounded(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel, "LEAST", 64)
+    hidden, weight = torch.randn(300, 32, dtype=dtype), torch.randn(500, 32, dtype=dtype)
+    args = (
+        hidden,
+        weight,
+        None,
+        torch.zeros(300, dtype=torch.long),
+        -100,
+        0.1,
+        kernel.MEAN,
+        dtype,
+        [True, True, False],
+    )
+    outputs = 4 + hidden.nbytes + weight.nbytes
+    found = measure(lambda: torch.ops.memopt.linear_cross_entropy(*args), resident=[]).peak_bytes - outputs
+    most = kernel.workspace_bytes(300, 500, 32, hidden.element_size())
+    assert 0.8 * most <= found <= most
