@@ -41,7 +41,7 @@ class Apollo(Projected):
         image = project(g, p, state, group)
         direction = small_direction(image, state, group)
         scaling = self.scaling(direction, image, on_left)
-        length = torch.linalg.vector_norm(_by(_lengths(g, on_left), scaling))
+        length = torch.linalg.vector_norm(_lengths(g, on_left) * scaling)
         last = state["length"]
         limited = torch.where(last > 0, torch.minimum(length, GROWTH * (last + NOTHING)), length)
         state["length"].copy_(limited)
@@ -51,7 +51,8 @@ class Apollo(Projected):
     def scaling(self, direction: Tensor, image: Tensor, on_left: bool) -> Tensor:
         """Step size over gradient: a channel (1, n) or (m, 1), or of the whole."""
         if self.tensorwise:
-            return torch.linalg.vector_norm(direction) / (torch.linalg.vector_norm(image) + NOTHING)
+            whole: Tensor = torch.linalg.vector_norm(direction) / (torch.linalg.vector_norm(image) + NOTHING)
+            return whole
         return _lengths(direction, on_left) / (_lengths(image, on_left) + NOTHING)
 
 
@@ -76,8 +77,5 @@ def project(g: Tensor, p: Tensor, state: State, group: Mapping[str, Any]) -> Ten
 
 def _lengths(matrix: Tensor, on_left: bool) -> Tensor:
     """Of the columns (1, n) if the rows were projected, else of the rows (m, 1)."""
-    return torch.linalg.vector_norm(matrix, dim=0 if on_left else 1, keepdim=True)
-
-
-def _by(lengths: Tensor, scaling: Tensor) -> Tensor:
-    return lengths * scaling
+    found: Tensor = torch.linalg.vector_norm(matrix, dim=0 if on_left else 1, keepdim=True)
+    return found

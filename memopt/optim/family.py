@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 CHUNK = {"cpu": 1 << 16, "cuda": 1 << 22}  # elements at a time: 256 KiB of fp32 stay in a core's cache
@@ -65,7 +65,7 @@ class Family(Optimizer):
         self.update(p, grad, state, group)
 
     @torch.no_grad()
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over a checkpoint of this class, or of the plain optimizer where the class allows.
 
         Raises ValueError, and changes nothing, for one whose state is not this optimizer's. torch's own would cast
@@ -75,7 +75,7 @@ class Family(Optimizer):
         mine = [{**old, **new} for old, new in zip(self.param_groups, groups, strict=False)]
         ours = [(p, group) for old, group in zip(self.param_groups, mine, strict=False) for p in old["params"]]
         names = [name for group in groups for name in group["params"]]
-        loaded: dict[nn.Parameter, State] = {}
+        loaded: dict[Tensor, State] = {}
         if len(groups) == len(self.param_groups) and len(names) == len(ours):
             for name, (p, group) in zip(names, ours, strict=True):
                 if saved := state_dict["state"].get(name):

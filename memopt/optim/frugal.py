@@ -73,7 +73,8 @@ class Frugal(Projected):
 
 def _count(p: Tensor, group: Mapping[str, Any]) -> int:
     """How many columns have moments."""
-    return max(1, round(group["density"] * p.shape[1]))
+    share: float = group["density"]
+    return max(1, round(share * p.shape[1]))
 
 
 def chosen(p: Tensor, group: Mapping[str, Any], turn: int) -> Tensor:

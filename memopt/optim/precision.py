@@ -59,7 +59,7 @@ def turn(optimizer: Optimizer, state: str) -> None:
     optimizer.defaults.update(_keys(state))
     vars(optimizer).pop("_step_supports_amp_scaling", None)  # what fused steps promise GradScaler
     optimizer.__class__ = STATES[state][0]
-    optimizer._patch_step_function()  # type: ignore[attr-defined]
+    optimizer._patch_step_function()
 
 
 def _keys(state: str) -> dict[str, Any]:
