@@ -40,13 +40,14 @@ def directions(grad: Tensor, like: Tensor, state: State, group: Mapping[str, Any
     first, second = stores(group["state"], like.numel(), group["least"])
     (beta1, beta2), step = group["betas"], float(state["step"])
     gradient = in_order(grad, like)
+    one, two = first.tables(like.device), second.tables(like.device)
     for part in portions(like.numel(), elements(like.device)):
         g = gradient[part].float()
-        m, v = first.read(state[FIRST], part), second.read(state[SECOND], part)
+        m, v = first.read(state[FIRST], part, one), second.read(state[SECOND], part, two)
         m.lerp_(g, 1 - beta1)
         v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-        first.write(state[FIRST], part, m, 2 * int(step))
-        second.write(state[SECOND], part, v, 2 * int(step) + 1)
+        first.write(state[FIRST], part, m, 2 * int(step), one)
+        second.write(state[SECOND], part, v, 2 * int(step) + 1, two)
         size = v.sqrt().div_(math.sqrt(1 - beta2**step)).add_(group["eps"])
         yield part, torch.div(m, size, out=size).div_(1 - beta1**step)
 
@@ -56,18 +57,18 @@ def encoded(key: str, value: Tensor, like: Tensor, group: Mapping[str, Any]) -> 
     if key not in (FIRST, SECOND) or value.shape != like.shape or not value.is_floating_point():
         return None
     store = stores(group["state"], like.numel(), group["least"])[key == SECOND]
-    made, values = store.empty(like), in_order(value.to(like.device), like)
+    made, values, tables = store.empty(like), in_order(value.to(like.device), like), store.tables(like.device)
     for part in portions(like.numel(), elements(like.device)):
         part_of = values[part].float()
-        store.read(made, part).copy_(part_of)
-        store.write(made, part, part_of, 0)
+        store.read(made, part, tables).copy_(part_of)  # in fp32 this is the storing
+        store.write(made, part, part_of, 0, tables)
     return made
 
 
 def decoded(key: str, stored: Tensor, like: Tensor, group: Mapping[str, Any]) -> Tensor:
     """A stored moment as fp32 values of the shape of `like`."""
     store = stores(group["state"], like.numel(), group["least"])[key == SECOND]
-    made = torch.empty_like(like, dtype=torch.float32)
+    made, tables = torch.empty_like(like, dtype=torch.float32), store.tables(like.device)
     for part in portions(like.numel(), elements(like.device)):
-        in_order(made, made)[part] = store.read(stored, part)
+        in_order(made, made)[part] = store.read(stored, part, tables)
     return made

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from memopt import optim
 from memopt.optim.photograph import photograph_optimizer
+from memopt.optim.stored import Tables, rounded
 from memopt.runtime.resident import distinct_bytes, resident_tensors
 from memopt.runtime.trace import record
 from memopt.timeline import peak
@@ -302,8 +303,6 @@ def test_a_damaged_or_foreign_checkpoint_changes_nothing(damage: str) -> None:
 
 
 def test_stochastic_rounding_is_unbiased_and_keeps_what_is_not_finite() -> None:
-    from memopt.optim.stored import rounded
-
     x = torch.full((1 << 16,), 1.0 + 0.3 * 2**-7)
     drawn = rounded(x, seed=5, start=0).double()
     assert set(drawn.tolist()) == {1.0, 1.0 + 2**-7}
@@ -354,3 +353,14 @@ def test_channels_last_and_bf16_parameters_are_updated_like_others() -> None:
     optimizer.step()
     assert narrow.dtype is torch.bfloat16
     assert {state["exp_avg"].dtype for state in optimizer.state.values()} == {torch.uint8}
+
+
+@pytest.mark.parametrize(("bits", "signed"), [(8, True), (8, False), (4, True), (4, False)])
+def test_codes_are_those_of_the_nearest_value(bits: int, signed: bool) -> None:
+    """Also on the edges between two values and a float beside them: the search by upper bits is torch's."""
+    tables = Tables.of(bits, signed, torch.device("cpu"))
+    edges = tables.edges[:-1]
+    beside = [torch.nextafter(edges, edges + way) for way in (1, -1)]
+    x = torch.cat([torch.randn(4096).clamp(-1, 1), 10 ** (-8 * torch.rand(4096)), edges, *beside, torch.zeros(1)])
+    x = x if signed else x.abs()
+    assert torch.equal(tables.codes(x).int(), torch.bucketize(x, edges, out_int32=True))
