@@ -238,7 +238,8 @@ class Refused:
         """Parameters updated in the backward, where that can be: a consent, as nobody may touch gradients then."""
         request = replace(self.request, update="backward")
         why_not = hindrance(self.found, request.optimizer, request.lowering, request.accumulate)
-        if self.request.update == "step" and not why_not and len(self.result.before.steps) <= MANY:
+        held = dict(self.result.binding.kinds).get("gradient") if self.result.binding else None
+        if self.request.update == "step" and held and not why_not and len(self.result.before.steps) <= MANY:
             yield self._way(self.spelling.update, "exact", self._plan(self.found, request))
 
     def _fewer_bits(self) -> Iterator[WayOut]:
