@@ -2,8 +2,8 @@
 
 Nothing is assumed about how an optimizer works. Its double (memopt/optim/rebuild.py) takes two steps over fake
 parameters: the first makes the state, the second is written down (memopt/optim/recorder.py). Left out: memory an
-operation takes and gives back inside itself (`Step.workspace` stays 0; memopt/runtime/opcost.py measures it), and state
-that an optimizer replaces rather than updates (it counts throughout, as state, beside its successor).
+operation takes and gives back inside itself beyond a few numbers (memopt/runtime/opcost.py measures it), and state that
+an optimizer replaces rather than updates (it counts throughout, as state, beside its successor).
 """
 
 from __future__ import annotations
