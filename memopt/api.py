@@ -17,6 +17,7 @@ from memopt.devices import device as known_device
 from memopt.dumps import check_environment
 from memopt.lowering import LOWERINGS
 from memopt.noise import LOSSY
+from memopt.optim.precision import STATES
 from memopt.passes import CLEANUPS, REWRITES, TRADES
 from memopt.passes.offload import OffloadDisk, OffloadHost
 from memopt.pipeline import Request, silent
@@ -29,6 +30,7 @@ from memopt.session import Session, attach
 from memopt.units import resolve_budget
 
 GRADIENTS = ("loss", "all")
+UPDATES = ("step", "backward")
 
 
 def compile(
@@ -48,6 +50,7 @@ def compile(
     disk_budget: int | str | None = None,
     disk_path: str | Path | None = None,
     max_grad_error: float = MAX_GRAD_ERROR,
+    update: str = "step",
 ) -> nn.Module:
     """Make the model's training step run within `budget` bytes, parameters, gradients and optimizer included.
 
@@ -59,10 +62,13 @@ def compile(
     the step; None assumes AdamW. numerics: "exact" permits only bit-identical levers and the eager lowering.
     lowering: "auto", "inductor" or "eager". accumulate: backwards per optimizer step. gradients: "loss" or "all"
     outputs carry gradients (memopt.outputs). plan_file: reuse a saved plan. allow: lossy levers that may be used, by
-    name. max_grad_error: how far off they may put the gradient together, ||g' - g|| / ||g||, estimated on the first
-    batch. host_budget: what saved activations of a step on a GPU may take of the host's memory, written as `budget` is.
+    name: of activations, or how AdamW's moments are stored ("adamw_bf16", "adamw8bit", "adamw4bit"). max_grad_error:
+    how far off those of activations may put the gradient together, ||g' - g|| / ||g||, estimated on the first batch.
+    host_budget: what saved activations of a step on a GPU may take of the host's memory, written as `budget` is.
     disk_budget: what they may take on disk, of the space free in disk_path (the system's folder for temporary files if
-    left out).
+    left out). update: "backward" lets the backward update parameters where the budget needs it, each as soon as its
+    gradient is final: the same bits, but `.grad` is None when `backward()` returns, so nothing may clip, accumulate,
+    scale or read gradients before `optimizer.step()`, which then does what remains.
 
     Raises ValueError for an option it does not know, CaptureError, and BudgetError (with the floor and ways out) before
     anything is allocated; then the model is as it was.
@@ -72,7 +78,7 @@ def compile(
     _check_optimizer(model, optimizer)
     request = make_request(
         device_of(model), budget, optimizer, allow, numerics, lowering, passes, accumulate, type(model).__name__,
-        host_budget, disk_budget, disk_path, max_grad_error,
+        host_budget, disk_budget, disk_path, max_grad_error, update,
     )  # fmt: skip
     session = Session(model, request, _known("gradients", gradients, GRADIENTS), _plan_file(plan_file))
     if example_inputs is not None:
@@ -98,6 +104,7 @@ def plan(
     disk_budget: int | str | None = None,
     disk_path: str | Path | None = None,
     max_grad_error: float = MAX_GRAD_ERROR,
+    update: str = "step",
 ) -> PlanResult:
     """The plan for one training step, under fake tensors: nothing is allocated, nothing is compiled.
 
@@ -111,7 +118,7 @@ def plan(
     target = known_device(device) if device else device_of(model)
     request = make_request(
         target, budget, optimizer, allow, numerics, lowering, passes, accumulate, type(model).__name__,
-        host_budget, disk_budget, disk_path, max_grad_error,
+        host_budget, disk_budget, disk_path, max_grad_error, update,
     )  # fmt: skip
     known = _known("gradients", gradients, GRADIENTS)
     session = Session(model, request, known, _plan_file(plan_file), silent, measure=False)
@@ -132,11 +139,13 @@ def make_request(
     disk_budget: int | str | None = None,
     disk_path: str | Path | None = None,
     max_grad_error: float = MAX_GRAD_ERROR,
+    update: str = "step",
 ) -> Request:
     """Check every option and resolve it. ValueError in one sentence with what is known."""
     check_environment()
     _known("numerics", numerics, ("exact", "reordered"))
-    allowed = frozenset(_known("allow", name, LOSSY) for name in ([allow] if isinstance(allow, str) else allow))
+    levers = (*LOSSY, *STATES)
+    allowed = frozenset(_known("allow", name, levers) for name in ([allow] if isinstance(allow, str) else allow))
     if allowed and numerics == "exact":
         raise ValueError(
             f'numerics="exact" and allow={min(allowed)!r} contradict each other: what allow names is lossy'
@@ -157,6 +166,8 @@ def make_request(
         host=on_host,
         disk=on_disk,
         max_grad_error=_share("max_grad_error", max_grad_error),
+        update=_known("update", update, UPDATES),
+        states=tuple(name for name in STATES if name in allowed),
     )
 
 

@@ -18,15 +18,16 @@ def whole_step(parts: Sequence[Part], optimizer: OptimizerPhase, accumulated: bo
     """One StepGraph of the step.
 
     parts: in the order their forwards run. optimizer: its steps read parameters by name and gradients as
-    `grad:<name>`. accumulated: the gradients of earlier micro-batches are alive from the start, and this one's are
-    added to them after the backward.
+    `grad:<name>`; those of its early parameters stand in the backward, and their gradients end there. accumulated: the
+    gradients of earlier micro-batches are alive from the start, and this one's are added to them after the backward.
     """
     step = _joined(parts)
     own = {f"grad:{name}": made for name, made in step.gradients().items()}
     tensors, storages = {**optimizer.tensors, **step.tensors}, {**optimizer.storages, **step.storages}
     inputs = {**step.inputs, **dict.fromkeys(name for name in optimizer.given if name not in own)}
-    outputs = dict.fromkeys([*step.outputs, *own.values(), *optimizer.outputs])
-    steps = step.steps
+    kept = (made for name, made in own.items() if name.removeprefix("grad:") not in optimizer.early)
+    outputs = dict.fromkeys([*step.outputs, *kept, *optimizer.outputs])
+    steps = updated(step.steps, tensors, own, optimizer.early)
     if seeds := tuple(name for name in step.seeds if loss_like(tensors[name])):
         steps.append(Step(LET_GO, LET_GO, "backward", seeds, (), pure=False))
     if accumulated:
@@ -36,6 +37,30 @@ def whole_step(parts: Sequence[Part], optimizer: OptimizerPhase, accumulated: bo
         own = {}
     steps += [_renamed(step, own) for step in optimizer.steps]
     return verify(StepGraph(tuple(inputs), tuple(steps), tuple(outputs), tensors, storages))
+
+
+def updated(
+    steps: Sequence[Step],
+    tensors: Mapping[str, TensorInfo],
+    own: Mapping[str, str],
+    early: Mapping[str, tuple[Step, ...]],
+) -> list[Step]:
+    """The steps, each early parameter's update behind the last one that touches it or its gradient, which the update
+    holds to its end. own: `grad:<parameter>` -> tensor."""
+    last = last_uses(steps, tensors) if early else {}
+    behind: dict[int, list[Step]] = {}
+    for name, update in early.items():
+        gradient = own[f"grad:{name}"]
+        at = max(last.get(tensors[name].storage, -1), last[tensors[gradient].storage])
+        moved = [replace(_renamed(step, own), phase="backward") for step in update]
+        moved[-1] = replace(moved[-1], reads=tuple(dict.fromkeys((*moved[-1].reads, gradient))))
+        behind.setdefault(at, []).extend(moved)
+    return [one for at, step in enumerate(steps) for one in (step, *behind.get(at, ()))]
+
+
+def last_uses(steps: Iterable[Step], tensors: Mapping[str, TensorInfo]) -> dict[str, int]:
+    """Storage -> position of the last step that touches it."""
+    return {tensors[name].storage: at for at, step in enumerate(steps) for name in (*step.reads, *step.writes)}
 
 
 def _joined(parts: Sequence[Part]) -> Joiner:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from memopt.early import Updates, with_updates
 from memopt.facts import hint
 from memopt.forward import Found, rewritten
 from memopt.later import made_later
@@ -40,13 +41,14 @@ def lower(
     exact: bool = True,
     rewrites: Sequence[type[Rewrite]] = (),
     found: Callable[[Found], None] = lambda found: None,
+    updates: Callable[[Program], Updates] = lambda program: {},
 ) -> Callable[..., Any]:
     """A callable for Dynamo that runs the graph with its joint program transformed.
 
     names: id(tensor) -> the user's name of that parameter or buffer. dry: the graph will run on fake tensors only, to
     find what comes after it; nothing is generated or compiled. loss_only, seen: see `memopt.outputs`. exact: in the
     eager lowering, round as untraced torch does (`memopt.recurrent`). rewrites: of the forward; found: is told
-    what they found.
+    what they found. updates: what the backward of this program is to update (memopt/early.py).
     """
     as_untraced(module, fused=exact and lowering == "eager")
     detached = detach_beside_loss(module) if loss_only else None
@@ -58,7 +60,10 @@ def lower(
     def partition(joint: fx.GraphModule, _: Any, *, num_fwd_outputs: int, **__: Any) -> tuple[Any, Any]:
         program = _program(joint, num_fwd_outputs, described)
         planned = transform(program)
-        return split(program if dry else planned)
+        forward, backward = split(program if dry else planned)
+        if not dry and (wanted := updates(planned)):
+            with_updates(planned, backward, wanted)
+        return forward, backward
 
     def untrained(graph: fx.GraphModule) -> fx.GraphModule:
         """A graph without a backward: part of the step all the same."""

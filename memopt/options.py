@@ -16,6 +16,7 @@ from memopt.plans import MAX_GRAD_ERROR
 Dtype = Literal["fp32", "bf16", "fp16", "amp-bf16"]
 Numerics = Literal["exact", "reordered"]
 Lowering = Literal["auto", "inductor", "eager"]
+Update = Literal["step", "backward"]
 
 BUDGET = 'Bytes the whole step may take: "24GB", "24GiB", "80%", "-2GiB" (left free) or "auto".'
 MODEL = "A preset (`memopt models`), a Hugging Face config.json, or file.py:factory."
@@ -54,6 +55,7 @@ class PlanOptions(Output):
     disk_path: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where offloads lie; the system's temporary folder if left out.")
     ] = None
+    update: Annotated[Update, typer.Option(help="backward: parameters may be updated there.")] = "step"
     lowering: Annotated[Lowering, typer.Option(help="What runs the planned graph.")] = "auto"
     plan: Annotated[Path | None, typer.Option(metavar="FILE", help="Reuse a saved plan instead of solving.")] = None
     formula: Annotated[
@@ -69,7 +71,7 @@ class PlanOptions(Output):
     def workload_options(self, budget: str) -> dict[str, Any]:
         """Keyword arguments of the engine's doors, all but the plan file and progress."""
         same = ("batch", "seq", "dtype", "device", "optimizer", "accumulate", "numerics", "passes")
-        more = ("host_budget", "disk_budget", "disk_path", "max_grad_error", "lowering")
+        more = ("host_budget", "disk_budget", "disk_path", "max_grad_error", "update", "lowering")
         allow = tuple(name.strip() for name in self.allow.split(",") if name.strip())
         formula = not self.as_json if self.formula is None else self.formula
         return {name: getattr(self, name) for name in (*same, *more)} | {

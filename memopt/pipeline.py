@@ -6,42 +6,43 @@ Order and duties (timing, verification, dumps) live here; passes, trades and sol
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import sqrt
 
 import torch
 
 from memopt.applied import apply_plan
-from memopt.capture import Capture, Survey
+from memopt.capture import Survey
 from memopt.compose import whole_step, with_inputs, with_workspaces, without_outputs
 from memopt.cost import CostModel, Measured, Roofline
 from memopt.devices import Device
 from memopt.dumps import CAPTURED, count, dump_program, passed
+from memopt.early import overtaken
 from memopt.edit import DISK, GRADIENT, HOST, Remake, edit
-from memopt.errors import Binding, PlanFileError
-from memopt.facts import storage_bytes
 from memopt.fences import fenced
 from memopt.fusion import Fences, Fused, expanded, fused, fused_seconds, unfused
-from memopt.graph import StepGraph, Storage, TensorInfo
+from memopt.graph import StepGraph
 from memopt.joints import Part
 from memopt.noise import Noise
-from memopt.optim.photograph import OptimizerPhase, photograph_optimizer
+from memopt.optim.photograph import WHOLE, OptimizerPhase
+from memopt.optim.portions import Update
+from memopt.optim.precision import obstacle
 from memopt.passbase import Rewrite, Trade
 from memopt.passes import CLEANUPS, TRADES
-from memopt.passes.few_bit import ApproxBP, FewBit
 from memopt.passes.offload import OffloadDisk, OffloadHost
-from memopt.planfile import PlanFile, check_identity
-from memopt.plans import MAX_GRAD_ERROR, REUSED, Plan, Problem, Status, simulated
+from memopt.planfile import PlanFile
+from memopt.plans import MAX_GRAD_ERROR, Plan, Problem, Status
 from memopt.prices import Meter, priced, unmeasured
 from memopt.program import Program
-from memopt.report import SCHEMA, PlanResult
-from memopt.rewrites import left_alone, permitted, rewritten_levers
-from memopt.seams import parts_of, runs_untraced
+from memopt.remarks import binding, priced_by, remarks
+from memopt.report import PlanResult
+from memopt.reused import identity, reused
+from memopt.rewrites import permitted, rewritten_levers
+from memopt.seams import parts_of
 from memopt.solvers import solve
-from memopt.timeline import at_peak, by_kind, peak
-from memopt.units import format_size
+from memopt.timeline import peak
+from memopt.trained import affordable, candidates, hindrance, libraries, unread, update_phase
 
 Progress = Callable[[str, float | None], None]
 UNMEASURED = Noise()
@@ -66,7 +67,8 @@ class Request:
 
     accumulate: forwards and backwards per update. lowering: "eager" or "inductor", never "auto" here. host, disk: bytes
     that offloads may take there, and the codec of the pool they go to. max_grad_error: relative, of lossy levers
-    together.
+    together. update: "backward" if parameters may be updated there, where the budget needs it. states: names of ways to
+    store AdamW's moments in fewer bits that may be used (memopt/optim/precision.py), in the order to try them.
     """
 
     budget: int
@@ -82,6 +84,8 @@ class Request:
     host: tuple[int, str] = (0, "")
     disk: tuple[int, str] = (0, "")
     max_grad_error: float = MAX_GRAD_ERROR
+    update: str = "step"
+    states: tuple[str, ...] = ()
 
     @property
     def limits(self) -> dict[str, float]:
@@ -109,7 +113,7 @@ class Planned:
 
     signatures, names: of the programs of the step's runs, in order (`Program.names`).
     lowered_released: as `PlanResult.lowered`, when the caller lets go of the outputs beside the loss. fences: how far
-    the compiler is held to the plan's kernels.
+    the compiler is held to the plan's kernels. update: how the optimizer is to step.
     """
 
     result: PlanResult
@@ -119,6 +123,7 @@ class Planned:
     names: tuple[Mapping[str, str], ...]
     lowered_released: Mapping[str, int] = field(default_factory=dict)
     fences: Fences = Fences.FREE
+    update: Update = WHOLE
 
     @cached_property
     def released(self) -> PlanResult:
@@ -128,6 +133,10 @@ class Planned:
         lowered = self.lowered_released
         plan = replace(self.result.plan, peak=max(lowered.values(), default=peak(after, self.result.block)))
         return replace(self.result, before=before, after=after, plain=plain, plan=plan, lowered=lowered)
+
+    def noted(self, note: str) -> Planned:
+        """The plan with one more thing to say."""
+        return replace(self, result=replace(self.result, notes=(*self.result.notes, note)))
 
     def missing(self, missed: int) -> Planned:
         """The plan when real steps were seen to take `missed` bytes more than predicted: added to every phase."""
@@ -213,20 +222,94 @@ def make_plan(
     plan_file: reuse its decisions instead of solving; PlanFileError if it was made for another step. noise: of lossy
     levers, as far as it was measured.
     """
-    started = time.perf_counter()
-    phase = optimizer_phase(survey, request)
-    parts = parts_of(survey)
-    whole = step_graph(survey, parts, request, phase, costs)
+    make = _Maker(survey, request, costs, capture_seconds, progress, plan_file, noise)
+    planned = make.exact()
+    if planned.result.infeasible and request.states:
+        return make.lossy(planned)
+    return planned
+
+
+@dataclass
+class _Maker:
+    """What plans of one step, updated in different ways, have in common."""
+
+    survey: Survey
+    request: Request
+    costs: Costs
+    capture_seconds: float
+    progress: Progress
+    plan_file: PlanFile | None
+    noise: Noise
+
+    def __post_init__(self) -> None:
+        self.started = time.perf_counter()
+        self.parts = parts_of(self.survey)
+
+    def step(self, update: Update) -> tuple[OptimizerPhase, StepGraph]:
+        phase = optimizer_phase(self.survey, self.request, update)
+        return phase, step_graph(self.survey, self.parts, self.request, phase, self.costs)
+
+    def exact(self) -> Planned:
+        """The plan with the optimizer's own arithmetic: at once, in portions, or by consent in backward."""
+        phase, whole = self.step(WHOLE)
+        request, device = self.request, self.request.device
+        portion = affordable(whole, self.survey, request.optimizer, device.kind, request.budget, device.allocator_block)
+        planned = _planned(self, WHOLE, phase, whole) if portion is None else self.planned(Update(portion))
+        backward = planned.result.infeasible and request.update == "backward"
+        return self.in_backward(planned) if backward else planned
+
+    def lossy(self, refused: Planned) -> Planned:
+        """The first plan that fits with moments in fewer bits, of the ways allowed; else the one that takes least."""
+        if why := obstacle(self.request.optimizer):
+            return refused.noted(f"the optimizer's moments cannot be stored in fewer bits: {why}")
+        least = refused
+        for state in self.request.states:
+            planned = self.planned(Update(state=state))
+            if planned.result.infeasible and self.request.update == "backward":
+                planned = self.in_backward(planned)
+            least = min(least, planned, key=lambda one: one.result.plan.peak)
+            if not planned.result.infeasible:
+                return planned
+        return least
+
+    def in_backward(self, refused: Planned) -> Planned:
+        """The plan with parameters updated in the backward: all that can be, but for those that a plan reads again
+        after their update."""
+        request, optimizer = self.request, self.request.optimizer
+        if why := hindrance(self.survey, optimizer, request.lowering, request.accumulate):
+            return refused.noted(f"parameters cannot be updated in the backward: {why}")
+        assert optimizer is not None
+        early = candidates(self.survey, self.parts[0], optimizer)
+        while early:
+            planned = self.planned(Update(self.portion_of_the_rest(refused, early), early, refused.update.state))
+            late = overtaken(planned.result.after, early)
+            if not late:
+                return planned
+            early -= late
+        return refused
+
+    def portion_of_the_rest(self, refused: Planned, early: frozenset[str]) -> int | None:
+        """In what portions the others are updated, if there are any."""
+        others = any(sent.target.startswith("grad:") for sent in self.parts[0].sent if sent.target[5:] not in early)
+        return refused.update.portion if others else None
+
+    def planned(self, update: Update) -> Planned:
+        """The plan of the step that is updated so."""
+        return _planned(self, update, *self.step(update))
+
+
+def _planned(make: _Maker, update: Update, phase: OptimizerPhase, whole: StepGraph) -> Planned:
+    survey, request, costs, plan_file = make.survey, make.request, make.costs, make.plan_file
     contracted, seconds = _contracted(whole, request, costs)
     graph = contracted.graph
     remakes, brought = priced(graph, _proposals(graph, seconds, request), _cost_model(request, costs), costs.meter)
     seconds |= brought
     problem = Problem(graph, (), request.budget, seconds, request.device.allocator_block, request.limits)
-    offers = noise.of(remakes, whole)
+    offers = make.noise.of(remakes, whole)
     problem = replace(problem, remakes=tuple(r for r in offers if plan_file or problem.allows((r,))))
-    plan = _reused(problem, plan_file, survey) if plan_file else _solved(problem, request, progress)
+    plan = reused(problem, plan_file, survey) if plan_file else _solved(problem, request, make.progress)
     after = edit(graph, plan.chosen)
-    plain, plain_seconds = _as_written(survey, request, phase, costs)
+    plain, plain_seconds = _as_written(survey, request, update, costs)
     result = PlanResult(
         model=request.model,
         device=request.device.name,
@@ -237,10 +320,13 @@ def make_plan(
         plan=plan,
         seconds=seconds,
         breaks=len(survey.captures) - 1,
-        timings={"capture": capture_seconds, "plan": time.perf_counter() - started, "lower": 0.0},
+        timings={"capture": make.capture_seconds, "plan": time.perf_counter() - make.started, "lower": 0.0},
         binding=binding(after, request.device.allocator_block) if plan.status is Status.INFEASIBLE else None,
         classes={trade.name: trade.numerics.value for trade in TRADES},
-        notes=(*_notes(survey, parts, phase, request), _priced(whole, costs, request.device)),
+        notes=(
+            *remarks(survey, make.parts, phase, request.lowering, request.off, update),
+            priced_by(whole, costs.seconds.keys(), request.device),
+        ),
         rewrites=rewritten_levers(survey),
         plain=plain,
         plain_seconds=plain_seconds,
@@ -248,7 +334,8 @@ def make_plan(
         max_grad_error=request.max_grad_error,
     )
     signatures = tuple(capture.signature for capture in survey.captures)
-    return Planned(result, problem, contracted, signatures, tuple(c.program.names for c in survey.captures))
+    names = tuple(c.program.names for c in survey.captures)
+    return Planned(result, problem, contracted, signatures, names, update=update)
 
 
 def _solved(problem: Problem, request: Request, progress: Progress) -> Plan:
@@ -256,45 +343,22 @@ def _solved(problem: Problem, request: Request, progress: Progress) -> Plan:
     return solve(problem, time_limit=request.time_limit)
 
 
-def _reused(problem: Problem, plan_file: PlanFile, survey: Survey) -> Plan:
-    check_identity(plan_file, identity(survey))
-    plan = simulated(problem, plan_file.chosen(problem.graph, problem.remakes), REUSED)
-    exceeded = problem.exceeded(plan.chosen)
-    if GRADIENT in exceeded:
-        raise PlanFileError(
-            f"the plan's lossy levers put the gradient off by {plan.grad_error:.2g} of its length, more than "
-            f"max_grad_error={sqrt(problem.limits[GRADIENT]):.2g} allows; raise it, or plan anew"
-        )
-    for resource, where in ((HOST, "in host memory"), (DISK, "on disk")):
-        if resource in exceeded:
-            raise PlanFileError(
-                f"the plan keeps {format_size(int(exceeded[resource]))} {where}, more than the {resource}_budget of "
-                f"{format_size(int(problem.limits[resource]))}; raise it, or plan anew"
-            )
-    return plan
-
-
-def identity(survey: Survey) -> dict[str, str]:
-    """What a plan file is checked against."""
-    graphs = "-".join(capture.signature for capture in survey.captures)
-    return {"graph": graphs, "torch": torch.__version__, "schema": str(SCHEMA)}
-
-
 def step_graph(
     survey: Survey, parts: Sequence[Part], request: Request, phase: OptimizerPhase, costs: Costs
 ) -> StepGraph:
     """The photograph of the whole step: the captured programs, the optimizer, and what no program reads."""
     graph = whole_step(parts, phase, request.accumulate > 1)
-    return with_workspaces(with_inputs(graph, [*_unread(survey), *_libraries(costs)]), costs.workspaces)
+    return with_workspaces(with_inputs(graph, [*unread(survey), *libraries(costs.libraries)]), costs.workspaces)
 
 
 def _as_written(
-    survey: Survey, request: Request, phase: OptimizerPhase, costs: Costs
+    survey: Survey, request: Request, update: Update, costs: Costs
 ) -> tuple[StepGraph | None, Mapping[str, float]]:
-    """The step as the user wrote it, and its seconds; None where no rewrite changed it."""
-    plain = survey.plain
+    """The step as the user wrote it, and its seconds; None where neither its forward nor its update is another one."""
+    plain = survey.plain or (None if update == WHOLE else survey)
     if plain is None:
         return None, {}
+    phase = optimizer_phase(plain, request)
     contracted, seconds = _contracted(step_graph(plain, parts_of(plain), request, phase, costs), request, costs)
     return contracted.graph, seconds
 
@@ -305,44 +369,11 @@ def _contracted(whole: StepGraph, request: Request, costs: Costs) -> tuple[Fused
     return made, fused_seconds(made, _seconds(whole, _cost_model(request, costs)))
 
 
-def optimizer_phase(survey: Survey, request: Request) -> OptimizerPhase:
+def optimizer_phase(survey: Survey, request: Request, update: Update = WHOLE) -> OptimizerPhase:
     """The optimizer's steps over the parameters that get a gradient."""
     if not request.has_optimizer:
         return OptimizerPhase((), {}, {}, (), ())
-    trained = _trained(survey.captures)
-    params = [(name, p) for name, p in survey.model.named_parameters() if name in trained]
-    foreach = True if request.device.kind == "cuda" else None
-    return photograph_optimizer(params, request.optimizer, foreach=foreach)
-
-
-def _trained(captures: Sequence[Capture]) -> set[str]:
-    """Names of the parameters that get a gradient."""
-    found: set[str] = set()
-    for program in (capture.program for capture in captures):
-        holders = [n for n in program.graph.find_nodes(op="placeholder") if program.kinds.get(n.name) != "tangent"]
-        for holder, gradient in zip(holders, program.outputs[1], strict=False):
-            if gradient is not None and program.kinds.get(holder.name) == "parameter":
-                found.add(program.name(holder))
-    return found
-
-
-def _unread(survey: Survey) -> Iterable[tuple[TensorInfo, Storage]]:
-    """Parameters and buffers by name; those a program reads are declared already and skipped by `with_inputs`."""
-    seen: set[int] = set()
-    for kind, named in (("parameter", survey.model.named_parameters()), ("buffer", survey.model.named_buffers())):
-        for name, tensor in named:
-            key = tensor.untyped_storage()._cdata
-            if key not in seen and tensor.device.type != "meta":
-                dtype = str(tensor.dtype).removeprefix("torch.")
-                yield TensorInfo(name, tuple(tensor.shape), dtype, name), Storage(name, storage_bytes(tensor), kind)
-            seen.add(key)
-
-
-def _libraries(costs: Costs) -> Iterable[tuple[TensorInfo, Storage]]:
-    """What libraries hold throughout, as one more buffer."""
-    if costs.libraries:
-        name = "workspaces of libraries"
-        yield TensorInfo(name, (costs.libraries,), "uint8", name), Storage(name, costs.libraries, "buffer")
+    return update_phase(survey, request.optimizer, request.device.kind, update)
 
 
 def _cost_model(request: Request, costs: Costs) -> CostModel:
@@ -361,40 +392,6 @@ def _proposals(graph: StepGraph, seconds: Mapping[str, float], request: Request)
     }
     offered = [placed.get(trade) or trade() for trade in TRADES if trade.name not in request.off]
     return tuple(remake for trade in offered for remake in trade.propose(graph, seconds))
-
-
-def binding(graph: StepGraph, block: int) -> Binding:
-    """The step that sets the peak of this graph, with its bytes by kind."""
-    snapshot = at_peak(graph, block)
-    step = graph.steps[snapshot.position]
-    return Binding(step.name, step.op, step.source, snapshot.bytes, tuple(by_kind(graph, snapshot).items()))
-
-
-def _notes(survey: Survey, parts: Sequence[Part], phase: OptimizerPhase, request: Request) -> tuple[str, ...]:
-    notes = [*survey.notes, *left_alone(survey), *([phase.assumed] if phase.assumed else [])]
-    if request.lowering == "inductor":
-        slopes = (trade.name for trade in (FewBit, ApproxBP) if trade.name not in request.off)
-        why = 'under Inductor, which takes nonlinearities apart: lowering="eager"'
-        notes += [f"{name} finds nothing {why}" for name in slopes]
-    if len(survey.captures) > 1:
-        notes.append(f"the model breaks into {len(survey.captures)} graphs; one budget is shared among them")
-    if runs_untraced(parts):
-        notes.append(
-            "between its graphs the model runs untraced operations; what they hold by themselves is not planned"
-        )
-    return tuple(notes)
-
-
-def _priced(graph: StepGraph, costs: Costs, device: Device) -> str:
-    """Where seconds and workspaces come from: the same step priced otherwise may get another plan."""
-    keys = {step.key for step in graph.steps if step.key and graph.created(step) and step.phase != "optimizer"}
-    known = len(keys & costs.seconds.keys())
-    if known == len(keys):
-        return "seconds and workspaces of operations: measured on this device"
-    return (
-        f"seconds of operations: {known} of {len(keys)} kinds measured on this device, the others by the roofline of "
-        f"{device.name}; what those take inside themselves (workspaces) is not counted"
-    )
 
 
 def silent(stage: str, fraction: float | None) -> None:

@@ -14,6 +14,7 @@ from memopt.capture import Survey
 from memopt.edit import taken
 from memopt.errors import BudgetError, MemoptError, WayOut
 from memopt.noise import LOSSY, Noise
+from memopt.optim.precision import obstacle
 from memopt.passbase import Numerics
 from memopt.passes import TRADES
 from memopt.passes.offload import Offload, OffloadDisk, OffloadHost
@@ -23,6 +24,7 @@ from memopt.report import PlanResult
 from memopt.runtime import disk, host
 from memopt.smaller import Call, Tried, cut, largest_fitting, shared_size, sizes_below
 from memopt.timeline import at_peak, by_kind, lasting
+from memopt.trained import hindrance
 from memopt.units import DECIMAL, format_seconds, format_size
 
 ORDER = {"exact": 0, "reordered": 1, "lossy": 2}
@@ -73,6 +75,7 @@ def round_off(error: float) -> float:
     return math.ceil(error * scale) / scale
 
 
+EIGHT = "adamw8bit"  # the way to store moments that is tried where none was allowed
 ANY = 1 << 62  # bytes of a disk as large as one likes
 MANY = 5_000  # steps above which no lossy lever that nobody named is tried, nor another lowering: minutes for 80 layers
 
@@ -91,6 +94,7 @@ class Spelling:
     disk: str = 'disk_budget="{}"'
     numerics: str = 'numerics="reordered", lowering="eager"'
     lowering: str = 'lowering="eager"'
+    update: str = 'update="backward"'
     on: str = 'passes without "-{}"'
     anew: str = "a plan made anew, without plan_file"
 
@@ -106,6 +110,7 @@ COMMAND_LINE = Spelling(
     disk="--disk-budget {}",
     numerics="--numerics reordered --lowering eager",
     lowering="--lowering eager",
+    update="--update backward",
     on="--passes without -{}",
     anew="a plan made anew, without --plan",
 )
@@ -151,6 +156,8 @@ class Refused:
         yield from self._disk()
         yield from self._numerics()
         yield from self._lowering()
+        yield from self._in_backward()
+        yield from self._fewer_bits()
         yield from self._optimizers()
         yield from self._smaller()
 
@@ -226,6 +233,20 @@ class Refused:
             return  # what cannot be captured so is no way out, and the refusal stands
         plan = self._plan(found, replace(self.request, lowering="eager"))
         yield self._way(self.spelling.lowering, "reordered", plan)
+
+    def _in_backward(self) -> Iterator[WayOut]:
+        """Parameters updated in the backward, where that can be: a consent, as nobody may touch gradients then."""
+        request = replace(self.request, update="backward")
+        why_not = hindrance(self.found, request.optimizer, request.lowering, request.accumulate)
+        held = dict(self.result.binding.kinds).get("gradient") if self.result.binding else None
+        if self.request.update == "step" and held and not why_not and len(self.result.before.steps) <= MANY:
+            yield self._way(self.spelling.update, "exact", self._plan(self.found, request))
+
+    def _fewer_bits(self) -> Iterator[WayOut]:
+        """AdamW's moments in 8 bits."""
+        if EIGHT not in self.request.states and not obstacle(self.request.optimizer):
+            request = replace(self.request, states=(EIGHT,))
+            yield self._way(self.spelling.allow.format(EIGHT), "lossy", self._plan(self.found, request))
 
     def _optimizers(self) -> Iterator[WayOut]:
         """One without state, if this one has some."""

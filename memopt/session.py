@@ -17,11 +17,13 @@ from torch.utils._pytree import tree_flatten
 from memopt.accuracy import Accuracy
 from memopt.capture import Capture, Survey, entry, survey, tensor_names
 from memopt.dumps import PLANNED, dump_program, plan_made
+from memopt.early import Updates, anchors
 from memopt.errors import BudgetError, MemoptError
 from memopt.frames import dynamo_set
 from memopt.hosts import as_in_eager, without_full_mask
 from memopt.lowering import Transform, lower, signature
 from memopt.noise import LOSSY, Noise
+from memopt.optim.stepper import Stepper
 from memopt.pipeline import (
     Costs,
     Planned,
@@ -85,6 +87,7 @@ class Session:
 
     def __post_init__(self) -> None:
         self.watch = StepWatch(self.resident, self.request.device.kind)
+        self.stepper = Stepper(self.request.optimizer) if self.request.optimizer is not None else None
 
     @property
     def latest(self) -> Planned | None:
@@ -165,6 +168,8 @@ class Session:
         self.watch.end()
         anew = self.exceeded() and self.replanned(args, kwargs)
         planned = self.plan_for(args, kwargs)
+        if self.stepper is not None:
+            self.stepper.follow(planned.update)
         self.inputs = (args, kwargs)
         self.watch.begin(self.current, planned.result.plan.peak)
         self.inputs = ()
@@ -216,7 +221,9 @@ class Session:
         started = time.perf_counter()
         spare = fx.GraphModule(module, copied(module.graph))
         mine: list[tuple[Planned, str]] = []
-        run = self.lowered(module, inputs, lambda program: self.transform(program, key, mine))
+        run = self.lowered(
+            module, inputs, lambda program: self.transform(program, key, mine), lambda _: self.early(mine)
+        )
         if mine and len(mine[0][0].places(mine[0][1])) > 1:
             run = self.dispatched(run, spare, inputs, *mine[0])
         if self.latest is not None:
@@ -224,13 +231,27 @@ class Session:
             self.plans[self.current] = replace(self.latest, result=replace(self.latest.result, timings=timings))
         return run
 
-    def lowered(self, module: fx.GraphModule, inputs: Sequence[Any], transform: Transform) -> Callable[..., Any]:
+    def lowered(
+        self,
+        module: fx.GraphModule,
+        inputs: Sequence[Any],
+        transform: Transform,
+        updates: Callable[[Program], Updates] = lambda program: {},
+    ) -> Callable[..., Any]:
         loss_only = self.gradients == "loss" and all(found.loss_only for found in self.surveys.values())
         names, request = tensor_names(self.model), self.request
         return lower(
             module, inputs, names, transform, request.lowering, False, loss_only, self.seen, request.exact,
-            request.rewrites,
+            request.rewrites, updates=updates,
         )  # fmt: skip
+
+    def early(self, mine: Sequence[tuple[Planned, str]]) -> Updates:
+        """What the backward of the graph is to update by its plan, and how."""
+        if not mine or self.stepper is None:
+            return {}
+        planned, params = mine[0][0], dict(self.model.named_parameters())
+        placed = anchors(planned.result.after, planned.update.in_backward)
+        return {name: (step, self.stepper.consumer(name, params[name])) for name, step in placed.items()}
 
     def dispatched(
         self, first: Callable[..., Any], spare: fx.GraphModule, inputs: Sequence[Any], planned: Planned, mark: str

@@ -15,7 +15,8 @@ from memopt.errors import CaptureError
 from memopt.formula import BOTH_OR_ONE, Axes, Formula, Point, find_formula
 from memopt.fusion import fused
 from memopt.graph import StepGraph
-from memopt.optim.photograph import OptimizerPhase
+from memopt.optim.photograph import WHOLE, OptimizerPhase
+from memopt.optim.portions import Update
 from memopt.passes import TRADES
 from memopt.pipeline import Planned, make_plan, optimizer_phase, prepare, step_graph
 from memopt.seams import parts_of
@@ -43,15 +44,17 @@ class Elsewhere:
     """The session's step at other sizes. inputs: (batch, sequence) -> keyword inputs, fake, in the model's mode.
 
     first: the survey the plan was made of; the optimizer's phase does not depend on sizes and is taken from it.
+    update: how the plan has the optimizer step.
     """
 
     session: Session
     inputs: Callable[[int, int], Mapping[str, Any]]
     first: Survey
+    update: Update = WHOLE
 
     @cached_property
     def phase(self) -> OptimizerPhase:
-        return optimizer_phase(self.first, self.session.request)
+        return optimizer_phase(self.first, self.session.request, self.update)
 
     def photograph(self, batch: int, seq: int) -> StepGraph | None:
         """The unplanned step at these sizes; None, logged, if the model cannot be captured there."""
@@ -70,6 +73,8 @@ class Elsewhere:
 
         A plan for a batch of 1, whose program is special, is carried over to a batch of 2 where it varies.
         """
+        if planned.update != self.update:
+            return replace(self, update=planned.update).formula(planned, base, vary)
         graph, chosen, block = planned.problem.graph, planned.result.plan.chosen, planned.result.block
         if not base[0]:
             return None  # the workload fixed its inputs

@@ -129,7 +129,10 @@ def _totals(result: PlanResult) -> Table:
     if not result.infeasible:
         after = _figures(result.peak, phase_peaks(result.after, result.block), result.step_seconds)
         columns["planned>"] = {name: _figure(name, value) for name, value in after.items()}
-        columns["change>"] = {name: percent(after.get(name, 0) - old, old, "+") for name, old in before.items()}
+        both = {
+            name: old for name, old in before.items() if name in after
+        }  # a plan may have no step of its own to update
+        columns["change>"] = {name: percent(after[name] - old, old, "+") for name, old in both.items()}
     if found := result.measured:
         figures = _figures(found.peak_bytes, found.phases, found.seconds)
         columns["measured>"] = {name: _figure(name, value) for name, value in figures.items()}

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from memopt import optim
 from memopt.api import make_request
 from memopt.blame import told
 from memopt.capture import FROZEN
@@ -39,6 +40,14 @@ OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd-momentum": lambda params: torch.optim.SGD(params, lr=1e-3, momentum=0.9),
     "adafactor": torch.optim.Adafactor,
     "rmsprop": torch.optim.RMSprop,
+    "adamw-bf16": optim.AdamWBf16,
+    "adamw8bit": optim.AdamW8bit,
+    "adamw4bit": optim.AdamW4bit,
+    "galore": lambda params: optim.GaLore(params, rank=128),
+    "galore8bit": lambda params: optim.GaLore8bit(params, rank=128),
+    "apollo": lambda params: optim.Apollo(params, rank=256),
+    "apollo-mini": lambda params: optim.ApolloMini(params, rank=1),
+    "frugal": optim.Frugal,
 }
 
 
@@ -144,6 +153,7 @@ class Asked:
     disk_budget: str | None = None
     disk_path: str | Path | None = None
     max_grad_error: float = MAX_GRAD_ERROR
+    update: str = "step"
 
     def session(self, bench: Bench, model: LossModel, measure: bool = False) -> Session:
         """The session of this call. measure: price operations by running them, for a step that will run here."""
@@ -151,7 +161,7 @@ class Asked:
         request = make_request(
             bench.target, self.budget, optimizer, self.allow, self.numerics, self.lowering, self.passes,
             self.accumulate, bench.workload.name, self.host_budget, self.disk_budget, self.disk_path,
-            self.max_grad_error,
+            self.max_grad_error, self.update,
         )  # fmt: skip
         request = replace(request, has_optimizer=optimizer is not None)
         return Session(
@@ -182,6 +192,7 @@ def plan_workload(
     disk_budget: str | None = None,
     disk_path: str | Path | None = None,
     max_grad_error: float = MAX_GRAD_ERROR,
+    update: str = "step",
     lowering: str = "auto",
     accumulate: int = 1,
     plan_file: PlanFile | None = None,
@@ -192,7 +203,7 @@ def plan_workload(
     made = bench(workload, batch, seq, dtype, optimizer, device)
     asked = Asked(
         budget, allow, numerics, passes, lowering, accumulate, plan_file, progress or silent, host_budget, disk_budget,
-        disk_path, max_grad_error,
+        disk_path, max_grad_error, update,
     )  # fmt: skip
     return _stated(made, asked) if formula else _planned(made, asked, advise=True)
 

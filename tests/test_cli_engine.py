@@ -66,7 +66,7 @@ def test_an_infeasible_plan_exits_3_with_floor_binding_and_ways_out_in_the_doors
     assert found["binding"]["source"].startswith(("modeling_llama.py:", "loss_utils.py:"))
     assert sum(found["binding"]["kinds"].values()) == found["binding"]["bytes"]
     ways = {way["change"].split()[0]: way for way in found["ways_out"]}
-    assert set(ways) == {"--budget", "--batch", "--disk-budget", "--optimizer", "--seq"}
+    assert set(ways) == {"--allow", "--budget", "--batch", "--disk-budget", "--optimizer", "--seq", "--update"}
     assert ways["--batch"]["change"] == "--batch 1 --accumulate 4"  # 2 still takes more than the budget
     assert int(ways["--seq"]["change"].split()[1]) >= 32
     assert all(way["fits"] for way in ways.values())

@@ -2,14 +2,14 @@
 
 Nothing is assumed about how an optimizer works. Its double (memopt/optim/rebuild.py) takes two steps over fake
 parameters: the first makes the state, the second is written down (memopt/optim/recorder.py). Left out: memory an
-operation takes and gives back inside itself (`Step.workspace` stays 0; memopt/runtime/opcost.py measures it), and state
-that an optimizer replaces rather than updates (it counts throughout, as state, beside its successor).
+operation takes and gives back inside itself beyond a few numbers (memopt/runtime/opcost.py measures it), and state that
+an optimizer replaces rather than updates (it counts throughout, as state, beside its successor).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,11 @@ from torch.utils._pytree import tree_iter
 
 from memopt.errors import MemoptError
 from memopt.graph import Step, StepGraph, Storage, TensorInfo
+from memopt.optim.portions import Update, part_of, plain_step, portions_of
 from memopt.optim.rebuild import fake_parameters, rebuilt, refuse
 from memopt.optim.recorder import Recorder
 
+WHOLE = Update()
 ASSUMED = "no optimizer given: torch.optim.AdamW with fp32 states is assumed"
 
 
@@ -31,7 +33,8 @@ class OptimizerPhase:
 
     given: parameters (by their names), gradients ("grad:<parameter>") and state ("state:<parameter>:<key>"), all alive
     before the phase; state_names: those of them that are state; outputs: made in the phase and kept for the next step.
-    assumed: a sentence for the report if the optimizer was not the user's, else "".
+    assumed: a sentence for the report if the optimizer was not the user's, else "". early: steps of the parameters that
+    are updated in backward, by name; they are none of `steps`.
     """
 
     steps: tuple[Step, ...]
@@ -41,6 +44,7 @@ class OptimizerPhase:
     state_names: tuple[str, ...]
     outputs: tuple[str, ...] = ()
     assumed: str = ""
+    early: Mapping[str, tuple[Step, ...]] = field(default_factory=dict)
 
     @property
     def state_bytes(self) -> int:
@@ -52,15 +56,20 @@ class OptimizerPhase:
 
 
 def photograph_optimizer(
-    params: Sequence[tuple[str, Tensor]], optimizer: Optimizer | None, *, foreach: bool | None = None
+    params: Sequence[tuple[str, Tensor]],
+    optimizer: Optimizer | None,
+    *,
+    foreach: bool | None = None,
+    update: Update = WHOLE,
 ) -> OptimizerPhase:
     """What `optimizer.step()` reads, writes and holds once its state exists, for parameters that all have gradients.
 
     params: the parameters that get one, fake or real (only shapes are read), by name; the very objects the optimizer
     holds, or as many in its order. None: AdamW as torch builds it by default, its states and temporaries in fp32 even
     for parameters of less precision (where torch's own would follow the parameters). foreach: what torch picks where
-    the optimizer leaves it open; None for this device's choice, True to plan on a CPU for a CUDA device. Neither the
-    optimizer nor a tensor of it is changed.
+    the optimizer leaves it open; None for this device's choice, True to plan on a CPU for a CUDA device. update: over
+    how many parameters at a time it steps, and which ones in backward. Neither the optimizer nor a tensor of it is
+    changed.
 
     Raises MemoptError for optimizers that need a closure, are sparse, hold other parameters, or fail on fake tensors.
     """
@@ -75,11 +84,11 @@ def photograph_optimizer(
             _step(double)
             _introduce(recorder, double, fakes)
             recorder.on = True
-            _step(double)
+            early = _recorded(recorder, double, fakes, update)
             outputs = recorder.finish()
     if optimizer is None:
         _narrow(recorder, params)
-    return _phase(recorder, outputs, ASSUMED if optimizer is None else "")
+    return _phase(recorder, outputs, ASSUMED if optimizer is None else "", early)
 
 
 def _default(fakes: dict[str, nn.Parameter]) -> Optimizer:
@@ -113,6 +122,24 @@ def _step(optimizer: Optimizer) -> None:
         ) from error
 
 
+def _recorded(
+    recorder: Recorder, double: Optimizer, fakes: dict[str, nn.Parameter], update: Update
+) -> dict[str, slice]:
+    """Run the photographed step, in portions; where among the recorder's steps those of each early parameter are."""
+    if update == WHOLE:
+        _step(double)
+        return {}
+    names = {id(fake): name for name, fake in fakes.items()}
+    alone = frozenset(id(fake) for name, fake in fakes.items() if name in update.in_backward)
+    early: dict[str, slice] = {}
+    for portion in portions_of(double, update.portion, alone):
+        before = len(recorder.steps)
+        plain_step(part_of(double, portion))
+        if id(portion[0]) in alone:
+            early[names[id(portion[0])]] = slice(before, len(recorder.steps))
+    return early
+
+
 def _introduce(recorder: Recorder, optimizer: Optimizer, fakes: dict[str, nn.Parameter]) -> None:
     """Name what is alive before the photographed step. Parameters first, so that state that aliases one is no state."""
     for name, fake in fakes.items():
@@ -128,8 +155,11 @@ def _introduce(recorder: Recorder, optimizer: Optimizer, fakes: dict[str, nn.Par
                 recorder.know(name if not at else f"{name}.{at}", leaf, "state")
 
 
-def _phase(recorder: Recorder, outputs: tuple[str, ...], assumed: str) -> OptimizerPhase:
+def _phase(recorder: Recorder, outputs: tuple[str, ...], assumed: str, early: Mapping[str, slice]) -> OptimizerPhase:
     state = tuple(n for n in recorder.given if recorder.storages[n].kind == "state")
+    taken = {at for part in early.values() for at in range(part.start, part.stop)}
+    steps = tuple(step for at, step in enumerate(recorder.steps) if at not in taken)
+    apart = {name: tuple(recorder.steps[part]) for name, part in early.items()}
     return OptimizerPhase(
-        tuple(recorder.steps), recorder.tensors, recorder.storages, tuple(recorder.given), state, outputs, assumed
+        steps, recorder.tensors, recorder.storages, tuple(recorder.given), state, outputs, assumed, apart
     )

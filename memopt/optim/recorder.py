@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_iter
 from memopt.graph import Step, Storage, TensorInfo
 
 BOOKKEEPING = ("prim", "profiler")  # namespaces of ops that ask for metadata or mark ranges: no memory, no work
+NUMBERS = 16  # bytes: an operation on CPU makes tensors of the numbers it is given; 12 were seen at most
 LATE_STEP = 1000.0  # what a fake number reads as: late enough that warm-up branches (RAdam's, say) are past
 
 
@@ -75,7 +76,7 @@ class Recorder(TorchDispatchMode):
         for tensor_name, tensor in zip(writes, touched.values(), strict=True):
             self._declare(tensor_name, tensor, "temporary")
         # Never pure: what it reads is written in place a few ops later, so running it again would give other values.
-        self.steps.append(Step(name, str(func), "optimizer", reads, writes, key=key, pure=False))
+        self.steps.append(Step(name, str(func), "optimizer", reads, writes, key=key, workspace=NUMBERS, pure=False))
 
     def _declare(self, name: str, tensor: Tensor, kind: str) -> None:
         storage = _storage(tensor)

@@ -91,7 +91,7 @@ def test_every_option_reaches_the_engine(engine: Engine) -> None:
         "budget": "-2GiB", "batch": 2, "seq": 128, "dtype": "amp-bf16", "device": "h200", "optimizer": "sgd",
         "accumulate": 4, "allow": ("adamw8bit", "int4"), "numerics": "exact", "passes": "-late_fills,+x",
         "host_budget": "1GB", "disk_budget": "2GB", "disk_path": None, "lowering": "eager", "formula": True,
-        "plan_file": None, "max_grad_error": 0.2, "steps": 5,
+        "plan_file": None, "max_grad_error": 0.2, "update": "step", "steps": 5,
     }  # fmt: skip
 
 

@@ -1,0 +1,132 @@
+"""The captured step's parameters: which are trained, how they can be updated within a budget, which nobody reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from memopt.capture import Capture, Survey
+from memopt.facts import storage_bytes
+from memopt.graph import TANGENTS, StepGraph, Storage, TensorInfo
+from memopt.joints import Part
+from memopt.optim.photograph import WHOLE, OptimizerPhase, photograph_optimizer
+from memopt.optim.portions import Update, nbytes, separate
+from memopt.optim.precision import WIDTHS, planned_as
+from memopt.timeline import peak, phase_peaks
+from memopt.units import format_size
+
+FINEST = 12  # halvings after which portions get no smaller: a parameter by itself is the least anyway
+
+
+def update_phase(
+    survey: Survey, optimizer: torch.optim.Optimizer | None, kind: str, update: Update = WHOLE
+) -> OptimizerPhase:
+    """The optimizer's steps over the parameters that get a gradient. kind: of the device, "cpu" or "cuda"."""
+    trained = _trained(survey.captures)
+    if optimizer is not None and update.state:
+        optimizer = planned_as(optimizer, update.state)
+    params = [(name, p) for name, p in survey.model.named_parameters() if name in trained]
+    return photograph_optimizer(params, optimizer, foreach=True if kind == "cuda" else None, update=update)
+
+
+def _trained(captures: Sequence[Capture]) -> set[str]:
+    """Names of the parameters that get a gradient."""
+    found: set[str] = set()
+    for program in (capture.program for capture in captures):
+        holders = [n for n in program.graph.find_nodes(op="placeholder") if program.kinds.get(n.name) != "tangent"]
+        for holder, gradient in zip(holders, program.outputs[1], strict=False):
+            if gradient is not None and program.kinds.get(holder.name) == "parameter":
+                found.add(program.name(holder))
+    return found
+
+
+def unread(survey: Survey) -> Iterable[tuple[TensorInfo, Storage]]:
+    """Parameters and buffers by name, those that a program reads among them."""
+    seen: set[int] = set()
+    for kind, named in (("parameter", survey.model.named_parameters()), ("buffer", survey.model.named_buffers())):
+        for name, tensor in named:
+            key = tensor.untyped_storage()._cdata
+            if key not in seen and tensor.device.type != "meta":
+                dtype = str(tensor.dtype).removeprefix("torch.")
+                yield TensorInfo(name, tuple(tensor.shape), dtype, name), Storage(name, storage_bytes(tensor), kind)
+            seen.add(key)
+
+
+def libraries(nbytes: int) -> Iterable[tuple[TensorInfo, Storage]]:
+    """What libraries hold throughout, as one more buffer."""
+    if nbytes:
+        name = "workspaces of libraries"
+        yield TensorInfo(name, (nbytes,), "uint8", name), Storage(name, nbytes, "buffer")
+
+
+def affordable(
+    whole: StepGraph, survey: Survey, optimizer: torch.optim.Optimizer | None, kind: str, budget: int, block: int
+) -> int | None:
+    """Bytes of parameters to update together within the budget: None, all, where that fits or cannot be changed, else
+    the largest portions that fit, or take least. whole: the step with the optimizer's own step."""
+    taken = phase_peaks(whole, block).get("optimizer", 0)
+    if optimizer is None or not separate(optimizer) or taken <= budget:
+        return None
+    beside = taken - peak(update_phase(survey, optimizer, kind).graph(), block)
+    sizes = nbytes([p for group in optimizer.param_groups for p in group["params"]])
+    best: tuple[int, int | None] = (taken, None)
+    for halved in range(1, FINEST + 1):
+        portion = max(1, sizes >> halved)
+        needs = beside + peak(update_phase(survey, optimizer, kind, Update(portion)).graph(), block)
+        if needs >= best[0]:
+            break
+        best = (needs, portion)
+        if needs <= budget:
+            break
+    return best[1]
+
+
+def hindrance(survey: Survey, optimizer: torch.optim.Optimizer | None, lowering: str, accumulate: int) -> str:
+    """Why no parameter can be updated in backward; "" if some can."""
+    if optimizer is None:
+        return "no optimizer was given"
+    if not separate(optimizer):
+        return f"{type(optimizer).__name__} is not known to update each parameter by itself"
+    if lowering != "eager":
+        return f"the {lowering} lowering returns all gradients at the end of the backward"
+    if accumulate > 1:
+        return f"{accumulate} backwards add up to one gradient, which is final in the last one only"
+    if len(survey.captures) != 1:
+        return "the model breaks into several graphs, among which gradients add up"
+    return ""
+
+
+def candidates(survey: Survey, part: Part, optimizer: torch.optim.Optimizer) -> frozenset[str]:
+    """Parameters that one gradient of their own reaches, that nobody else watches, and that the optimizer holds."""
+    graph = part.graph
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    params = {name: p for name, p in survey.model.named_parameters() if id(p) in held and not _watched(p)}
+    made = {sent.target.removeprefix("grad:"): sent.gradient for sent in part.sent if sent.target.startswith("grad:")}
+    homes = [graph.storage_of(gradient) for gradient in made.values()]
+    tangents = {graph.storage_of(n) for step in graph.steps if step.op == TANGENTS for n in step.writes}
+    given = {*graph.input_storages, *(graph.storage_of(name) for name in part.held), *tangents}
+    own = {name for name, home in zip(made, homes, strict=True) if homes.count(home) == 1 and home not in given}
+    return frozenset(own & params.keys())
+
+
+def _watched(p: Tensor) -> bool:
+    """Whether hooks wait for its gradient: data parallelism's, or the user's."""
+    return bool(p._backward_hooks) or bool(getattr(p, "_post_accumulate_grad_hooks", None))
+
+
+def said(update: Update) -> list[str]:
+    """What a report says of how the optimizer steps."""
+    notes = []
+    if update.state:
+        notes.append(f"AdamW's moments are stored in {WIDTHS[update.state]} (lossy, allowed as {update.state})")
+    if update.portion is not None:
+        portion = format_size(update.portion)
+        notes.append(f"the optimizer updates at most {portion} of parameters at a time (exact): at once takes too much")
+    if update.in_backward:
+        notes.append(
+            f"{len(update.in_backward)} parameters are updated in the backward, each as soon as its gradient is final "
+            "(exact); their .grad is None after it, so gradients cannot be clipped, accumulated or read"
+        )
+    return notes
