@@ -28,16 +28,17 @@ from memopt.graph import StepGraph, Storage, TensorInfo
 from memopt.joints import Part
 from memopt.noise import Noise
 from memopt.optim.photograph import OptimizerPhase, photograph_optimizer
-from memopt.passbase import Rewrite, Trade
+from memopt.passbase import Trade
 from memopt.passes import CLEANUPS, TRADES
 from memopt.passes.few_bit import ApproxBP, FewBit
 from memopt.passes.offload import OffloadDisk, OffloadHost
 from memopt.planfile import PlanFile, check_identity
-from memopt.plans import MAX_GRAD_ERROR, REUSED, Plan, Problem, Status, simulated
+from memopt.plans import REUSED, Plan, Problem, Status, simulated
 from memopt.prices import Meter, priced, unmeasured
 from memopt.program import Program
 from memopt.report import SCHEMA, PlanResult
-from memopt.rewrites import left_alone, permitted, rewritten_levers
+from memopt.request import Request
+from memopt.rewrites import left_alone, rewritten_levers
 from memopt.seams import parts_of, runs_untraced
 from memopt.solvers import solve
 from memopt.timeline import at_peak, by_kind, peak
@@ -61,55 +62,12 @@ class Costs:
 
 
 @dataclass(frozen=True)
-class Request:
-    """What the user asked for, resolved. budget: bytes. passes: names switched off ("-recompute").
-
-    accumulate: forwards and backwards per update. lowering: "eager" or "inductor", never "auto" here. host, disk: bytes
-    that offloads may take there, and the codec of the pool they go to. max_grad_error: relative, of lossy levers
-    together.
-    """
-
-    budget: int
-    device: Device
-    lowering: str
-    model: str = "model"
-    optimizer: torch.optim.Optimizer | None = None
-    has_optimizer: bool = True
-    numerics: str = "reordered"
-    off: frozenset[str] = frozenset()
-    accumulate: int = 1
-    time_limit: float = 20.0
-    host: tuple[int, str] = (0, "")
-    disk: tuple[int, str] = (0, "")
-    max_grad_error: float = MAX_GRAD_ERROR
-
-    @property
-    def limits(self) -> dict[str, float]:
-        """What packing may take of resources besides memory and time."""
-        return {
-            GRADIENT: self.max_grad_error * self.max_grad_error,
-            HOST: float(self.host[0]),
-            DISK: float(self.disk[0]),
-        }
-
-    @property
-    def rewrites(self) -> tuple[type[Rewrite], ...]:
-        """Of the forward, those that may run: not switched off, and of no other rounding where it must be exact."""
-        return permitted(self.numerics, self.off)
-
-    @property
-    def exact(self) -> bool:
-        """Whether kernels are to be those of untraced torch on CPU (`memopt.lowering.lower`)."""
-        return self.numerics == "exact" and self.device.kind == "cpu"
-
-
-@dataclass(frozen=True)
 class Planned:
     """result: what is shown. problem: what was solved, on the contracted graph.
 
     signatures, names: of the programs of the step's runs, in order (`Program.names`).
     lowered_released: as `PlanResult.lowered`, when the caller lets go of the outputs beside the loss. fences: how far
-    the compiler is held to the plan's kernels.
+    the compiler is held to the plan's kernels. lowering: what runs it.
     """
 
     result: PlanResult
@@ -119,6 +77,7 @@ class Planned:
     names: tuple[Mapping[str, str], ...]
     lowered_released: Mapping[str, int] = field(default_factory=dict)
     fences: Fences = Fences.FREE
+    lowering: str = "eager"
 
     @cached_property
     def released(self) -> PlanResult:
@@ -138,6 +97,12 @@ class Planned:
         free = {name: size + missed for name, size in self.lowered_released.items()}
         lifted = replace(result, budget=result.budget + missed, plan=plan, lowered=phases)
         return replace(self, result=lifted, lowered_released=free)
+
+    def instead_of(self, refused: PlanResult) -> Planned:
+        """The plan, saying that it is not what the compiler's code would have been."""
+        least, budget = format_size(refused.plan.peak), format_size(refused.budget)
+        note = f"runs in the eager lowering: Inductor's code takes {least} at least, of a budget of {budget}"
+        return replace(self, result=replace(self.result, notes=(note, *self.result.notes)))
 
     def places(self, signature: str) -> tuple[int, ...]:
         """Which runs of the step are of the graph with this signature; none if it is not part of the plan."""
@@ -184,7 +149,7 @@ def _owner(name: str) -> str:
 
 def prepare(lowering: str, off: frozenset[str] = frozenset()) -> Callable[[Program], Program]:
     """The cleanups that hold for a lowering, in order, as one function. Inductor draws from seeds by itself."""
-    chosen = [c for c in CLEANUPS if c.name not in off and not (lowering == "inductor" and c.name == "replay_random")]
+    chosen = [cleanup for cleanup in CLEANUPS if cleanup.name not in off and lowering in cleanup.lowerings]
 
     def run(program: Program) -> Program:
         dump_program(CAPTURED, program)
@@ -247,7 +212,8 @@ def make_plan(
         max_grad_error=request.max_grad_error,
     )
     signatures = tuple(capture.signature for capture in survey.captures)
-    return Planned(result, problem, contracted, signatures, tuple(c.program.names for c in survey.captures))
+    names = tuple(capture.program.names for capture in survey.captures)
+    return Planned(result, problem, contracted, signatures, names, lowering=request.lowering)
 
 
 def _solved(problem: Problem, request: Request, progress: Progress) -> Plan:
