@@ -64,6 +64,7 @@ def laid_out(node: fx.Node) -> fx.Node:
         layout = torch.channels_last if value.dim() == 4 else torch.contiguous_format
         return torch.empty(value.shape, dtype=value.dtype, device="meta", memory_format=layout)
 
+    assert isinstance(node.target, torch._ops.OpOverload)
     args, kwargs = tree_map(held, fake_arguments(node))
     return called(node.target, args, kwargs)
 

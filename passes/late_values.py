@@ -24,8 +24,9 @@ def late_values(program: Program) -> PassResult:
     first, overwritten = boundary(changed), set(changing(changed))
     place: dict[fx.Node, Place] = {node: (at, 0) for at, node in enumerate(changed.graph.nodes)}
     sites = 0
-    for node in reversed(list(changed.graph.nodes)) if first is not None else ():
-        if place[node] < place[first] and _late(node, place, place[first]) and _gains(node, overwritten):
+    begin = place[first] if first is not None else (0, 0)
+    for node in reversed(list(changed.graph.nodes)):
+        if place[node] < begin and _late(node, place, begin) and _gains(node, overwritten):
             reader = min(node.users, key=place.__getitem__)
             reader.prepend(node)
             node.meta["partitioner_tag"] = "is_backward"
