@@ -18,7 +18,7 @@ from benchmarks.beds import Inputs
 from benchmarks.checkpoints import BLOCKS, EVERY_SECOND, checkpointed
 from memopt.api import make_request
 from memopt.errors import BudgetError
-from memopt.report import PlanResult
+from memopt.pipeline import Planned
 from memopt.runtime.here import device_of
 from memopt.session import Session, attach
 
@@ -41,7 +41,7 @@ class Variant:
     fp8: bool = False
     budget: int = 0
     peer: str = ""
-    lowering: str = "inductor"
+    lowering: str = "auto"
 
 
 FP8 = {"size_in_mb": 1, "allowed_dtypes": "torch.float32;torch.bfloat16"}  # by default 100 MB, and bfloat16 alone
@@ -59,12 +59,12 @@ PEERS = (
 FIXED = tuple(Variant(f"torch.compile, budget {share}", compiled=True, share=share) for share in SHARES)
 
 
-def ours(peer: str, budget: int, lowering: str = "inductor") -> Variant:
+def ours(peer: str, budget: int, lowering: str = "auto") -> Variant:
     """memopt within the whole-step peak of a peer, bytes."""
     return Variant(f"memopt at {peer}", budget=budget, peer=peer, lowering=lowering)
 
 
-def smallest(lowering: str = "inductor") -> Variant:
+def smallest(lowering: str = "auto") -> Variant:
     """memopt at its own smallest peak."""
     return Variant("memopt, smallest", budget=SMALLEST, lowering=lowering)
 
@@ -97,27 +97,28 @@ def _memopt(variant: Variant, model: nn.Module, inputs: Inputs, optimizer: Any) 
 def _floor(variant: Variant, model: nn.Module, inputs: Inputs, optimizer: Any) -> int:
     """The least bytes memopt says the step can run in: what a refusal of one byte names."""
     try:
-        _, result = _planned(variant, model, inputs, optimizer)
+        _, planned = _planned(variant, model, inputs, optimizer)
     except BudgetError as error:
         return error.floor_bytes
-    raise RuntimeError(f"one byte was enough for a step planned at {result.plan.peak}")
+    raise RuntimeError(f"one byte was enough for a step planned at {planned.result.plan.peak}")
 
 
-def _planned(variant: Variant, model: nn.Module, inputs: Inputs, optimizer: Any) -> tuple[Session, PlanResult]:
+def _planned(variant: Variant, model: nn.Module, inputs: Inputs, optimizer: Any) -> tuple[Session, Planned]:
     """A session and its plan for these inputs. Raises BudgetError."""
     request = make_request(
         device_of(model), variant.budget, optimizer, (), "reordered", variant.lowering, "", 1, "benchmark"
     )
     session = Session(model, replace(request, has_optimizer=optimizer is not None), advise=False)
-    return session, session.plan_for((), inputs).result
+    return session, session.plan_for((), inputs)
 
 
 def _attached(variant: Variant, model: nn.Module, inputs: Inputs, optimizer: Any) -> tuple[Loss, dict[str, Any]]:
-    session, result = _planned(variant, model, inputs, optimizer)
+    session, planned = _planned(variant, model, inputs, optimizer)
     attach(session)
+    result = planned.result
     told = {
         "budget": variant.budget,
-        "lowering": variant.lowering,
+        "lowering": planned.lowering,
         "planned": result.plan.peak,
         "floor": result.plan.floor,
         "added_seconds": result.plan.seconds,

@@ -20,6 +20,7 @@ from benchmarks.cpu.race import Race
 from benchmarks.cpu.summary import HEAD, Row, cells, marks, shown
 from benchmarks.peers import FIXED, PEERS
 from benchmarks.record import RESULTS, command, surroundings, write_lines
+from memopt.lowering import LOWERINGS
 
 DEFAULT = ("llama", "gpt2", "vit", "resnet-18", "unet")
 QUICK = ("eager", "torch.compile", "torch.compile + HF checkpointing")
@@ -52,7 +53,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shares", action="store_true", help="torch's budget at four fixed shares, not bisected")
     parser.add_argument("--quick", action="store_true", help=f"meet only {', '.join(QUICK)}")
     parser.add_argument("--threads", type=int, default=2, help="threads of each variant")
-    parser.add_argument("--lowering", choices=("inductor", "eager"), default="inductor", help="memopt's lowering")
+    parser.add_argument("--lowering", choices=LOWERINGS, default="auto", help="memopt's lowering")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     asked = parser.parse_args(words)
     if asked.rounds < 1 or asked.threads < 1:

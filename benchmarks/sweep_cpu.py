@@ -30,7 +30,8 @@ from memopt.errors import BudgetError
 from memopt.runtime.here import device_of
 from memopt.runtime.measure import measure
 from memopt.runtime.resident import resident_tensors
-from memopt.session import Session, attach, input_key
+from memopt.session import Session, attach
+from memopt.shapes import input_key
 
 DEPTHS, BUDGETS = (16, 24, 32), 12
 BATCH, SEQ, VOCABULARY = 2, 64, 256

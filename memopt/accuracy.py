@@ -11,8 +11,9 @@ from memopt.capture import Survey
 from memopt.errors import PlanFileError
 from memopt.noise import LOSSY, Noise
 from memopt.passes import TRADES
-from memopt.pipeline import Planned, Request
+from memopt.pipeline import Planned
 from memopt.probe import Probe, measured_noise, probe_of
+from memopt.request import Request
 from memopt.smaller import Call
 
 log = logging.getLogger("memopt")

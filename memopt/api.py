@@ -20,10 +20,11 @@ from memopt.noise import LOSSY
 from memopt.optim.precision import STATES
 from memopt.passes import CLEANUPS, REWRITES, TRADES
 from memopt.passes.offload import OffloadDisk, OffloadHost
-from memopt.pipeline import Request, silent
+from memopt.pipeline import silent
 from memopt.planfile import PlanFile, load_plan
 from memopt.plans import MAX_GRAD_ERROR
 from memopt.report import PlanResult
+from memopt.request import Request
 from memopt.runtime import disk, host
 from memopt.runtime.here import device_of
 from memopt.session import Session, attach
@@ -60,15 +61,16 @@ def compile(
 
     budget: int bytes, "24GB", "24GiB", "80%" of the device, "-2GiB" (left free) or "auto". optimizer: planned with
     the step; None assumes AdamW. numerics: "exact" permits only bit-identical levers and the eager lowering.
-    lowering: "auto", "inductor" or "eager". accumulate: backwards per optimizer step. gradients: "loss" or "all"
-    outputs carry gradients (memopt.outputs). plan_file: reuse a saved plan. allow: lossy levers that may be used, by
-    name: of activations, or how AdamW's moments are stored ("adamw_bf16", "adamw8bit", "adamw4bit"). max_grad_error:
-    how far off those of activations may put the gradient together, ||g' - g|| / ||g||, estimated on the first batch.
-    host_budget: what saved activations of a step on a GPU may take of the host's memory, written as `budget` is.
-    disk_budget: what they may take on disk, of the space free in disk_path (the system's folder for temporary files if
-    left out). update: "backward" lets the backward update parameters where the budget needs it, each as soon as its
-    gradient is final: the same bits, but `.grad` is None when `backward()` returns, so nothing may clip, accumulate,
-    scale or read gradients before `optimizer.step()`, which then does what remains.
+    lowering: "inductor", "eager" or "auto" (Inductor, or eager where its code cannot hold the budget). accumulate:
+    backwards per optimizer step. gradients: "loss" or "all" outputs carry gradients (memopt.outputs). plan_file: reuse
+    a saved plan. allow: lossy levers that may be used, by name: of activations, or how AdamW's moments are stored
+    ("adamw_bf16", "adamw8bit", "adamw4bit"). max_grad_error: how far off those of activations may put the gradient
+    together, ||g' - g|| / ||g||, estimated on the first batch. host_budget: what saved activations of a step on a GPU
+    may take of the host's memory, written as `budget` is. disk_budget: what they may take on disk, of the space free in
+    disk_path (the system's folder for temporary files if left out). update: "backward" lets the backward update
+    parameters where the budget needs it, each as soon as its gradient is final: the same bits, but `.grad` is None when
+    `backward()` returns, so nothing may clip, accumulate, scale or read gradients before `optimizer.step()`, which then
+    does what remains.
 
     Raises ValueError for an option it does not know, CaptureError, and BudgetError (with the floor and ways out) before
     anything is allocated; then the model is as it was.
@@ -154,10 +156,11 @@ def make_request(
         raise ValueError(f"accumulate={accumulate!r} refused: it counts backwards per optimizer step, 1 or more")
     on_host, on_disk = host_limit(host_budget, device), disk_limit(disk_budget, disk_path, device)
     unnamed = {trade.name for trade, limit in ((OffloadHost, on_host), (OffloadDisk, on_disk)) if not limit[0]}
+    first = resolve_lowering(lowering, device, numerics)
     return Request(
         budget=resolve_budget(budget, capacity=device.memory),
         device=device,
-        lowering=resolve_lowering(lowering, device, numerics),
+        lowering=first,
         model=name,
         optimizer=optimizer,
         numerics=numerics,
@@ -168,6 +171,7 @@ def make_request(
         max_grad_error=_share("max_grad_error", max_grad_error),
         update=_known("update", update, UPDATES),
         states=tuple(name for name in STATES if name in allowed),
+        spare="eager" if lowering == "auto" and first != "eager" else "",
     )
 
 
@@ -222,7 +226,7 @@ def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None) 
 
 def resolve_lowering(lowering: str, device: Device, numerics: str) -> str:
     """ "eager" or "inductor". "auto" is Inductor where a GPU or a C++ compiler can build for it, unless the numerics
-    must be exact: Inductor rounds differently."""
+    must be exact: Inductor rounds differently. Where it cannot hold the budget, the session falls back to eager."""
     _known("lowering", lowering, LOWERINGS)
     if numerics == "exact":
         if lowering == "inductor":

@@ -70,7 +70,7 @@ class Survey:
 
     captures: the runs of its graphs, in order; a graph that runs for several layers is there several times. kept:
     storages (as in Capture) the caller gets; None if that is not known, and all results count as kept. found: places
-    that rewrites of the forward looked at, of every graph once.
+    that rewrites of the forward looked at, of every graph once. lowering: what it was captured for.
     """
 
     captures: tuple[Capture, ...]
@@ -80,6 +80,7 @@ class Survey:
     notes: tuple[str, ...] = ()
     kept: frozenset[int] | None = None
     found: Found = field(default_factory=dict)
+    lowering: str = "eager"
 
     @property
     def plain(self) -> Survey | None:
@@ -224,7 +225,7 @@ def survey(
         return replace(survey(twin, args, kwargs, prepare, lowering, "all", exact, rewrites), model=model)
     kept = None if notes else frozenset(key for key in recorder.numbers(tree_leaves(outputs)) if key is not None)
     found = joined(recorder.found)
-    return Survey(tuple(recorder.captures), model, outputs, recorder.loss_only, notes, kept, found)
+    return Survey(tuple(recorder.captures), model, outputs, recorder.loss_only, notes, kept, found, lowering)
 
 
 def _dry_run(

@@ -7,7 +7,8 @@ rehearsed: see memopt/runtime/rehearse.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
@@ -16,7 +17,9 @@ import torch
 from torch import fx
 from torch._guards import TracingContext, tracing
 from torch._inductor import config
+from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.choices import InductorChoices
+from torch._inductor.codecache import PyCodeCache
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.utils import BoxedBool
@@ -80,11 +83,21 @@ def _kernels(scheduled: Any) -> set[int]:
 def _generated(graph: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
     """`compile_fx_inner` under the fences marked on the graph."""
     marks = {node.name: node.meta[KERNEL] for node in graph.graph.nodes if KERNEL in node.meta}
-    patches = _patches(None, (*marks.items(), _donated()))
+    patches = _patches(None, (*marks.items(), _donated(), *_handed_through(graph)))
     if any(fences is Fences.TIGHT for _, fences in marks.values()):
         patches["allow_buffer_reuse"] = False
     with config.patch(patches), V.set_choices_handler(PlannedKernels()):
         return compile_fx_inner(graph, inputs, **options)
+
+
+def _handed_through(graph: fx.GraphModule) -> tuple[int, ...]:
+    """Mark outputs that are inputs to be returned as they are, and say which. A parameter saved for a convolution's
+    backward would be returned as a copy in channels last, which lives until then."""
+    output = graph.graph.output_node()
+    given = tuple(at for at, n in enumerate(outputs_of(graph)) if isinstance(n, fx.Node) and n.op == "placeholder")
+    visible = output.meta.setdefault("user_visible_output_idxs", [])
+    output.meta["user_visible_output_idxs"] = sorted({*visible, *given})
+    return given
 
 
 def _donated() -> tuple[int, ...]:
@@ -159,10 +172,26 @@ def generate(
     donated = [at for at, n in enumerate(holders) if backward and mine(n.name) and not n.name.startswith("tangents")]
     context.fw_metadata = cast(Any, SimpleNamespace(bw_donated_idxs=donated))  # all that Inductor reads of it here
     returns = tuple(node.name if isinstance(node, fx.Node) else "" for node in outputs_of(twin))
-    with tracing(context), V.set_fake_mode(mode), TracingContext.report_output_strides() as found:
+    with tracing(context), V.set_fake_mode(mode), TracingContext.report_output_strides() as found, _unbuilt():
         code = _generated(twin, values, is_backward=backward, static_input_idxs=fixed, cudagraphs=BoxedBool(False))
     chosen = {name: tuple(map(hint, s)) for name, s in zip(returns, found or (), strict=False) if name and s}
     return Half(code.current_callable, tuple(node.name for node in holders), tuple(values), returns, chosen)
+
+
+@contextmanager
+def _unbuilt() -> Iterator[None]:
+    """Kernels in C++ are written and not built: a rehearsal calls none, and building takes most of a lowering's time.
+
+    What was loaded meanwhile is forgotten, so that the step that runs loads the same code with its kernels.
+    """
+    known, build = set(PyCodeCache.modules_no_attr), AsyncCompile.cpp_pybinding
+    AsyncCompile.cpp_pybinding = lambda *_: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        AsyncCompile.cpp_pybinding = build  # type: ignore[method-assign]
+        for path in PyCodeCache.modules_no_attr.keys() - known:
+            del PyCodeCache.modules_no_attr[path]
 
 
 def outputs_of(module: fx.GraphModule) -> Sequence[Any]:

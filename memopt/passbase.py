@@ -73,8 +73,11 @@ class Rewrite:
 
 @dataclass(frozen=True)
 class Cleanup:
-    """A rewrite that is always better and costs nothing. Run twice, it changes nothing the second time."""
+    """A rewrite that is always better and costs nothing. Run twice, it changes nothing the second time.
+
+    lowerings: those it is for."""
 
     name: ClassVar[str]
     numerics: ClassVar[Numerics]
+    lowerings: ClassVar[tuple[str, ...]] = ("eager", "inductor")
     run: ClassVar[Any]  # a staticmethod of Program -> PassResult, which mypy would take for a method

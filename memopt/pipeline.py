@@ -10,16 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-import torch
-
 from memopt.applied import apply_plan
 from memopt.capture import Survey
 from memopt.compose import whole_step, with_inputs, with_workspaces, without_outputs
 from memopt.cost import CostModel, Measured, Roofline
-from memopt.devices import Device
 from memopt.dumps import CAPTURED, count, dump_program, passed
 from memopt.early import overtaken
-from memopt.edit import DISK, GRADIENT, HOST, Remake, edit
+from memopt.edit import Remake, edit
 from memopt.fences import fenced
 from memopt.fusion import Fences, Fused, expanded, fused, fused_seconds, unfused
 from memopt.graph import StepGraph
@@ -28,21 +25,23 @@ from memopt.noise import Noise
 from memopt.optim.photograph import WHOLE, OptimizerPhase
 from memopt.optim.portions import Update
 from memopt.optim.precision import obstacle
-from memopt.passbase import Rewrite, Trade
+from memopt.passbase import Trade
 from memopt.passes import CLEANUPS, TRADES
 from memopt.passes.offload import OffloadDisk, OffloadHost
 from memopt.planfile import PlanFile
-from memopt.plans import MAX_GRAD_ERROR, Plan, Problem, Status
+from memopt.plans import Plan, Problem, Status
 from memopt.prices import Meter, priced, unmeasured
 from memopt.program import Program
 from memopt.remarks import binding, priced_by, remarks
 from memopt.report import PlanResult
+from memopt.request import Request
 from memopt.reused import identity, reused
-from memopt.rewrites import permitted, rewritten_levers
+from memopt.rewrites import rewritten_levers
 from memopt.seams import parts_of
 from memopt.solvers import solve
 from memopt.timeline import peak
 from memopt.trained import affordable, candidates, hindrance, libraries, unread, update_phase
+from memopt.units import format_size
 
 Progress = Callable[[str, float | None], None]
 UNMEASURED = Noise()
@@ -62,58 +61,12 @@ class Costs:
 
 
 @dataclass(frozen=True)
-class Request:
-    """What the user asked for, resolved. budget: bytes. passes: names switched off ("-recompute").
-
-    accumulate: forwards and backwards per update. lowering: "eager" or "inductor", never "auto" here. host, disk: bytes
-    that offloads may take there, and the codec of the pool they go to. max_grad_error: relative, of lossy levers
-    together. update: "backward" if parameters may be updated there, where the budget needs it. states: names of ways to
-    store AdamW's moments in fewer bits that may be used (memopt/optim/precision.py), in the order to try them.
-    """
-
-    budget: int
-    device: Device
-    lowering: str
-    model: str = "model"
-    optimizer: torch.optim.Optimizer | None = None
-    has_optimizer: bool = True
-    numerics: str = "reordered"
-    off: frozenset[str] = frozenset()
-    accumulate: int = 1
-    time_limit: float = 20.0
-    host: tuple[int, str] = (0, "")
-    disk: tuple[int, str] = (0, "")
-    max_grad_error: float = MAX_GRAD_ERROR
-    update: str = "step"
-    states: tuple[str, ...] = ()
-
-    @property
-    def limits(self) -> dict[str, float]:
-        """What packing may take of resources besides memory and time."""
-        return {
-            GRADIENT: self.max_grad_error * self.max_grad_error,
-            HOST: float(self.host[0]),
-            DISK: float(self.disk[0]),
-        }
-
-    @property
-    def rewrites(self) -> tuple[type[Rewrite], ...]:
-        """Of the forward, those that may run: not switched off, and of no other rounding where it must be exact."""
-        return permitted(self.numerics, self.off)
-
-    @property
-    def exact(self) -> bool:
-        """Whether kernels are to be those of untraced torch on CPU (`memopt.lowering.lower`)."""
-        return self.numerics == "exact" and self.device.kind == "cpu"
-
-
-@dataclass(frozen=True)
 class Planned:
     """result: what is shown. problem: what was solved, on the contracted graph.
 
     signatures, names: of the programs of the step's runs, in order (`Program.names`).
     lowered_released: as `PlanResult.lowered`, when the caller lets go of the outputs beside the loss. fences: how far
-    the compiler is held to the plan's kernels. update: how the optimizer is to step.
+    the compiler is held to the plan's kernels. update: how the optimizer is to step. lowering: what runs it.
     """
 
     result: PlanResult
@@ -124,6 +77,7 @@ class Planned:
     lowered_released: Mapping[str, int] = field(default_factory=dict)
     fences: Fences = Fences.FREE
     update: Update = WHOLE
+    lowering: str = "eager"
 
     @cached_property
     def released(self) -> PlanResult:
@@ -148,6 +102,12 @@ class Planned:
         free = {name: size + missed for name, size in self.lowered_released.items()}
         lifted = replace(result, budget=result.budget + missed, plan=plan, lowered=phases)
         return replace(self, result=lifted, lowered_released=free)
+
+    def instead_of(self, refused: PlanResult) -> Planned:
+        """The plan, saying that it is not what the compiler's code would have been."""
+        least, budget = format_size(refused.plan.peak), format_size(refused.budget)
+        note = f"runs in the eager lowering: Inductor's code takes {least} at least, of a budget of {budget}"
+        return replace(self, result=replace(self.result, notes=(note, *self.result.notes)))
 
     def places(self, signature: str) -> tuple[int, ...]:
         """Which runs of the step are of the graph with this signature; none if it is not part of the plan."""
@@ -194,7 +154,7 @@ def _owner(name: str) -> str:
 
 def prepare(lowering: str, off: frozenset[str] = frozenset()) -> Callable[[Program], Program]:
     """The cleanups that hold for a lowering, in order, as one function. Inductor draws from seeds by itself."""
-    chosen = [c for c in CLEANUPS if c.name not in off and not (lowering == "inductor" and c.name == "replay_random")]
+    chosen = [cleanup for cleanup in CLEANUPS if cleanup.name not in off and lowering in cleanup.lowerings]
 
     def run(program: Program) -> Program:
         dump_program(CAPTURED, program)
@@ -335,7 +295,7 @@ def _planned(make: _Maker, update: Update, phase: OptimizerPhase, whole: StepGra
     )
     signatures = tuple(capture.signature for capture in survey.captures)
     names = tuple(c.program.names for c in survey.captures)
-    return Planned(result, problem, contracted, signatures, names, update=update)
+    return Planned(result, problem, contracted, signatures, names, update=update, lowering=request.lowering)
 
 
 def _solved(problem: Problem, request: Request, progress: Progress) -> Plan:

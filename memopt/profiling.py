@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.utils._pytree import tree_map
 
 from memopt.cost import ITEMSIZE, codec_of
 from memopt.devices import Device
@@ -21,26 +22,51 @@ from memopt.program import Program
 from memopt.runtime import disk
 from memopt.runtime.libraries import kept_by_libraries
 from memopt.runtime.opcost import OpCost, OpCosts, called
+from memopt.runtime.opinputs import fake_arguments
 from memopt.runtime.rng import draw
 
+CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
 SECONDS = 30.0  # time limit of measuring; operations left over are priced by the roofline
 
 
-def measured_costs(programs: Iterable[Program], device: Device, measure: bool) -> Costs:
+def measured_costs(programs: Iterable[Program], device: Device, measure: bool, lowering: str = "eager") -> Costs:
     """What is known of the programs' operations on this device, if it is here.
 
     measure: run those not yet known, each once, on tensors of their own; otherwise only what earlier runs stored.
     """
     if device.kind == "cuda" and not torch.cuda.is_available():
         return Costs()
-    nodes = calls(programs)
+    channels_last = lowering == "inductor" and device.kind == "cpu" and torch.backends.mkldnn.is_available()
+    run = {cost_key(node): as_run(node, channels_last) for node in calls(programs)}
     with OpCosts(device.kind, seconds_limit=SECONDS if measure else 0.0) as meter:
-        found = meter.measure_all(nodes)
-        draws = {cost_key(node): meter.measure(undrawn(node)) for node in nodes if node.target is draw}
-    found.update((key, cost) for key, cost in draws.items() if cost is not None)
+        known = meter.measure_all(run.values())
+    found = {key: known[own] for key, node in run.items() if (own := cost_key(node)) in known}
     workspaces = {key: cost.workspace for key, cost in found.items() if cost.workspace > 0}
     libraries = kept_by_libraries(torch.device(device.kind)) if measure else 0
     return Costs({key: cost.seconds for key, cost in found.items()}, workspaces, libraries, partial(_packing, meter))
+
+
+def as_run(node: fx.Node, channels_last: bool) -> fx.Node:
+    """The operation that will really run: behind a replayable draw, or a convolution of images in channels last, as
+    Inductor lays all of them out on a CPU (GraphLowering.decide_layout_opt, torch/_inductor/graph.py)."""
+    if node.target is draw:
+        return undrawn(node)
+    return laid_out(node) if channels_last and node.target in CONVOLUTIONS else node
+
+
+def laid_out(node: fx.Node) -> fx.Node:
+    """The same call, in a graph of its own, with images and their kernels in channels last: oneDNN computes on others
+    only after it has copied them, which costs bytes and seconds."""
+
+    def held(value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        layout = torch.channels_last if value.dim() == 4 else torch.contiguous_format
+        return torch.empty(value.shape, dtype=value.dtype, device="meta", memory_format=layout)
+
+    assert isinstance(node.target, torch._ops.OpOverload)
+    args, kwargs = tree_map(held, fake_arguments(node))
+    return called(node.target, args, kwargs)
 
 
 def _packing(meter: OpCosts, step: Step, value: TensorInfo) -> OpCost | None:

@@ -18,9 +18,10 @@ from memopt.optim.precision import obstacle
 from memopt.passbase import Numerics
 from memopt.passes import TRADES
 from memopt.passes.offload import Offload, OffloadDisk, OffloadHost
-from memopt.pipeline import UNMEASURED, Costs, Request, make_plan, silent
+from memopt.pipeline import UNMEASURED, Costs, make_plan, silent
 from memopt.plans import Plan
 from memopt.report import PlanResult
+from memopt.request import Request
 from memopt.runtime import disk, host
 from memopt.smaller import Call, Tried, cut, largest_fitting, shared_size, sizes_below
 from memopt.timeline import at_peak, by_kind, lasting

@@ -8,11 +8,10 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import fx, nn
-from torch.utils._pytree import tree_flatten
 
 from memopt.accuracy import Accuracy
 from memopt.capture import Capture, Survey, entry, survey, tensor_names
@@ -28,7 +27,6 @@ from memopt.pipeline import (
     Costs,
     Planned,
     Progress,
-    Request,
     make_plan,
     optimizer_phase,
     prepare,
@@ -42,8 +40,11 @@ from memopt.program import Program, copied
 from memopt.recurrent import fused_cells
 from memopt.refusal import Refused, Spelling, infeasible
 from memopt.report import PlanResult
+from memopt.request import Request
+from memopt.reused import identity
 from memopt.runtime.resident import resident_tensors
 from memopt.seams import parts_of
+from memopt.shapes import input_key
 from memopt.smaller import Call
 from memopt.table import to_text
 from memopt.timeline import peak
@@ -99,15 +100,32 @@ class Session:
         kwargs = without_full_mask(self.model, kwargs)
         key = input_key(self.model, args, kwargs)
         if key not in self.plans:
-            started = time.perf_counter()
-            call = tuple(args), dict(kwargs)
-            if key not in self.surveys:
-                self.progress("capture", None)
-                self.surveys[key] = self.capture(call)
-            captured = time.perf_counter() - started
-            self.plans[key] = self.adopt(self.surveys[key], captured, call)
+            self.plans[key] = self.chosen(key, (tuple(args), dict(kwargs)))
         self.current = key
         return self.plans[key]
+
+    def chosen(self, key: Any, call: Call) -> Planned:
+        """The plan in the lowering asked for; where none of its holds the budget and the choice was left to us, in the
+        spare one. Raises BudgetError with the lowest floor of those tried."""
+        tried: list[tuple[Planned, Survey]] = []
+        for lowering in self.request.lowerings:
+            started = time.perf_counter()
+            found = self.surveyed(key, call, lowering)
+            if self.plan_file is not None and lowering != self.request.lowerings[-1] and not self.saved_of(found):
+                continue
+            request = replace(self.request, lowering=lowering)
+            planned = self.tried(found, request, time.perf_counter() - started, call)
+            tried.append((planned, found))
+            if not planned.result.infeasible:
+                return self.adopted(planned.instead_of(tried[0][0].result) if len(tried) > 1 else planned)
+        self.refuse(*min(tried, key=lambda pair: pair[0].result.plan.peak), call)
+
+    def surveyed(self, key: Any, call: Call, lowering: str) -> Survey:
+        """The survey of these inputs in this lowering, made once. Raises CaptureError."""
+        if (key, lowering) not in self.surveys:
+            self.progress("capture", None)
+            self.surveys[key, lowering] = self.capture(call, lowering=lowering)
+        return self.surveys[key, lowering]
 
     def capture(self, call: Call, exact: bool | None = None, lowering: str = "") -> Survey:
         """Every graph of the step for these inputs. exact, lowering: if left out as requested. Raises CaptureError."""
@@ -116,48 +134,62 @@ class Session:
         clean, rewrites = prepare(lowering, self.request.off), self.request.rewrites
         return survey(self.model, *call, clean, lowering, self.gradients, exact, rewrites)
 
-    def adopt(self, found: Survey, capture_seconds: float, call: Call | None = None) -> Planned:
-        """Price and plan a survey. Raises BudgetError; call: inputs it may try smaller."""
-        costs = self.costs(found)
-        seen = self.measure and bool(set(LOSSY) - self.request.off) and self.short(found, costs)
-        probe = self.accuracy.probe(found, call, self.request) if seen else None
-        make = partial(self.planned, found, costs, capture_seconds)
-        planned = self.accuracy.held(make, probe, self.request.max_grad_error).missing(self.missed)
+    def saved_of(self, found: Survey) -> bool:
+        """Whether the saved plan is of this survey's graphs."""
+        return self.plan_file is not None and self.plan_file.identity.get("graph") == identity(found)["graph"]
+
+    def adopt(self, found: Survey, lowering: str) -> Planned:
+        """Price and plan a survey by itself. Raises BudgetError."""
+        planned = self.tried(found, replace(self.request, lowering=lowering), 0.0)
         if planned.result.infeasible:
-            self.refused = self.advised(planned.result, found, call)
-            raise infeasible(self.refused)
+            self.refuse(planned, found)
+        return self.adopted(planned)
+
+    def adopted(self, planned: Planned) -> Planned:
         plan_made(lambda: to_text(planned.result), planned.result.to_json)
         return planned
+
+    def refuse(self, planned: Planned, found: Survey, call: Call | None = None) -> NoReturn:
+        """Raise BudgetError for this plan."""
+        self.refused = self.advised(planned, found, call)
+        raise infeasible(self.refused)
+
+    def tried(self, found: Survey, request: Request, capture_seconds: float, call: Call | None = None) -> Planned:
+        """The plan of a survey, perhaps infeasible. call: inputs the step may be tried on."""
+        costs = self.costs(found)
+        seen = self.measure and bool(set(LOSSY) - request.off) and self.short(found, costs)
+        probe = self.accuracy.probe(found, call, request) if seen else None
+        make = partial(self.planned, found, request, costs, capture_seconds)
+        return self.accuracy.held(make, probe, request.max_grad_error).missing(self.missed)
 
     def short(self, found: Survey, costs: Costs) -> bool:
         """Whether the step as it is takes more than the budget."""
         whole = step_graph(found, parts_of(found), self.request, optimizer_phase(found, self.request), costs)
         return peak(whole, self.request.device.allocator_block) > self.request.budget - self.missed
 
-    def planned(self, found: Survey, costs: Costs, capture_seconds: float, noise: Noise) -> Planned:
+    def planned(self, found: Survey, request: Request, costs: Costs, capture_seconds: float, noise: Noise) -> Planned:
         """The plan within the budget less what real steps were seen to take beyond theirs."""
-        request = replace(self.request, budget=max(self.request.budget - self.missed, 1))
+        request = replace(request, budget=max(request.budget - self.missed, 1))
         planned = make_plan(found, request, costs, capture_seconds, self.progress, self.plan_file, noise)
-        if self.request.lowering == "inductor" and self.measure:
+        if request.lowering == "inductor" and self.measure:
             from memopt.tuning import tuned  # loads Inductor
 
             runs = tuple(zip((capture.program for capture in found.captures), parts_of(found), strict=True))
-            planned = tuned(planned, runs, self.request.time_limit, self.request.device.kind)
+            planned = tuned(planned, runs, request.time_limit, request.device.kind)
         return planned
 
-    def advised(self, result: PlanResult, found: Survey, call: Call | None) -> PlanResult:
+    def advised(self, planned: Planned, found: Survey, call: Call | None) -> PlanResult:
         """The refused result with its ways out, unless nobody will read them."""
+        result, request = planned.result, replace(self.request, lowering=planned.lowering)
         if not self.advise:
             return result
         self.progress("ways out", None)
-        reordered = (
-            partial(self.capture, exact=False) if any(fused_cells(c.program.graph) for c in found.captures) else None
-        )
-        eager = partial(self.capture, lowering="eager") if self.request.lowering == "inductor" else None
+        capture = partial(self.capture, lowering=planned.lowering)
+        reordered = partial(capture, exact=False) if any(fused_cells(c.program.graph) for c in found.captures) else None
+        eager = partial(self.capture, lowering="eager") if planned.lowering == "inductor" else None
         refused = Refused(
-            result, found, self.request, self.costs, call, self.capture, reordered, eager, self.spelling,
-            self.accuracy.used,
-        )  # fmt: skip
+            result, found, request, self.costs, call, capture, reordered, eager, self.spelling, self.accuracy.used
+        )
         return replace(result, ways_out=refused.ways_out())
 
     def step(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -205,7 +237,8 @@ class Session:
 
     def costs(self, found: Survey) -> Costs:
         """Seconds and workspaces of the operations on this device; none when it is not here."""
-        return measured_costs([capture.program for capture in found.captures], self.request.device, self.measure)
+        programs = [capture.program for capture in found.captures]
+        return measured_costs(programs, self.request.device, self.measure, found.lowering)
 
     def resident(self) -> Iterable[torch.Tensor]:
         """What is alive before a step: the model, gradients being accumulated, optimizer state, the inputs."""
@@ -221,9 +254,11 @@ class Session:
         started = time.perf_counter()
         spare = fx.GraphModule(module, copied(module.graph))
         mine: list[tuple[Planned, str]] = []
+        lowering = self.plans[key].lowering if key in self.plans else self.request.lowering
         run = self.lowered(
-            module, inputs, lambda program: self.transform(program, key, mine), lambda _: self.early(mine)
-        )
+            module, inputs, lambda program: self.transform(program, key, lowering, mine), lowering,
+            lambda _: self.early(mine),
+        )  # fmt: skip
         if mine and len(mine[0][0].places(mine[0][1])) > 1:
             run = self.dispatched(run, spare, inputs, *mine[0])
         if self.latest is not None:
@@ -236,13 +271,14 @@ class Session:
         module: fx.GraphModule,
         inputs: Sequence[Any],
         transform: Transform,
+        lowering: str,
         updates: Callable[[Program], Updates] = lambda program: {},
     ) -> Callable[..., Any]:
         loss_only = self.gradients == "loss" and all(found.loss_only for found in self.surveys.values())
         names, request = tensor_names(self.model), self.request
         return lower(
-            module, inputs, names, transform, request.lowering, False, loss_only, self.seen, request.exact,
-            request.rewrites, updates=updates,
+            module, inputs, names, transform, lowering, False, loss_only, self.seen, request.exact, request.rewrites,
+            updates=updates,
         )  # fmt: skip
 
     def early(self, mine: Sequence[tuple[Planned, str]]) -> Updates:
@@ -262,7 +298,8 @@ class Session:
         for place in places[1:]:
             if (decided := planned.decisions(place)) not in made:
                 twin = fx.GraphModule(spare, copied(spare.graph))
-                made[decided] = self.lowered(twin, inputs, lambda p, place=place: self.applied(p, planned, place))  # type: ignore[misc]
+                apply = partial(self.applied, planned=planned, place=place)
+                made[decided] = self.lowered(twin, inputs, apply, planned.lowering)
         turns = [made[planned.decisions(place)] for place in places]
 
         def run(*args: Any) -> Any:
@@ -284,44 +321,31 @@ class Session:
         """The plan as it turns out for this caller, who holds the outputs beside the loss or lets go of them."""
         return planned.result if self.outputs_held else planned.released
 
-    def transform(self, program: Program, key: Any, mine: list[tuple[Planned, str]]) -> Program:
+    def transform(self, program: Program, key: Any, lowering: str, mine: list[tuple[Planned, str]]) -> Program:
         """The program the plan asks for. A graph no survey saw is planned by itself, within the whole budget.
 
-        mine: gets the plan the program is part of, and its signature.
+        lowering: what will run it. mine: gets the plan the program is part of, and its signature.
         """
         mark = signature(program)
         known = (self.plans.get(key), *reversed(self.plans.values()))
-        planned = next((p for p in known if p is not None and p.places(mark)), None)
+        planned = next((p for p in known if p is not None and p.lowering == lowering and p.places(mark)), None)
         if planned is None and not program.outputs[1]:
             return program
         if planned is None:
-            clean = prepare(self.request.lowering, self.request.off)
-            alone = Survey((Capture(clean(program), mark),), self.model, None, self.gradients == "loss")
-            planned = self.plans[mark] = self.adopt(alone, 0.0)
+            clean = prepare(lowering, self.request.off)
+            captures, loss_only = (Capture(clean(program), mark),), self.gradients == "loss"
+            alone = Survey(captures, self.model, None, loss_only, lowering=lowering)
+            planned = self.plans[mark] = self.adopt(alone, lowering)
             self.current = mark
         mine.append((planned, mark))
         return self.applied(program, planned, planned.places(mark)[0])
 
     def applied(self, program: Program, planned: Planned, place: int) -> Program:
         """The program as the plan wants it in one of its runs."""
-        prepared = prepare(self.request.lowering, self.request.off)(planned.named(program, place))
+        prepared = prepare(planned.lowering, self.request.off)(planned.named(program, place))
         changed = planned.applied(prepared, planned.remakes(place), planned.fences)
         dump_program(PLANNED, changed)
         return changed
-
-
-def input_key(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Equal for calls that trace to the same graphs: structure, layouts, dtypes, training mode, what is frozen."""
-    leaves, spec = tree_flatten((tuple(args), dict(kwargs)))
-    shapes = tuple(_layout(x) if isinstance(x, torch.Tensor) else repr(x) for x in leaves)
-    frozen = tuple(parameter.requires_grad for parameter in model.parameters())
-    autocast = tuple((torch.is_autocast_enabled(on), torch.get_autocast_dtype(on)) for on in ("cpu", "cuda"))
-    return str(spec), shapes, model.training, frozen, autocast
-
-
-def _layout(tensor: torch.Tensor) -> Any:
-    strides = tensor.stride() if tensor.layout is torch.strided else None
-    return tuple(tensor.shape), strides, tensor.dtype, tensor.requires_grad
 
 
 class Handle:

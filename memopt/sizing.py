@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from memopt.capture import Survey, survey
+from memopt.capture import Survey
 from memopt.carry import carried
 from memopt.edit import Remake, edit
 from memopt.errors import CaptureError
@@ -18,20 +18,16 @@ from memopt.graph import StepGraph
 from memopt.optim.photograph import WHOLE, OptimizerPhase
 from memopt.optim.portions import Update
 from memopt.passes import TRADES
-from memopt.pipeline import Planned, make_plan, optimizer_phase, prepare, step_graph
+from memopt.pipeline import Planned, make_plan, optimizer_phase, step_graph
 from memopt.seams import parts_of
 from memopt.session import Session
 
 log = logging.getLogger("memopt")
 
 
-def surveyed(session: Session, inputs: Mapping[str, Any]) -> Survey:
+def surveyed(session: Session, inputs: Mapping[str, Any], lowering: str = "") -> Survey:
     """The session's step for these keyword inputs, captured but not planned. Raises CaptureError."""
-    request = session.request
-    clean = prepare(request.lowering, request.off)
-    return survey(
-        session.model, (), inputs, clean, request.lowering, session.gradients, request.exact, request.rewrites
-    )
+    return session.capture(((), dict(inputs)), lowering=lowering)
 
 
 def floor_plan(session: Session, found: Survey) -> Planned:
@@ -44,12 +40,13 @@ class Elsewhere:
     """The session's step at other sizes. inputs: (batch, sequence) -> keyword inputs, fake, in the model's mode.
 
     first: the survey the plan was made of; the optimizer's phase does not depend on sizes and is taken from it.
-    update: how the plan has the optimizer step.
+    lowering, update: of that plan: what runs it, and how it has the optimizer step.
     """
 
     session: Session
     inputs: Callable[[int, int], Mapping[str, Any]]
     first: Survey
+    lowering: str
     update: Update = WHOLE
 
     @cached_property
@@ -61,12 +58,12 @@ class Elsewhere:
         session = self.session
         session.progress("formula", None)
         try:
-            found = surveyed(session, self.inputs(batch, seq))
+            found = surveyed(session, self.inputs(batch, seq), self.lowering)
         except (CaptureError, ValueError) as stopped:
             log.info("no photograph at batch %d, sequence %d: %s", batch, seq, stopped)
             return None
         whole = step_graph(found, parts_of(found), session.request, self.phase, session.costs(found))
-        return fused(whole).graph if session.request.lowering == "inductor" else whole
+        return fused(whole).graph if self.lowering == "inductor" else whole
 
     def formula(self, planned: Planned, base: Point, vary: Axes = BOTH_OR_ONE) -> Formula | None:
         """The peak of this plan's decisions, feasible or not, in batch and sequence. base: where it was planned.

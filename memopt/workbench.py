@@ -218,7 +218,8 @@ def _stated(made: Bench, asked: Asked) -> PlanResult:
         if session.refused is None:
             raise
         return session.refused
-    elsewhere = Elsewhere(session, partial(made.fake_inputs, model), next(iter(session.surveys.values())))
+    found_in = session.surveys[session.current, planned.lowering]
+    elsewhere = Elsewhere(session, partial(made.fake_inputs, model), found_in, planned.lowering)
     base = (made.batch, made.seq)
     found = elsewhere.formula(planned, base)
     notes = (*planned.result.notes, *(found.remarks(base, planned.result.peak) if found else ()))
@@ -309,7 +310,7 @@ def _guess(made: Bench, asked: Asked, vary: str) -> int:
     model, inputs = made.build_fake()
     session = asked.session(made, model)
     first = surveyed(session, inputs)
-    elsewhere = Elsewhere(session, partial(made.fake_inputs, model), first)
+    elsewhere = Elsewhere(session, partial(made.fake_inputs, model), first, session.request.lowering)
     found = elsewhere.formula(floor_plan(session, first), (made.batch, made.seq), ((int(vary == "seq"),),))
     size, other = (made.batch, made.seq) if vary == "batch" else (made.seq, made.batch)
     return found.largest(session.request.budget, vary, other) if found else size

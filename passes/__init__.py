@@ -6,6 +6,7 @@ from memopt.passbase import Cleanup, Rewrite, Trade
 from memopt.passes.batch_statistics import BatchStatistics
 from memopt.passes.few_bit import ApproxBP, FewBit
 from memopt.passes.kept_outputs import KeptOutputs
+from memopt.passes.late_values import LateValues
 from memopt.passes.linear_cross_entropy import LinearCrossEntropy
 from memopt.passes.linear_inputs import CompAct, WtaCrs
 from memopt.passes.narrow_indices import NarrowIndices
@@ -16,6 +17,7 @@ from memopt.passes.recompute import Recompute
 from memopt.passes.relu_masks import ReluMasks
 from memopt.passes.replay_random import ReplayRandom
 from memopt.passes.unread_inputs import UnreadInputs
+from memopt.passes.weight_copies import WeightCopies
 
 REWRITES: tuple[type[Rewrite], ...] = (  # of the forward, before it is differentiated
     LinearCrossEntropy,
@@ -25,6 +27,8 @@ CLEANUPS: tuple[type[Cleanup], ...] = (
     UnreadInputs,  # as early: what is left of the readers decides what the next two may do
     KeptOutputs,  # before the photograph: one of two values is not saved at all
     ReluMasks,  # before trades propose: the masks it makes are packed by one of them
+    WeightCopies,  # before trades propose: one of them makes the copies again
+    LateValues,  # after what decides which values the backward reads
     ReplayRandom,  # last before the photograph: what is random must be replayable when trades propose
 )
 TRADES: tuple[type[Trade], ...] = (

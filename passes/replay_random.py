@@ -46,4 +46,4 @@ def _make_replayable(graph: fx.Graph, node: fx.Node) -> None:
 class ReplayRandom(Cleanup):
     """Save the generator's state before random steps. Assumes: the default generator of the device draws."""
 
-    name, numerics, run = "replay_random", Numerics.EXACT, staticmethod(replay_random)
+    name, numerics, lowerings, run = "replay_random", Numerics.EXACT, ("eager",), staticmethod(replay_random)

@@ -8,7 +8,7 @@ from time import perf_counter
 
 from memopt.plans import Plan, Problem, Status, simulated
 from memopt.solvers.brute import brute
-from memopt.solvers.chain import Links, chain, levels, links_of, lowest, remakes_of
+from memopt.solvers.chain import Links, chain, levels, links_of
 from memopt.solvers.engine import Engine, path
 from memopt.solvers.greedy import greedy
 from memopt.solvers.ladder import LARGE, Ladder
@@ -163,17 +163,15 @@ def deeper(problem: Problem, space: Space, plan: Plan) -> Plan:
 def chained(problem: Problem, links: Links, plan: Plan) -> tuple[Plan, ...]:
     """The chain's levels and those that keep in passing.
 
-    The levels remake every value inside a block: a step too large for the ladder goes without them beside a plan far
-    cheaper than that.
+    All of them make again what lies inside every block, but for the last block of some: a step too large for the ladder
+    goes without them beside a plan far cheaper than that.
     """
     space = links.space
-    top = float(space.state(space.none()).peak)
-    flat = sum(space.work(k, inside).seconds for k, inside in zip(links.regions, links.inside, strict=True))
-    cheap = plan.status is not Status.INFEASIBLE and plan.seconds < CHEAP * flat
+    inside = [space.work(k, mine).seconds for k, mine in zip(links.regions, links.inside, strict=True)]
+    cheap = plan.status is not Status.INFEASIBLE and plan.seconds < CHEAP * sum(inside[:-1])
     if cheap and len(problem.graph.steps) > LARGE:
-        bottom = simulated(problem, remakes_of(problem, links, lowest(links, top)[0]), "chain")
-        return (bottom, *in_passing(problem, links))
-    return (*levels(problem, links, top), *in_passing(problem, links))
+        return ()
+    return (*levels(problem, links, float(space.state(space.none()).peak)), *in_passing(problem, links))
 
 
 def certified(problem: Problem, engine: Engine, plan: Plan, gap: float, until: float) -> Plan:

@@ -175,6 +175,11 @@ class Space:
         for v, anchor in self.anchor.items():
             self.anchored[v] = ends[v] if v in held else anchor
         self.sizes = np.array(self.size, dtype=np.int64)
+        moved = {*self.movable, *(u for maker in self.makers.values() for u in maker.reads)}
+        self._moved, others = (
+            np.array([v for v in range(len(self.size)) if (v in moved) is at], np.int64) for at in (True, False)
+        )
+        self._steady = self._changes(others, self.anchored)
         self._packs = np.array(sorted(self.packed), np.int64)
         rows = [self.packed[v] for v in sorted(self.packed)]
         self._sources, self._packed_at = (np.array([getattr(p, n) for p in rows], np.int64) for n in ("source", "born"))
@@ -212,6 +217,10 @@ class Space:
         """Half-time after which each original is free: its anchor, or the last read that no copy serves."""
         for k, part in enumerate(parts):
             self.work(k, part)
+        return self._ends(parts)
+
+    def _ends(self, parts: Parts) -> np.ndarray:
+        """As `ends`, of regions that have been simulated."""
         ends = self.anchored.copy()
         np.maximum.at(ends, *self._table(parts, 0))
         if self.packed:
@@ -226,11 +235,8 @@ class Space:
     def bytes_at(self, parts: Parts) -> tuple[np.ndarray, float]:
         """Bytes at each half-time, the bursts' and workspaces included, and added seconds."""
         works = [self.work(k, part) for k, part in enumerate(parts)]
-        ends = self.ends(parts)
-        delta = np.zeros(2 * self.steps + 2, np.int64)
-        alive = ends >= self.births
-        np.add.at(delta, self.births[alive], self.sizes[alive])
-        np.subtract.at(delta, ends[alive] + 1, self.sizes[alive])
+        ends = self._ends(parts)
+        delta = self._steady + self._changes(self._moved, ends)
         np.add.at(delta, *self._table(parts, 1))
         held = np.cumsum(delta)[: 2 * self.steps]
         held[1::2] += self.workspace
@@ -244,6 +250,14 @@ class Space:
             if any(self._takes[n][packing].sum() > limit * (1 + ROUNDING) for n, limit in self.limits.items()):
                 held += TOO_MUCH
         return held, seconds
+
+    def _changes(self, values: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Bytes that these values' originals add at each half-time, and give back after their ends."""
+        delta = np.zeros(2 * self.steps + 2, np.int64)
+        alive = values[ends[values] >= self.births[values]]
+        np.add.at(delta, self.births[alive], self.sizes[alive])
+        np.subtract.at(delta, ends[alive] + 1, self.sizes[alive])
+        return delta
 
     def within(self, parts: Parts) -> Parts:
         """The same ways, but for those that take most of a limit a byte, which go until all limits are kept: values are

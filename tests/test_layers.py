@@ -20,9 +20,9 @@ LEVELS = {
     1: "plans edit cost timeline devices fusion joints",
     2: "program facts listing unwrapped passbase operations forward kernels solvers",
     3: "passes blame capture frames hosts optim runtime lowering fences inductor relay compose seams outputs recurrent "
-    "models workload factory nets text fakes prices noise applied later early trained",
+    "models workload factory nets text fakes prices noise applied later early trained shapes",
     4: "pipeline dumps refusal smaller profiling tuning session report table planfile html chart page formula carry "
-    "sizing watch probe accuracy rewrites remarks reused",
+    "sizing watch probe accuracy rewrites remarks reused request",
     5: "api workbench",
     6: "cli options __main__ backend integrations",
 }

@@ -94,7 +94,7 @@ class Race:
     workers: dict[str, Worker] = field(default_factory=dict)
     times: dict[str, list[dict[str, float]]] = field(default_factory=dict)
 
-    def run(self, rounds: int, lowering: str = "inductor") -> list[dict[str, Any]]:
+    def run(self, rounds: int, lowering: str = "auto") -> list[dict[str, Any]]:
         """Measure every variant, then time them in interleaved rounds. One row each, in the order of the table."""
         with ExitStack() as stack, tempfile.TemporaryDirectory() as place:
             self._start(stack, self.peers[:1], place)  # leaves the gradients the others are compared with

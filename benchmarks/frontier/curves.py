@@ -17,10 +17,11 @@ from memopt.models import load
 from memopt.noise import LOSSY, Noise
 from memopt.passes import TRADES
 from memopt.passes.offload import OffloadDisk, OffloadHost
-from memopt.pipeline import Costs, Request, make_plan, prepare, silent
+from memopt.pipeline import Costs, make_plan, prepare, silent
 from memopt.profiling import measured_costs
 from memopt.refusal import ANY
 from memopt.report import PlanResult
+from memopt.request import Request
 from memopt.runtime import disk
 from memopt.smaller import Call
 from memopt.workbench import bench

@@ -1,7 +1,7 @@
 """Every planner on every graph: `python -m benchmarks.planners` (`make bench-planners`), under fifteen minutes.
 
-Graphs are captured once and kept in --graphs; a second process captures the next ones while the first plans. What the
-time does not suffice for is left out and named. Rows go to planners.jsonl, tables and marks to stdout, progress to
+Graphs are captured once and kept in --graphs; two processes capture and plan them side by side, the largest first. What
+the time does not suffice for is left out and named. Rows go to planners.jsonl, tables and marks to stdout, progress to
 stderr.
 """
 
@@ -10,16 +10,15 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from rich.console import Console
 
-from benchmarks.planners.ahead import tell, works
-from benchmarks.planners.bench import LIMIT, Row, baseline, budgets, header, row
-from benchmarks.planners.export import Work
+from benchmarks.planners.ahead import Turn, side_by_side, tell
+from benchmarks.planners.bench import Row
 from benchmarks.planners.graphs import SOURCES
 from benchmarks.planners.marks import marks
 from benchmarks.planners.picture import picture
@@ -31,32 +30,17 @@ GRAPHS = Path(__file__).resolve().parent / "graphs"  # not committed: 2.5 MB tha
 MINUTES = 12.5  # a capture that is under way then takes up to two more
 
 
-def planned(work: Work, names: Sequence[str], until: float) -> Iterator[Row]:
-    """The rows of one work while there is time."""
-    keep, began = baseline(work), time.monotonic()
-    for label, budget in budgets(work, keep).items():
-        for name in names:
-            left = until - time.monotonic()
-            if left < 1:
-                tell(f"{work.name} at {label}: {name} left out, no time")
-                continue
-            yield row(work, keep, label, budget, name, min(LIMIT, left))
-    tell(f"{work.name}: {', '.join(names)} in {time.monotonic() - began:.0f} s")
-
-
 def run(asked: argparse.Namespace) -> list[Row]:
     """All headers and rows. The slow planners come last, so that they and not a graph are left out."""
     until = time.monotonic() + 60 * asked.minutes
     quick = [name for name in asked.planner if name not in SLOW]
     slow = [name for name in asked.planner if name in SLOW]
-    kept, heads, found = list[Work](), list[Row](), list[Row]()
-    for work in works(asked.graph, asked.graphs, until):
-        kept.append(work)
-        heads.append(header(work))
-        found += planned(work, quick, until)
-    for work in kept if slow else ():
-        found += planned(work, slow, until)
-    return [*heads, *found]
+    first = side_by_side([Turn(graph, quick, asked.graphs, until) for graph in asked.graph])
+    wanted = {graph: {row["label"]: row["budget"] for row in rows} for graph, (_, rows) in first.items()}
+    late = [Turn(graph, slow, asked.graphs, until, wanted[graph]) for graph, (head, _) in first.items() if head]
+    second = side_by_side(late) if slow else {}
+    heads = [head for head, _ in first.values() if head is not None]
+    return [*heads, *(row for found in (first, second) for _, rows in found.values() for row in rows)]
 
 
 def by_planner(lines: Sequence[Row]) -> list[Row]:

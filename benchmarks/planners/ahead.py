@@ -1,16 +1,20 @@
-"""The works as they get ready: captured by a process of its own while the first one plans."""
+"""Graphs side by side: each captured, where its file is missing, and planned by one of two processes."""
 
 from __future__ import annotations
 
 import multiprocessing
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from benchmarks.planners.bench import LIMIT, Row, baseline, budgets, header, row
 from benchmarks.planners.export import Work, load, save
 from benchmarks.planners.graphs import captured
+
+AT_ONCE = 2  # processes: every planner uses one thread
 
 
 def tell(text: str) -> None:
@@ -26,24 +30,43 @@ def exported(name: str, folder: Path) -> Path:
     return path
 
 
-def works(names: Sequence[str], folder: Path, until: float) -> Iterator[Work]:
-    """The works as they are ready; captured ahead in a process of its own. Those not ready in time are named."""
-    missing = [name for name in names if not (folder / f"{name}.json.gz").exists()]
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
-        ahead: dict[str, Future[Path]] = {name: pool.submit(exported, name, folder) for name in missing}
+def planned(work: Work, names: Sequence[str], wanted: Mapping[str, int], until: float) -> Iterator[Row]:
+    """The rows of one work while there is time. wanted: its budgets in bytes, by label."""
+    keep, began = baseline(work), time.monotonic()
+    for label, budget in wanted.items():
         for name in names:
-            if name in ahead and not finished(ahead[name], until):
-                tell(f"{name}: left out, no time to capture it")
-                ahead[name].cancel()
+            left = until - time.monotonic()
+            if left < 1:
+                tell(f"{work.name} at {label}: {name} left out, no time")
                 continue
-            yield load(folder / f"{name}.json.gz")
+            yield row(work, keep, label, budget, name, min(LIMIT, left))
+    tell(f"{work.name}: {', '.join(names)} in {time.monotonic() - began:.0f} s")
 
 
-def finished(job: Future[Path], until: float) -> bool:
-    """Whether the job ended in time. Raises what it raised."""
-    try:
-        job.result(max(0.0, until - time.monotonic()))
-    except TimeoutError:
-        return False
-    return True
+@dataclass(frozen=True)
+class Turn:
+    """Planners on one graph. folder: of the graphs. until: when to stop. wanted: budgets by label, if known."""
+
+    graph: str
+    planners: Sequence[str]
+    folder: Path
+    until: float
+    wanted: Mapping[str, int] = field(default_factory=dict)
+
+    def run(self) -> tuple[Row | None, list[Row]]:
+        """(header, rows); nothing where there is no time left to capture the graph."""
+        if time.monotonic() > self.until:
+            tell(f"{self.graph}: {', '.join(self.planners)} left out, no time")
+            return None, []
+        work = load(exported(self.graph, self.folder))
+        wanted = self.wanted or budgets(work, baseline(work))
+        return header(work), list(planned(work, self.planners, wanted, self.until))
+
+
+def side_by_side(turns: Sequence[Turn]) -> dict[str, tuple[Row | None, list[Row]]]:
+    """What came of each turn, by graph, in their order. The last ones are begun first: they are the largest graphs."""
+    if len(turns) == 1:
+        return {turn.graph: turn.run() for turn in turns}
+    with ProcessPoolExecutor(AT_ONCE, mp_context=multiprocessing.get_context("spawn")) as pool:
+        jobs = {turn.graph: pool.submit(turn.run) for turn in reversed(turns)}
+        return {turn.graph: jobs[turn.graph].result() for turn in turns}

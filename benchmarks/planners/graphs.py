@@ -24,9 +24,10 @@ from memopt.cost import Roofline
 from memopt.devices import device
 from memopt.models import from_preset
 from memopt.nets import UNet
-from memopt.pipeline import Costs, Request, optimizer_phase, prepare, step_graph
+from memopt.pipeline import Costs, optimizer_phase, prepare, step_graph
 from memopt.presets import PRESETS
 from memopt.program import Program
+from memopt.request import Request
 from memopt.seams import parts_of
 from memopt.workbench import bench
 from memopt.workload import Workload, loss_of

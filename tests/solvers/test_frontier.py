@@ -13,7 +13,7 @@ import pytest
 from memopt.edit import edit
 from memopt.passes.recompute import Recompute
 from memopt.plans import Plan, Problem, Status
-from memopt.solvers import solve
+from memopt.solvers import planner, solve
 from memopt.timeline import peak
 from tests.synthetic import llama, mlp, random_step, unet
 
@@ -91,7 +91,7 @@ sys.path.insert(0, sys.argv[1])
 from tests.synthetic import llama, unet
 from memopt.passes.recompute import Recompute
 from memopt.plans import Problem
-from memopt.solvers import solve
+from memopt.solvers import planner, solve
 from memopt.timeline import peak
 for graph, seconds in (llama(6), unet(3)):
     plan = solve(Problem(graph, Recompute().propose(graph, seconds), int(peak(graph) * 0.6), seconds))
@@ -119,3 +119,20 @@ def test_progress_is_told_in_order() -> None:
     assert plan.status is not Status.INFEASIBLE
     assert len(told) > 2
     assert told == sorted(told)
+
+
+def test_a_large_step_goes_without_segments_where_they_cannot_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes a simulation of the whole step: of 80 layers a third of a second."""
+    asked_for: list[Problem] = []
+
+    def counted(problem: Problem, links: object) -> tuple[Plan, ...]:
+        asked_for.append(problem)
+        return ()
+
+    monkeypatch.setattr(planner, "LARGE", 0)
+    monkeypatch.setattr(planner, "in_passing", counted)
+    cheap = solve(asked(llama(6), 0.8))
+    assert cheap.status is not Status.INFEASIBLE
+    assert asked_for == []
+    solve(asked(llama(6), 0.05))
+    assert len(asked_for) == 1
