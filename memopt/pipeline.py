@@ -28,6 +28,7 @@ from memopt.graph import StepGraph, Storage, TensorInfo
 from memopt.joints import Part
 from memopt.noise import Noise
 from memopt.optim.photograph import OptimizerPhase, photograph_optimizer
+from memopt.overlap import OVERLAP
 from memopt.passbase import Rewrite, Trade
 from memopt.passes import CLEANUPS, TRADES
 from memopt.passes.few_bit import ApproxBP, FewBit
@@ -40,6 +41,7 @@ from memopt.report import SCHEMA, PlanResult
 from memopt.rewrites import left_alone, permitted, rewritten_levers
 from memopt.seams import parts_of, runs_untraced
 from memopt.solvers import solve
+from memopt.solvers.moments import solve_overlapped
 from memopt.timeline import at_peak, by_kind, peak
 from memopt.units import format_size
 
@@ -252,7 +254,8 @@ def make_plan(
 
 def _solved(problem: Problem, request: Request, progress: Progress) -> Plan:
     progress("plan", None)
-    return solve(problem, time_limit=request.time_limit)
+    overlaps = request.lowering == "eager" and OVERLAP not in request.off  # a compiler sets its own order
+    return (solve_overlapped if overlaps else solve)(problem, time_limit=request.time_limit)
 
 
 def _reused(problem: Problem, plan_file: PlanFile, survey: Survey) -> Plan:
