@@ -98,12 +98,12 @@ def _scaled(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Any, ...]:
 linear_cross_entropy.register_autograd(_scaled, setup_context=_saved)
 
 
-@register_flop_formula(torch.ops.memopt.linear_cross_entropy)
-def _flops(hidden: Any, weight: Any, *rest: Any, out_val: Any = None, **_: Any) -> int:
-    """Products of (N, H) and (V, H): one for the loss, and one for each of two gradients (two below fp32)."""
-    again = any(rest[-1][:2]) and not (out_val is not None and out_val[1].dtype.itemsize >= 4)
+@register_flop_formula(torch.ops.memopt.linear_cross_entropy, get_raw=True)
+def _flops(hidden: Tensor, weight: Tensor, *rest: Any, out_val: Any = None, **_: Any) -> int:
+    """Products of (N, H) and (V, H): one for the loss, one for each of two gradients, and one to make logits again."""
+    again = any(rest[-1][:2]) and hidden.dtype.itemsize < 4
     products = 1 + sum(rest[-1][:2]) + again
-    return int(2 * products * hidden[0] * hidden[1] * weight[0])
+    return int(2 * products * hidden.numel() * weight.shape[0])
 
 
 def _chunks(count: int, size: int) -> Iterator[slice]:

@@ -18,6 +18,7 @@ from memopt.dumps import check_environment
 from memopt.lowering import LOWERINGS
 from memopt.noise import LOSSY
 from memopt.optim.precision import STATES
+from memopt.overlap import OVERLAP
 from memopt.passes import CLEANUPS, REWRITES, TRADES
 from memopt.passes.offload import OffloadDisk, OffloadHost
 from memopt.pipeline import silent
@@ -239,7 +240,7 @@ def resolve_lowering(lowering: str, device: Device, numerics: str) -> str:
 
 def switched_off(passes: str) -> frozenset[str]:
     """Names switched off by "+a,-b". ValueError for a name there is no pass for."""
-    known = (*(r.name for r in REWRITES), *(c.name for c in CLEANUPS), *(t.name for t in TRADES))
+    known = (*(r.name for r in REWRITES), *(c.name for c in CLEANUPS), *(t.name for t in TRADES), OVERLAP)
     off = set()
     for word in filter(None, (part.strip() for part in passes.split(","))):
         name = _known("passes", word.lstrip("+-"), known)

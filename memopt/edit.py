@@ -33,6 +33,11 @@ class Remake:
     steps, which the graph does not declare. seconds: the cost of the unpack and pack steps alone, without what they in
     turn need remade. takes: what packing takes of resources besides memory and time, by name (`taken`). stand_in:
     what it makes will do for the late steps of the graph, and for nobody else: copies read the original.
+
+    drained, fetched: of a copy elsewhere that goes on while other steps run (memopt/overlap.py), where it is waited for
+    on its way out (the last pack step stands behind this step) and where its way back begins (the first unpack step
+    stands before this one, the second is the wait before the first read). Until the one and from the other the value
+    takes its bytes, since these steps name it. Empty: both ways are awaited at once.
     """
 
     trade: str
@@ -44,6 +49,8 @@ class Remake:
     made: tuple[tuple[TensorInfo, Storage], ...] = ()
     takes: tuple[tuple[str, float], ...] = ()
     stand_in: bool = False
+    drained: str = ""
+    fetched: str = ""
 
     @property
     def repeats(self) -> bool:
@@ -80,6 +87,8 @@ class Placer:
         self.unpack: dict[int, dict[str, Step]] = {}
         self.stand_ins: set[int] = set()  # remakes, by their place
         self.unpacking: set[str] = set()  # steps of theirs
+        self.early: dict[int, list[tuple[int, Step]]] = {}  # position -> remakes whose way back begins there
+        self.waits: dict[int, Step] = {}  # remake -> the wait that its first reader still has to do
         for index, remake in enumerate(remakes):
             if remake.stand_in:
                 self.stand_ins.add(index)
@@ -87,6 +96,9 @@ class Placer:
             first, last = (graph.position[name] for name in remake.span)
             self.spans.setdefault(remake.value, []).append((last - first, first, index))
             self.unpack[index] = {w: step for step in remake.unpack for w in step.writes}
+            if remake.fetched:
+                fetch, self.waits[index] = remake.unpack
+                self.early.setdefault(graph.position[remake.fetched], []).append((index, fetch))
         for spans in self.spans.values():
             spans.sort()  # the narrowest span that covers a moment serves it
         self.homes, self.made = graph.homes, graph.producer
@@ -111,15 +123,32 @@ class Placer:
     def schedule(self) -> Schedule:
         before: dict[int, list[Copy]] = {}
         reads: dict[int, dict[str, str]] = {}
-        for at in sorted({at for value in self.spans for at in self.graph.uses.get(value, ())}):
+        reading = {at for value in self.spans for at in self.graph.uses.get(value, ())}
+        for at in sorted(reading | self.early.keys()):
             step = self.graph.steps[at]
-            if self.graph.is_view(step):
+            if early := [self.begin(fetch, index) for index, fetch in self.early.get(at, ())]:
+                before[at] = early
+            if at not in reading or self.graph.is_view(step):
                 continue  # who reads a view gets a view of the copy
             if placed := self.place(step.reads, at):
-                before[at] = placed
+                before.setdefault(at, []).extend(placed)
             if renamed := self.renamed(step.reads, at):
                 reads[at] = renamed
         return Schedule(before, reads)
+
+    def begin(self, fetch: Step, index: int) -> Copy:
+        """The step that starts a remake's way back, whoever may read it."""
+        (value,) = fetch.writes
+        count = self.counts[fetch.name] = self.counts.get(fetch.name, 0) + 1
+        name = self.copies[value, index] = f"{fetch.name}__{count}"
+        return Copy(fetch, name, ((value, name),))
+
+    def wait(self, index: int) -> Copy:
+        """The wait of what `begin` started, before it is read for the first time."""
+        step = self.waits.pop(index)
+        (value,) = step.reads
+        count = self.counts[step.name] = self.counts.get(step.name, 0) + 1
+        return Copy(step, f"{step.name}__{count}", ((value, self.copies[value, index]),))
 
     def renamed(self, tensors: Sequence[str], at: int, copying: bool = False) -> dict[str, str]:
         served = ((name, self.covering(name, at, copying)) for name in dict.fromkeys(tensors))
@@ -128,11 +157,14 @@ class Placer:
     def place(self, wanted: Sequence[str], at: int) -> list[Copy]:
         """Copies needed so that every wanted tensor can be read at `at`, in the original order of their steps."""
         needed: dict[tuple[str, bool], Step] = {}
+        waited: list[Copy] = []
         stack = [(name, False) for name in wanted]
         while stack:
             name, copying = stack.pop()
             index = self.covering(name, at, copying)
             if index is None or (name, index) in self.copies:
+                if index in self.waits:
+                    waited.append(self.wait(index))
                 continue
             step = self.maker(name, index)
             copying = copying or not self.looks(step)
@@ -141,7 +173,7 @@ class Placer:
                 stack.extend((read, copying) for read in step.reads)
         # In the order the originals were made; an unpack that is no original step counts as its value's producer.
         order = sorted(needed, key=lambda key: (self.graph.producer[needed[key].writes[0]], key))
-        return [self.copy(needed[key], at, key[1]) for key in order]
+        return [*waited, *(self.copy(needed[key], at, key[1]) for key in order)]
 
     def looks(self, step: Step) -> bool:
         """Whether it is a view of the graph: who reads a copy of it reads the value."""
@@ -191,11 +223,14 @@ def edited_by(placer: Placer, remakes: Sequence[Remake]) -> StepGraph:
 
 
 def packs_of(graph: StepGraph, remakes: Iterable[Remake]) -> dict[int, dict[str, Step]]:
-    """Position that makes a value -> its remakes' pack steps by name, to stand right behind it."""
+    """Position -> remakes' pack steps by name, to stand right behind it: where the value is made, and where it is let
+    go once it has been copied."""
     packs: dict[int, dict[str, Step]] = {}
     for remake in remakes:
         for step in remake.pack:
-            packs.setdefault(graph.uses[remake.value][0], {}).setdefault(step.name, step)
+            last = remake.drained and step is remake.pack[-1]
+            at = graph.position[remake.drained] if last else graph.uses[remake.value][0]
+            packs.setdefault(at, {}).setdefault(step.name, step)
     return packs
 
 

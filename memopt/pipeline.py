@@ -25,6 +25,7 @@ from memopt.noise import Noise
 from memopt.optim.photograph import WHOLE, OptimizerPhase
 from memopt.optim.portions import Update
 from memopt.optim.precision import obstacle
+from memopt.overlap import OVERLAP
 from memopt.passbase import Trade
 from memopt.passes import CLEANUPS, TRADES
 from memopt.passes.offload import OffloadDisk, OffloadHost
@@ -39,6 +40,7 @@ from memopt.reused import identity, reused
 from memopt.rewrites import rewritten_levers
 from memopt.seams import parts_of
 from memopt.solvers import solve
+from memopt.solvers.moments import solve_overlapped
 from memopt.timeline import peak
 from memopt.trained import affordable, candidates, hindrance, libraries, unread, update_phase
 from memopt.units import format_size
@@ -300,7 +302,8 @@ def _planned(make: _Maker, update: Update, phase: OptimizerPhase, whole: StepGra
 
 def _solved(problem: Problem, request: Request, progress: Progress) -> Plan:
     progress("plan", None)
-    return solve(problem, time_limit=request.time_limit)
+    overlaps = request.lowering == "eager" and OVERLAP not in request.off  # a compiler sets its own order
+    return (solve_overlapped if overlaps else solve)(problem, time_limit=request.time_limit)
 
 
 def step_graph(

@@ -19,6 +19,7 @@ from memopt.edit import Remake
 from memopt.errors import PlanFileError
 from memopt.files import write_atomic
 from memopt.graph import StepGraph
+from memopt.overlap import overlapped
 from memopt.report import SCHEMA, PlanResult, bytes_let_go
 
 MARK = "memopt plan"  # the file's `format`: tells a plan from any other JSON
@@ -27,7 +28,7 @@ MARK = "memopt plan"  # the file's `format`: tells a plan from any other JSON
 @dataclass(frozen=True)
 class SavedRemake:
     """A remake by names. bytes: of the value's storage, less what it was packed into; seconds: of its unpack and pack
-    steps alone."""
+    steps alone. drained, fetched: as in `memopt.edit.Remake`."""
 
     trade: str
     value: str
@@ -37,11 +38,13 @@ class SavedRemake:
     seconds: float
     bytes: int
     source: str
+    drained: str = ""
+    fetched: str = ""
 
     @property
     def key(self) -> tuple[str, str, tuple[str, str], tuple[str, ...]]:
         """What makes two remakes the same one."""
-        return (self.trade, self.value, self.span, self.unpack)
+        return (self.trade, self.value, self.span, self.unpack[:1] if self.drained else self.unpack)
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,17 @@ class PlanFile:
             steps = tuple(step.name for step in offer.unpack)
             known[offer.trade, offer.value, offer.span, steps] = offer
             known.setdefault((offer.trade, offer.value, steps), offer)
-        return tuple(known.get(saved.key) or _rebuilt(saved, graph, known) for saved in self.remakes)
+        return tuple(_timed(saved, known.get(saved.key) or _rebuilt(saved, graph, known)) for saved in self.remakes)
+
+
+def _timed(saved: SavedRemake, remake: Remake) -> Remake:
+    """The remake with its copies under way between the same steps."""
+    return overlapped(remake, saved.drained, saved.fetched) if saved.drained else remake
 
 
 def _rebuilt(saved: SavedRemake, graph: StepGraph, offers: Mapping[Any, Remake]) -> Remake:
     """A remake that no trade offers for this span: of the graph's own steps, or as offered for another one."""
-    if (like := offers.get((saved.trade, saved.value, saved.unpack))) and {*saved.span} <= graph.position.keys():
+    if (like := offers.get((saved.trade, saved.value, saved.key[-1]))) and {*saved.span} <= graph.position.keys():
         return replace(like, span=saved.span)
     if saved.pack:
         how = "allow the lever, or give it its disk, as when the plan was made, or plan anew"
@@ -119,7 +127,10 @@ def to_plan_file(result: PlanResult) -> PlanFile:
 def _saved(remake: Remake, result: PlanResult) -> SavedRemake:
     unpack, pack = (tuple(step.name for step in steps) for steps in (remake.unpack, remake.pack))
     nbytes, source = bytes_let_go(result.before, remake), result.source_of(remake.value)
-    return SavedRemake(remake.trade, remake.value, remake.span, unpack, pack, remake.seconds, nbytes, source)
+    return SavedRemake(
+        remake.trade, remake.value, remake.span, unpack, pack, remake.seconds, nbytes, source,
+        remake.drained, remake.fetched,
+    )  # fmt: skip
 
 
 def dumps(plan: PlanFile) -> str:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from memopt.edit import GRADIENT, Remake, edit, taken
-from memopt.graph import StepGraph
+from memopt.graph import Step, StepGraph
+from memopt.overlap import elapsed
 from memopt.timeline import peak
 
 ROUNDING = 1e-6  # of a limit: a solver's tolerance
@@ -89,12 +90,14 @@ class Plan:
 
 
 def added_seconds(problem: Problem, edited: StepGraph) -> float:
-    """Seconds of the steps the edit added less those it made unnecessary, never below zero."""
+    """Seconds of the steps the edit added less those it made unnecessary, never below zero. Of copies that go on while
+    others run, those that somebody waits for (`memopt.overlap.elapsed`)."""
     seconds = problem.seconds
-    before = sum(seconds.get(step.name, 0.0) for step in problem.graph.steps)
-    # The name as it is comes first: '__and___1' may be a step of its own.
-    after = sum(seconds.get(s.name, seconds.get(original(s.name), 0.0)) for s in edited.steps)
-    return max(0.0, after - before)
+
+    def cost(step: Step) -> float:  # the name as it is comes first: '__and___1' may be a step of its own
+        return seconds.get(step.name, seconds.get(original(step.name), 0.0))
+
+    return max(0.0, elapsed(edited.steps, cost) - elapsed(problem.graph.steps, cost))
 
 
 def original(step: str) -> str:

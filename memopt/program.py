@@ -335,26 +335,33 @@ def insert(program: Program, graph: StepGraph, remakes: Iterable[Remake]) -> Pro
             _place(program, nodes, placed, reader)
         for old, new in schedule.reads.get(at, {}).items():
             reader.replace_input_with(nodes[old], nodes[new])
-        for pack in reversed(packs.get(at, {}).values()):  # each goes right behind the value
-            _pack(program, nodes, pack)
+        for pack in reversed(packs.get(at, {}).values()):  # each goes right behind the step
+            _pack(program, nodes, pack, reader)
     _sweep(program.graph)
     program.graph.lint()
     return program
 
 
-def _pack(program: Program, nodes: dict[str, fx.Node], step: Step) -> None:
-    """Put a packing step behind what it reads; it stays in the forward though only the backward reads it."""
-    value = nodes[step.reads[0]]
-    behind = value.all_input_nodes[0] if is_getitem(value) else value
+def _pack(program: Program, nodes: dict[str, fx.Node], step: Step, behind: fx.Node) -> None:
+    """Put a packing step, or the wait for one, behind another; it stays in the forward though only the backward reads
+    it."""
+    value, *token = (nodes[name] for name in step.reads)
+    how: list[Any] = [*token] or [tuple(map(hint, value.meta["val"].stride()))]
     while is_getitem(behind.next):
         behind = behind.next
     with program.graph.inserting_after(behind):
-        _made(program, nodes, step, (value, tuple(map(hint, value.meta["val"].stride()))), value)
+        _made(program, nodes, step, (value, *how), value)
     nodes[step.name].meta["partitioner_tag"] = "must_be_in_forward"
 
 
 def _unpack(program: Program, nodes: dict[str, fx.Node], placed: Copy, reader: fx.Node) -> None:
-    """Put an unpacking step before `reader`: it makes a value like the one that was packed."""
+    """Put an unpacking step before `reader`: it makes a value like the one that was packed, or waits for it."""
+    if not placed.step.writes:
+        arriving = nodes[dict(placed.tensors)[placed.step.reads[0]]]
+        with program.graph.inserting_before(reader):
+            _made(program, nodes, replace(placed.step, name=placed.name), (arriving,), arriving)
+        nodes[placed.name].meta["partitioner_tag"] = "must_be_in_backward"  # it is read by nobody
+        return
     value, packed = nodes[placed.step.writes[0]], nodes[placed.step.reads[0]]
     like = value.meta["val"]
     with program.graph.inserting_before(reader):

@@ -15,6 +15,7 @@ from typing import Any
 from memopt.edit import Remake, added_steps
 from memopt.errors import Binding, WayOut
 from memopt.graph import Step, StepGraph
+from memopt.overlap import elapsed, spent
 from memopt.plans import REUSED, MeasuredStep, Plan, Status, original
 from memopt.timeline import Snapshot, at_peak, by_kind, peak, phase_peaks
 
@@ -139,7 +140,7 @@ class PlanResult:
     @cached_property
     def step_seconds(self) -> float:
         """Predicted seconds of the planned step."""
-        return sum(self.seconds_of(step) for step in self.after.steps)
+        return elapsed(self.after.steps, self.seconds_of)
 
     @cached_property
     def baseline_seconds(self) -> float:
@@ -221,14 +222,14 @@ class PlanResult:
         )
 
     def _spent(self) -> dict[tuple[str, str], float]:
-        """(value, trade) -> seconds of its copies. A copy that remakes several values is charged to the first."""
-        owner = _owners(self.before, self.plan.chosen)
-        spent: dict[tuple[str, str], float] = {}
-        for step in added_steps(self.before, self.after):
+        """(value, trade) -> seconds its copies add. A copy that remakes several values is charged to the first."""
+        owner, added = _owners(self.before, self.plan.chosen), {s.name for s in added_steps(self.before, self.after)}
+        found: dict[tuple[str, str], float] = {}
+        for step, seconds in spent(self.after.steps, self.seconds_of):
             key = owner.get(step.name) or owner.get(original(step.name))
-            if key is not None:
-                spent[key] = spent.get(key, 0.0) + self.seconds_of(step)
-        return spent
+            if key is not None and step.name in added:
+                found[key] = found.get(key, 0.0) + seconds
+        return found
 
     def numerics_of(self, lever: str) -> str:
         """The lever's declared class. Undeclared ones count as lossy, but recompute, which repeats the same steps."""

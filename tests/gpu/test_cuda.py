@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 import memopt
 from memopt.models import load
+from memopt.runtime import host
 from memopt.runtime.guard import Guard
 from memopt.runtime.libraries import kept_by_libraries
 from memopt.runtime.measure import measure, measure_step
@@ -122,6 +123,51 @@ def test_dropout_is_redrawn_bit_for_bit() -> None:
     found = gradients(model)
     assert found.keys() == wanted.keys()
     assert [name for name in wanted if not torch.equal(found[name], wanted[name])] == []
+
+
+def test_copies_beside_the_computing_stream_race_with_nothing() -> None:
+    """Fifty values out and back, each made by a slow kernel, its memory dirtied once it is drained, and the memory it
+    comes back to dirtied before it is fetched: a wait that is missing anywhere shows as another number."""
+    pool = host.use(2**30)
+    start, drain, fetch, arrive = (
+        getattr(torch.ops.memopt, f"{kind}_{pool.codec}") for kind in ("start", "drain", "fetch", "arrive")
+    )
+    busy = torch.randn(2048, 2048, device="cuda")
+    for turn in range(50):
+        for _ in range(4):
+            busy = busy @ busy / busy.norm()
+        x = torch.full((2**22,), float(turn), device="cuda") + 0 * busy[0, 0].nan_to_num()
+        token = start(x, (1,))
+        landed = drain(x, token)
+        del x
+        torch.full((2**22,), -1.0, device="cuda")  # takes the memory of x
+        for _ in range(4):
+            busy = busy @ busy / busy.norm()
+        torch.full((2**22,), -2.0, device="cuda")
+        back = fetch(landed, (2**22,), (1,), torch.float32)
+        del token, landed
+        arrive(back)
+        assert bool((back == float(turn)).all())
+    assert pool.begun == pool.awaited == 50
+    del back
+    torch.cuda.synchronize()
+    pool.settle()
+    assert (pool.held, pool.buffers, pool.leaving, pool.arriving) == (0, {}, {}, {})
+
+
+def test_a_step_given_up_does_not_free_what_is_still_copied() -> None:
+    pool = host.use(2**30)
+    start = getattr(torch.ops.memopt, f"start_{pool.codec}")
+    x = torch.ones(2**26, device="cuda")
+    address, token = x.data_ptr(), start(x, (1,))
+    torch.cuda._sleep(10**8)
+    (flight,) = pool.leaving.values()
+    del x, token
+    assert flight.kept is not None
+    assert flight.kept.data_ptr() == address
+    torch.cuda.synchronize()
+    pool.settle()
+    assert (flight.kept, pool.given_up, pool.held) == (None, [], 0)
 
 
 @pytest.mark.parametrize("lowering", ["eager", "inductor"])

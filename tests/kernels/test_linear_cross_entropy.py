@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from memopt.kernels import linear_cross_entropy as kernel
 from memopt.runtime.measure import measure
@@ -119,3 +120,12 @@ def test_its_workspace_is_bounded(dtype: torch.dtype, monkeypatch: pytest.Monkey
     found = measure(lambda: torch.ops.memopt.linear_cross_entropy(*args), resident=[]).peak_bytes - outputs
     most = kernel.workspace_bytes(300, 500, 32, hidden.element_size())
     assert 0.8 * most <= found <= most
+
+
+@pytest.mark.parametrize(("dtype", "products"), [(torch.float32, 3), (torch.bfloat16, 4)])
+def test_its_operations_are_counted(dtype: torch.dtype, products: int) -> None:
+    hidden, weight = torch.randn(7, 4, dtype=dtype), torch.randn(9, 4, dtype=dtype)
+    args = (hidden, weight, None, torch.zeros(7, dtype=torch.long), -100, 0.0, kernel.MEAN, dtype, [True, True, False])
+    with FlopCounterMode(display=False) as counter:
+        torch.ops.memopt.linear_cross_entropy(*args)
+    assert counter.get_total_flops() == 2 * products * 7 * 4 * 9

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import memopt
+from memopt.planfile import save_plan
 from memopt.runtime import disk
 from memopt.runtime.measure import measure_step
 from tests.passes.test_packing import stepped
@@ -226,3 +228,97 @@ def test_a_folder_that_cannot_be_written_is_no_way_out_and_no_other_error(x: Ten
     for pool in unused.values():
         pool.file.close()
     assert not [way for way in refused.value.ways_out if way.change.startswith("disk_budget=")]
+
+
+def operation(pool: disk.Pool, kind: str) -> Any:
+    return getattr(torch.ops.memopt, f"{kind}_{pool.codec}")
+
+
+def test_copies_of_a_step_are_under_way_while_it_computes(x: Tensor, whole: int, tmp_path: Path) -> None:
+    """The plan says so, and is cheaper for it; saved and used again it has the same moments."""
+    options: dict[str, Any] = {"disk_budget": "1GB", "disk_path": tmp_path}
+    passes = "-recompute,-pack_masks"
+    model = compiled(x, int(0.7 * whole), passes=passes, **options)
+    awaited = compiled(x, int(0.7 * whole), passes=f"{passes},-overlap", **options).memopt.plan
+    plan = model.memopt.plan
+    assert all(r.drained and r.fetched for r in plan.plan.chosen)
+    assert not any(r.drained or r.fetched for r in awaited.plan.chosen)
+    assert plan.plan.seconds < awaited.plan.seconds
+    save_plan(plan, tmp_path / "plan.json")
+    again = compiled(x, int(0.7 * whole), passes=passes, plan_file=tmp_path / "plan.json", **options).memopt.plan
+    assert again.plan.chosen == plan.plan.chosen
+    assert (again.plan.peak, again.plan.seconds) == (plan.plan.peak, plan.plan.seconds)
+
+
+def test_a_step_goes_on_while_a_copy_is_written_and_read(tmp_path: Path) -> None:
+    """Neither way ends before the test lets it, and `start` and `fetch` have returned long before."""
+    pool, x = disk.use(tmp_path, GB), torch.randn(64, 1000).t()
+    go = threading.Event()
+    put, read = pool.put, pool.read
+    with (
+        patch.object(pool, "put", lambda *a: (go.wait(60), put(*a))),
+        patch.object(pool, "read", lambda *a: (go.wait(60), read(*a))),
+    ):
+        token = operation(pool, "start")(x, x.stride())
+        assert not pool.flights[1][0].done.done()
+        go.set()
+        landed = operation(pool, "drain")(x, token)
+        go.clear()
+        back = operation(pool, "fetch")(landed, x.shape, x.stride(), x.dtype)
+        del token, landed
+        gc.collect()
+        assert list(pool.slots) == [1]  # the token is dead, but its place is still read
+        other = pool.pack(torch.zeros(64000))
+        go.set()
+        operation(pool, "arrive")(back)
+    assert torch.equal(back, x)
+    del other
+    gc.collect()
+    pool.back.submit(int).result()  # what follows a copy in its thread has run as well
+    assert (pool.held, pool.slots, pool.flights, pool.arriving, pool.owners) == (0, {}, {}, {}, {})
+
+
+def test_a_step_given_up_while_it_is_written_frees_nothing_too_early(tmp_path: Path) -> None:
+    pool, go = disk.use(tmp_path, GB), threading.Event()
+    put = pool.put
+    with patch.object(pool, "put", lambda *a: (go.wait(60), put(*a))):
+        token = operation(pool, "start")(torch.ones(5000), (1,))
+        (flight,) = pool.flights[1]
+        del token
+        gc.collect()
+        assert flight.kept is not None
+        assert list(pool.slots) == [1]
+        go.set()
+        flight.done.result()
+    pool.out.submit(int).result()
+    assert (pool.held, pool.slots, pool.flights, flight.kept) == (0, {}, {}, None)
+
+
+def test_what_is_laid_out_otherwise_is_written_at_once(tmp_path: Path) -> None:
+    """The copy in the captured layout is a temporary: a thread would hold bytes that no plan counts."""
+    pool, x = disk.use(tmp_path, GB), torch.randn(100, 7)
+    token = operation(pool, "start")(x, (1, 100))
+    assert pool.flights == {}
+    back = operation(pool, "fetch")(operation(pool, "drain")(x, token), x.shape, (1, 100), x.dtype)
+    operation(pool, "arrive")(back)
+    assert torch.equal(back, x)
+
+
+def broken(*_: Any) -> int:
+    raise OSError(5, "Input/output error")
+
+
+def test_an_error_under_way_is_raised_where_it_is_waited_for(tmp_path: Path) -> None:
+    pool, x = disk.use(tmp_path, GB), torch.ones(5000)
+    with patch.object(disk.os, "pwrite", broken):
+        token = operation(pool, "start")(x, (1,))
+        with pytest.raises(disk.DiskError, match=r"cannot write 20\.00 KB"):
+            operation(pool, "drain")(x, token)
+    landed = operation(pool, "drain")(x, operation(pool, "start")(x, (1,)))
+    with patch.object(disk.os, "preadv", broken):
+        back = operation(pool, "fetch")(landed, x.shape, (1,), x.dtype)
+        with pytest.raises(disk.DiskError, match="cannot read saved"):
+            operation(pool, "arrive")(back)
+    del token, landed
+    gc.collect()
+    assert (pool.held, pool.slots) == (0, {})

@@ -1,0 +1,120 @@
+"""Copies that go on while the step computes: their moments, their seconds, and what bounds them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import combinations, product
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memopt.edit import DISK, Remake, edit
+from memopt.graph import verify
+from memopt.overlap import moves, overlapped
+from memopt.passes.packing import packable, packed, read_late
+from memopt.passes.recompute import Recompute
+from memopt.plans import Plan, Problem, added_seconds, simulated
+from memopt.solvers import solve
+from memopt.solvers.moments import just_in_time, solve_overlapped
+from memopt.timeline import peak, timeline
+from tests.synthetic import random_step
+
+TOKEN = 2
+
+
+def problem_of(seed: int, share: float, steps: int = 7, most: int = 8, again: bool = True) -> Problem:
+    """Moves of most values and recomputation, at a budget so far between the least and the most bytes."""
+    rng = random.Random(seed)
+    graph, seconds = random_step(seed, steps)
+    values = [value for value in packable(graph) if rng.random() < 0.7]
+    remakes = {v: replace(packed(graph, "move", v, ("disk_0", TOKEN)), takes=((DISK, 1.0),)) for v in values}
+    spent = dict(seconds)
+    for remake in remakes.values():
+        spent |= {step.name: rng.choice((1.0, 5.0, 30.0)) for step in (*remake.pack, *remake.unpack)}
+    late = (replace(remakes[value], span=span) for span, value in read_late(graph, remakes.keys()))
+    offers = [*(Recompute().propose(graph, seconds) if again else ()), *late]
+    rng.shuffle(offers)
+    problem = Problem(graph, tuple(offers[:most]), 0, spent)
+    floor = solve(problem).peak
+    return replace(problem, budget=int(floor + share * (peak(graph) - floor)))
+
+
+PROBLEMS = st.builds(problem_of, st.integers(0, 10**6), st.sampled_from((0.0, 0.3, 0.6, 0.9)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(PROBLEMS)
+def test_no_plan_is_dearer_than_with_awaited_copies_nor_over_the_budget(problem: Problem) -> None:
+    awaited, plan = solve(problem), solve_overlapped(problem)
+    edited = verify(edit(problem.graph, plan.chosen))
+    assert (plan.peak, plan.seconds) == (peak(edited), added_seconds(problem, edited))
+    assert (plan.peak <= problem.budget) == (awaited.peak <= problem.budget)
+    assert plan.lower_bound <= plan.seconds <= awaited.seconds
+
+
+def every_moment(problem: Problem, chosen: tuple[Remake, ...]) -> Iterator[tuple[Remake, ...]]:
+    """The remakes with their copies awaited, and with every pair of moments that they can have."""
+    graph, ways = problem.graph, []
+    begun = just_in_time(graph, chosen)
+    for remake, timed in zip(chosen, begun, strict=True):
+        found = [remake]
+        if timed.drained:
+            made, read = graph.position[timed.drained], graph.position[timed.fetched]
+            late = range(graph.boundary, read + 1)
+            found += [
+                overlapped(remake, graph.steps[out].name, graph.steps[back].name)
+                for out, back in product(range(made, graph.boundary), late)
+            ]
+        ways.append(found)
+    for each in product(*ways):
+        drained = {(r.value, r.drained) for r in each if moves(r)}
+        if len(drained) == len({value for value, _ in drained}):  # a value is copied out once
+            yield each
+
+
+def least(problem: Problem) -> Plan | None:
+    """The cheapest within the budget of all subsets of the offers and all their moments."""
+    offers = problem.remakes
+    subsets = (chosen for size in range(len(offers) + 1) for chosen in combinations(offers, size))
+    plans = (simulated(problem, each, "all") for chosen in subsets for each in every_moment(problem, chosen))
+    return min((p for p in plans if p.peak <= problem.budget), key=lambda p: p.seconds, default=None)
+
+
+def test_the_bound_is_below_every_choice_and_every_moment() -> None:
+    """All of them, on small random steps; the moments chosen are the best ones in most."""
+    best = plans = 0
+    for seed in range(60):
+        problem = problem_of(seed, 0.3, steps=4, most=2, again=seed % 4 == 0)
+        plan, found = solve_overlapped(problem), least(problem)
+        if found is None or not any(map(moves, plan.chosen)):
+            continue
+        assert plan.lower_bound <= found.seconds * (1 + 1e-9) + 1e-9
+        assert found.seconds <= plan.seconds + 1e-9
+        plans += 1
+        best += plan.seconds <= found.seconds + 1e-9
+    assert plans >= 5
+    assert best >= plans - 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.integers(0, 10**6))
+def test_at_every_step_moments_hold_at_least_what_awaited_copies_hold(seed: int, choice: int) -> None:
+    """What the bound rests on."""
+    problem, rng = problem_of(seed, 0.5), random.Random(choice)
+    chosen = tuple(remake for remake in problem.remakes if rng.random() < 0.7)
+    where = {remake.value: rng.random() for remake in chosen}
+    timed = []
+    for remake in just_in_time(problem.graph, chosen):
+        if remake.drained:
+            made, read = (problem.graph.position[name] for name in (remake.drained, remake.fetched))
+            out = made + int(where[remake.value] * (problem.graph.boundary - made))
+            back = rng.randint(problem.graph.boundary, read)
+            remake = overlapped(remake, problem.graph.steps[out].name, problem.graph.steps[back].name)
+        timed.append(remake)
+    awaited, under_way = (edit(problem.graph, each) for each in (chosen, tuple(timed)))
+    verify(under_way)
+    low, high = (dict(zip((s.name for s in g.steps), timeline(g), strict=True)) for g in (awaited, under_way))
+    assert all(low[name] <= high[name] for name in low.keys() & high.keys() & problem.graph.position.keys())
+    assert added_seconds(problem, under_way) <= added_seconds(problem, awaited) + 1e-9
