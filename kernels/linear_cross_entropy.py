@@ -35,15 +35,17 @@ def chunk_size(count: int, across: int) -> int:
     return min(count, max(LEAST, CHUNK // (4 * across)))
 
 
+BLOCK = 512  # rows of the hidden state's gradient that are added to at once
 SMALL = 64  # bytes a row that stands for what is of rows alone: targets, sums, losses
 
 
 def workspace_bytes(rows: int, words: int, width: int, itemsize: int) -> int:
     """At most what the operation takes inside itself: a chunk of logits, and what is of rows; below fp32 the chunk in
-    both types, and so the hidden state's gradient."""
+    both types, and of the hidden state's gradient what rounding takes off, and a block of rows in both types."""
     if itemsize >= 4:
         return itemsize * chunk_size(rows, words) * words + SMALL * rows
-    return (4 + itemsize) * rows * (chunk_size(words, rows) + width) + SMALL * rows
+    chunk = (4 + itemsize) * rows * chunk_size(words, rows)
+    return chunk + width * (itemsize * rows + (4 + itemsize) * min(rows, BLOCK)) + SMALL * rows
 
 
 @torch.library.custom_op("memopt::linear_cross_entropy", mutates_args=())
@@ -165,7 +167,8 @@ def _by_words(
     lse, chosen = _normalisers(hidden, weight, bias, places, smoothing, parts)
     loss = _dot(lse - chosen, weights)
     by_hidden, by_weight, by_bias = _empty(hidden, weight, wanted)
-    summed = torch.zeros_like(by_hidden, dtype=torch.float32)  # of chunks: rounded once
+    rest = torch.zeros_like(by_hidden)  # what rounding takes off the sum so far
+    by_hidden.zero_()
     for words in parts if any(wanted) else ():
         slopes = _logits(hidden, weight[words], None if bias is None else bias[words])
         slopes.sub_(lse[:, None]).exp_().sub_(smoothing / len(weight))
@@ -178,9 +181,18 @@ def _by_words(
         if wanted[1]:
             torch.mm(rounded.t(), hidden, out=by_weight[words])
         if wanted[0]:
-            summed += rounded @ weight[words]
+            _add(by_hidden, rest, rounded, weight[words])
         del rounded
-    return loss, (by_hidden.copy_(summed), by_weight, by_bias)
+    return loss, (by_hidden, by_weight, by_bias)
+
+
+def _add(total: Tensor, rest: Tensor, slopes: Tensor, weight: Tensor) -> None:
+    """total + rest += slopes weight, in twice the digits of their type, some rows at a time."""
+    for rows in _chunks(len(total), BLOCK):
+        new = (slopes[rows] @ weight).to(torch.float32)
+        new.add_(total[rows]).add_(rest[rows])
+        total[rows] = new
+        rest[rows] = new.sub_(total[rows])
 
 
 def _normalisers(

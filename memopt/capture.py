@@ -37,6 +37,7 @@ from memopt.passbase import Rewrite
 from memopt.program import Program, argument_places, copied
 
 Prepare = Callable[[Program], Program]
+MANY = 4000  # operations of a graph above which the step without rewrites is not captured as well: seconds of planning
 FROZEN = "no gradient is asked for: none of the model's parameters requires one; set requires_grad=True on some"
 
 
@@ -119,7 +120,8 @@ class _Recorder:
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         self.latest = None
-        spare = fx.GraphModule(module, copied(module.graph)) if self.rewrites else None
+        wanted = bool(self.rewrites) and len(module.graph.nodes) <= MANY
+        spare = fx.GraphModule(module, copied(module.graph)) if wanted else None
         run = self.lowered(module, inputs, self.record, self.rewrites)
         if self.latest is None:
             return run

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import memopt
-from memopt import api, rewrites
+from memopt import api, capture, rewrites
 from memopt.errors import VerifyError
 from memopt.forward import Forward, Rewritten, rewritten
 from memopt.passbase import Numerics, Rewrite, Site
@@ -118,3 +118,11 @@ def test_what_is_left_alone_is_named_once(monkeypatch: pytest.MonkeyPatch) -> No
     plan = memopt.plan(Doubling(), (torch.randn(4, 8),), budget="1GB", lowering="eager")
     assert "refusing left a.py:1 alone: why" in plan.notes
     assert not [lever for lever in plan.levers if lever.lever == "refusing"]
+
+
+def test_of_a_large_step_the_baseline_is_the_rewritten_one_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rewrites, "REWRITES", (Halved,))
+    monkeypatch.setattr(capture, "MANY", 1)
+    plan = memopt.plan(Doubling(), (torch.randn(4, 8),), budget="1GB", lowering="eager")
+    assert plan.plain is None
+    assert any('"without memopt" has them as well' in note for note in plan.notes)

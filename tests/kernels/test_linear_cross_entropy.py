@@ -26,6 +26,7 @@ REDUCTIONS = {"mean": kernel.MEAN, "sum": kernel.SUM}
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "CHUNK", 0)
     monkeypatch.setattr(kernel, "LEAST", 5)
+    monkeypatch.setattr(kernel, "BLOCK", 10)
 
 
 def drawn(rows: int, width: int, words: int, biased: bool) -> list[Tensor]:
@@ -104,6 +105,7 @@ def test_all_rows_ignored_gives_what_torch_gives() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_its_workspace_is_bounded(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "LEAST", 64)
+    monkeypatch.setattr(kernel, "BLOCK", 100)
     hidden, weight = torch.randn(300, 32, dtype=dtype), torch.randn(500, 32, dtype=dtype)
     args = (
         hidden,
