@@ -1,0 +1,147 @@
+"""What packing costs under Inductor as loops of its kernels, and as calls: `python -m benchmarks.packs`.
+
+The same step twice with one lever and nothing else: as memopt lowers it (memopt/kernels/lowered.py), and with each pack
+and unpack a library call, which Inductor makes of an operation it does not know. Both at the least budget that the
+calls hold, rounds interleaved, each gradient compared bit for bit; and the least budget of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+import memopt
+from benchmarks.record import RESULTS, command, surroundings, write_lines
+from benchmarks.training.__main__ import ALONE, least
+from benchmarks.zoo import workload
+from memopt.kernels import lowered, lowered_packs  # noqa: F401  # registers what `calls` takes away
+from memopt.runtime.measure import measure_step, training_step
+
+LEVERS = {"pack_masks": "bert", "int8_activations": "gpt2", "int4_activations": "gpt2", "fp8_activations": "gpt2"}
+EXACT = ("pack_masks",)
+WAYS = ("calls", "loops")
+
+
+@contextmanager
+def calls() -> Iterator[None]:
+    """Packs and unpacks are library calls to Inductor, and to the plan."""
+    from torch._inductor.lowering import lowerings
+
+    ours = {op: lowering for op, lowering in lowerings.items() if str(op).startswith("memopt.")}
+    for op in ours:
+        del lowerings[op]
+    with (
+        mock.patch("memopt.passes.packing.INLINED", frozenset()),
+        mock.patch("memopt.profiling.INLINED", frozenset()),
+        torch._inductor.config.patch(force_disable_caches=True),
+    ):
+        yield
+    lowerings.update(ours)
+
+
+class Step:
+    """One model, planned and compiled in one of the two ways."""
+
+    def __init__(self, lever: str, way: str, budget: int = 0) -> None:
+        self.work = workload(LEVERS[lever], dropout=lever in EXACT)
+        self.lever, self.way = lever, way
+        torch.manual_seed(0)
+        self.inputs = self.work.inputs(self.work.batch, self.work.seq)
+        self.model: nn.Module = self.work.build()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 1e-3)
+        if budget:
+            with self.lowering():
+                given: Any = {"example_inputs": self.inputs, "optimizer": self.optimizer, **self.options()}
+                memopt.compile(self.model, budget, **given)
+                self.gradients()
+
+    def lowering(self) -> Any:
+        return calls() if self.way == "calls" else nullcontext()
+
+    def options(self) -> dict[str, Any]:
+        """The lever alone."""
+        if self.lever in EXACT:
+            others = ",".join(name for name in ALONE.split(",") if name != f"-{self.lever}")
+            return {"lowering": "inductor", "passes": others, "allow": (), "max_grad_error": float("inf")}
+        return {"lowering": "inductor", "passes": ALONE, "allow": (self.lever,), "max_grad_error": float("inf")}
+
+    def floor(self) -> int:
+        """The least budget that holds, bytes."""
+        with self.lowering():
+            return least(self.model, self.optimizer, self.inputs, self.options())
+
+    def loss(self) -> Tensor:
+        loss: Tensor = self.work.loss(self.model(**self.inputs))
+        return loss
+
+    def gradients(self) -> list[Tensor]:
+        """Of one step from the same dropout."""
+        torch.manual_seed(1)
+        self.loss().backward()
+        found = [p.grad for p in self.model.parameters() if p.grad is not None]
+        self.model.zero_grad(set_to_none=True)
+        return found
+
+    def peak(self) -> int:
+        """Bytes a step really takes."""
+        return measure_step(self.loss, self.optimizer, resident=[self.model, self.inputs], repeats=0).peak_bytes
+
+    def seconds(self) -> float:
+        """Of one step."""
+        start = time.perf_counter()
+        training_step(self.loss, self.optimizer)()
+        return time.perf_counter() - start
+
+
+def compared(lever: str, rounds: int) -> dict[str, Any]:
+    """Both ways with one lever."""
+    floors = {way: Step(lever, way).floor() for way in WAYS}
+    steps = {way: Step(lever, way, floors["calls"]) for way in WAYS}
+    equal = all(map(torch.equal, *(step.gradients() for step in steps.values())))
+    peaks = {way: step.peak() for way, step in steps.items()}
+    plans: Any = {way: step.model.memopt.plan for way, step in steps.items()}  # type: ignore[union-attr]
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    for _ in range(rounds):
+        for way, step in steps.items():
+            seconds[way].append(step.seconds())
+    return {
+        "lever": lever, "model": LEVERS[lever], "budget": floors["calls"], "least": floors, "measured": peaks,
+        "predicted": {way: plan.peak for way, plan in plans.items()}, "equal": equal,
+        "bytes": {way: {used.lever: used.bytes for used in plan.levers} for way, plan in plans.items()},
+        "seconds": {way: median(found) for way, found in seconds.items()}, "rounds": seconds,
+        "ratio": median(a / b for a, b in zip(seconds["loops"], seconds["calls"], strict=True)),
+    }  # fmt: skip
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run, print and write."""
+    parser = argparse.ArgumentParser(prog="packs", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--lever", nargs="+", choices=LEVERS, default=list(LEVERS))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    asked = parser.parse_args(words)
+    head = {"surroundings": surroundings(), "command": command("packs", sys.argv[1:] if words is None else words)}
+    rows: list[dict[str, Any]] = []
+    for lever in asked.lever:
+        rows.append(compared(lever, asked.rounds))
+        row = rows[-1]
+        sizes = ", ".join(f"{way} {row['least'][way] / 2**20:.1f}" for way in WAYS)
+        print(
+            f"{lever:17} {row['model']:8} least MiB: {sizes}; time {row['ratio']:.2f}, equal {row['equal']}", flush=True
+        )
+        write_lines(asked.results / "packs.jsonl", [head, *rows])
+    return 0 if all(row["equal"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
