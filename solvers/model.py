@@ -185,7 +185,7 @@ class Model:
             region = self._lives_to(v, ks, half)
             size = space.size[v]
             here = space.covered[v].get(k) if k is not None and v in space.regions[k].values else None
-            if here is not None and half <= 2 * here[1] + 1:
+            if k is not None and here is not None and half <= 2 * here[1] + 1:
                 ways = self._storing(v, k)
                 always = len(ways) == len(space.regions[k].values[v])
                 if half >= 2 * here[0] and always:
