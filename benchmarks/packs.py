@@ -43,7 +43,7 @@ def calls() -> Iterator[None]:
     with (
         mock.patch("memopt.passes.packing.INLINED", frozenset()),
         mock.patch("memopt.profiling.INLINED", frozenset()),
-        torch._inductor.config.patch(force_disable_caches=True),
+        torch._inductor.config.patch(fx_graph_cache=False),
     ):
         yield
     lowerings.update(ours)
