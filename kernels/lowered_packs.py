@@ -21,7 +21,7 @@ from torch._inductor.virtualized import V, ops
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
-from memopt.kernels import fp8, narrow, pack_bits, quantise  # noqa: F401  # their operations
+from memopt.kernels import fp8, pack_bits, quantise  # noqa: F401  # their operations
 from memopt.kernels.lowered import number
 
 aten = torch.ops.aten
@@ -75,12 +75,6 @@ def pack_bits_(x: TensorBox, element: Load, count: int) -> Any:
     """Eight booleans a byte."""
     byte = joined(lambda p: ops.to_dtype(element(p), torch.int32), 1)
     return loops(x, torch.uint8, [count // 8], lambda index: byte(index[0]))
-
-
-def pack_narrow(x: TensorBox, element: Load, count: int, dtype: torch.dtype) -> Any:
-    """The narrow integers' bytes."""
-    numbers = loops(x, dtype, [count], lambda index: ops.to_dtype(element(index[0]), dtype))
-    return lowerings[aten.view.dtype](numbers, torch.uint8)
 
 
 def bytes_of(x: TensorBox, terms: Sequence[Callable[[Any], Any]], groups: int) -> TensorBox:
@@ -203,7 +197,6 @@ def nearest(value: Any) -> Any:
 PACKING: dict[str, tuple[Packing, int]] = {
     "bits": (pack_bits_, 8),
     "fp8": (pack_fp8, fp8.GROUP),
-    **{name: (partial(pack_narrow, dtype=dtype), 1) for name, dtype in narrow.WIDTHS.items()},
     **{name: (partial(pack_quantised, bits=bits), quantise.GROUP) for name, bits in quantise.BITS.items()},
 }
 

@@ -119,8 +119,8 @@ def budget_of(task: Task, plan: str, inputs: Any, options: Any) -> int:
 def least(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Any, options: Any) -> int:
     """The least budget that is planned, bytes."""
     request = make_request(
-        device_of(model), 1, optimizer, options["allow"], "reordered", "eager", options["passes"], 1, "model",
-        max_grad_error=options["max_grad_error"],
+        device_of(model), 1, optimizer, options["allow"], "reordered", options["lowering"], options["passes"], 1,
+        "model", max_grad_error=options["max_grad_error"],
     )  # fmt: skip
     session = Session(model, request, advise=False)
     try:
