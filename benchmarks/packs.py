@@ -25,7 +25,6 @@ import memopt
 from benchmarks.record import RESULTS, command, surroundings, write_lines
 from benchmarks.training.__main__ import ALONE, least
 from benchmarks.zoo import workload
-from memopt.kernels import lowered, lowered_packs  # noqa: F401  # registers what `calls` takes away
 from memopt.runtime.measure import measure_step, training_step
 
 LEVERS = {"pack_masks": "bert", "int8_activations": "gpt2", "int4_activations": "gpt2", "fp8_activations": "gpt2"}

@@ -27,7 +27,6 @@ from torch._inductor.lowering import fallback_handler, lowerings, register_lower
 from torch._inductor.virtualized import V, ops
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
-from memopt.facts import is_fusable
 from memopt.kernels import fp8, pack_bits, quantise  # noqa: F401  # their operations
 
 aten = torch.ops.aten
@@ -36,13 +35,19 @@ Element = Callable[[Any], Any]  # where an element lies in memory -> the express
 Unpacking = Callable[[TensorBox, int], Element]  # packed bytes, number of elements -> its elements
 
 
-def register_unpack(codec: str, unpacking: Unpacking) -> None:
+def register_unpacks(in_loops: Callable[[fx.Node], bool]) -> None:
+    """Lower every codec's unpack. in_loops: whether the compiler makes loops of an operation."""
+    for codec, unpacking in UNPACKING.items():
+        register_unpack(codec, unpacking, in_loops)
+
+
+def register_unpack(codec: str, unpacking: Unpacking, in_loops: Callable[[fx.Node], bool]) -> None:
     """Lower `memopt::unpack_<codec>` to a pointwise expression."""
     operation = getattr(torch.ops.memopt, f"unpack_{codec}").default
     reference = fallback_handler(operation, add_to_fallback_set=False)
 
     def lowered(packed: TensorBox, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Any:
-        if dtype is torch.bool and stored(V.graph.current_node):
+        if dtype is torch.bool and stored(V.graph.current_node, in_loops):
             return reference(packed, size, stride, dtype)
         packed.realize()
         element = unpacking(packed, prod(size))
@@ -56,9 +61,9 @@ def register_unpack(codec: str, unpacking: Unpacking) -> None:
     register_lowering(operation, type_promotion_kind=None)(lowered)
 
 
-def stored(node: fx.Node) -> bool:
+def stored(node: fx.Node, in_loops: Callable[[fx.Node], bool]) -> bool:
     """Whether something other than loops reads it, itself or a view of it: `memopt.timeline.vanishing` of the node."""
-    return any(stored(user) if is_view(user) else not is_fusable(user) for user in node.users)
+    return any(stored(user, in_loops) if is_view(user) else not in_loops(user) for user in node.users)
 
 
 def is_view(node: fx.Node) -> bool:
@@ -142,6 +147,3 @@ UNPACKING: dict[str, Unpacking] = {
     "fp8": unpack_fp8,
     **{name: partial(unpack_quantised, bits=bits) for name, bits in quantise.BITS.items()},
 }
-
-for codec, unpacking in UNPACKING.items():
-    register_unpack(codec, unpacking)

@@ -26,7 +26,7 @@ from torch._inductor.utils import BoxedBool
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensor
 
-from memopt.facts import hint
+from memopt.facts import hint, is_fusable
 from memopt.fences import KERNEL
 from memopt.fusion import Fences
 from memopt.kernels import lowered, lowered_packs  # noqa: F401  # the second for what importing does
@@ -34,6 +34,7 @@ from memopt.program import copied
 from memopt.runtime.executor import Executor
 
 Partition = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
+lowered.register_unpacks(is_fusable)
 
 
 class ByPlan(CustomPartitionerFn):
