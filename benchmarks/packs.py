@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import memopt
+import memopt.inductor  # noqa: F401  # registers what `run_as_calls` takes away
 from benchmarks.record import RESULTS, command, surroundings, write_lines
 from benchmarks.training.__main__ import ALONE, least
 from benchmarks.zoo import workload
@@ -51,13 +52,15 @@ def run_as_calls() -> Iterator[None]:
     ours = {op: lowering for op, lowering in lowerings.items() if str(op).startswith("memopt.")}
     for op in ours:
         del lowerings[op]
-    with torch._inductor.config.patch(fx_graph_cache=False):
-        yield
-    lowerings.update(ours)
+    try:
+        with torch._inductor.config.patch(fx_graph_cache=False):
+            yield
+    finally:
+        lowerings.update(ours)
 
 
 class Step:
-    """One model, planned and compiled in one of the two ways."""
+    """One model, planned and compiled in one of the ways."""
 
     def __init__(self, lever: str, way: str, budget: int = 0) -> None:
         self.work = workload(LEVERS[lever], dropout=lever in EXACT)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import memopt.inductor  # noqa: F401  # registers the loops
 import memopt.kernels.lowered
 import memopt.kernels.lowered_packs
 from memopt.kernels.codec import INLINED
