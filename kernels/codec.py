@@ -25,6 +25,7 @@ Pack = Callable[[Tensor], Tensor]  # flat elements -> bytes
 Unpack = Callable[[Tensor, Tensor], None]  # bytes, flat elements to write
 PACKED_BYTES: dict[str, Callable[[Sequence[int], int], int]] = {}  # codec -> shape, itemsize -> bytes packed into
 SAMPLE: dict[str, Callable[[Tensor], Tensor]] = {}  # codec -> normal values made such as it packs, if it packs others
+INLINED = frozenset({"bits", "int8", "int4", "int2", "fp8"})  # memopt.kernels.lowered
 READ: dict[str, Callable[[Tensor], Tensor]] = {}  # codec -> what the backward makes of a value, if not the value itself
 
 

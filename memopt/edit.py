@@ -260,7 +260,7 @@ def _copied(
     reads, writes = tuple(renamed.get(n, n) for n in old.reads), tuple(renamed[n] for n in old.writes)
     return Step(
         copy.name, old.op, reader.phase, reads, writes, old.source, old.key, old.flops, workspace_again(graph, old),
-        old.pure, False, old.fusable, old.fused,
+        old.pure, False, old.fusable, old.fused, old.inlined,
     )  # fmt: skip
 
 

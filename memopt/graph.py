@@ -54,6 +54,7 @@ class Step:
     what it reads first is the generator's state before it.
     fusable: pointwise, a reduction or a fill: a fusing compiler merges it with its neighbours. fused: such a merger;
     its outputs take the place of the inputs it reads last, and those nobody reads are not made (memopt/fusion.py).
+    inlined: computed anew, element by element, in each fused step that reads it; stored if any other does.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Step:
     advances: bool = False
     fusable: bool = False
     fused: bool = False
+    inlined: bool = False
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,13 @@ from memopt.devices import Device
 from memopt.edit import DISK, HOST
 from memopt.facts import cost_key
 from memopt.graph import Step, TensorInfo
+from memopt.kernels.codec import INLINED
 from memopt.operations import overload
 from memopt.pipeline import Costs
 from memopt.program import Program
 from memopt.runtime import disk
 from memopt.runtime.libraries import kept_by_libraries
+from memopt.runtime.loops import loop_cost
 from memopt.runtime.opcost import OpCost, OpCosts, called
 from memopt.runtime.opinputs import fake_arguments
 from memopt.runtime.rng import draw
@@ -33,6 +35,7 @@ def measured_costs(programs: Iterable[Program], device: Device, measure: bool, l
     """What is known of the programs' operations on this device, if it is here.
 
     measure: run those not yet known, each once, on tensors of their own; otherwise only what earlier runs stored.
+    lowering: under Inductor what packs is loops of the compiler. On a GPU its operations are kernels and as fast.
     """
     if device.kind == "cuda" and not torch.cuda.is_available():
         return Costs()
@@ -43,7 +46,8 @@ def measured_costs(programs: Iterable[Program], device: Device, measure: bool, l
     found = {key: known[own] for key, node in run.items() if (own := cost_key(node)) in known}
     workspaces = {key: cost.workspace for key, cost in found.items() if cost.workspace > 0}
     libraries = kept_by_libraries(torch.device(device.kind)) if measure else 0
-    return Costs({key: cost.seconds for key, cost in found.items()}, workspaces, libraries, partial(_packing, meter))
+    packing = partial(_packing, meter, lowering == "inductor" and device.kind == "cpu")
+    return Costs({key: cost.seconds for key, cost in found.items()}, workspaces, libraries, packing)
 
 
 def as_run(node: fx.Node, channels_last: bool) -> fx.Node:
@@ -69,7 +73,7 @@ def laid_out(node: fx.Node) -> fx.Node:
     return called(node.target, args, kwargs)
 
 
-def _packing(meter: OpCosts, step: Step, value: TensorInfo) -> OpCost | None:
+def _packing(meter: OpCosts, loops: bool, step: Step, value: TensorInfo) -> OpCost | None:
     """What packing or unpacking a value costs, by a run of its own or what is remembered of one."""
     codec = codec_of(step)
     if codec.startswith(HOST):
@@ -77,6 +81,8 @@ def _packing(meter: OpCosts, step: Step, value: TensorInfo) -> OpCost | None:
     if codec.startswith(DISK):
         return _on_disk(step, value, disk.pool_of(codec).rates())
     with meter:
+        if loops and codec in INLINED:
+            return loop_cost(meter, step, value)
         return meter.measure(called(overload(step.op), _arguments(step, value), {}))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from memopt.graph import PHASES, StepGraph
+from memopt.graph import PHASES, Step, StepGraph
 
 
 def rounded(nbytes: int, block: int) -> int:
@@ -20,7 +20,8 @@ def lifetimes(graph: StepGraph) -> dict[str, tuple[int, int]]:
     """Storage -> (position that allocates it, position after which it is free). Inputs begin at -1.
 
     What the caller holds (inputs and outputs) ends at len(steps). What a fused step makes begins after it, in the
-    place of what it read last; what it makes for nobody is left out.
+    place of what it read last; what it makes for nobody is left out. So is what is inlined in its readers: what it is
+    made of lives until the last of them.
     """
     end = len(graph.steps)
     spans = {name: (-1, end) for name in graph.input_storages}
@@ -30,7 +31,20 @@ def lifetimes(graph: StepGraph) -> dict[str, tuple[int, int]]:
             spans[name] = (born, uses[-1])
     for name in graph.output_storages:
         spans[name] = (spans[name][0] if name in spans else graph.uses[name][0], end)
+    for step in graph.steps:
+        if step.inlined and (last := vanishing(graph, step)):
+            for name in graph.created(step):
+                del spans[name]
+            for name in {graph.storage_of(read) for read in step.reads}:
+                spans[name] = (spans[name][0], max(spans[name][1], last))
     return spans
+
+
+def vanishing(graph: StepGraph, step: Step) -> int:
+    """Position of the last step that reads what this one makes, if all that read it are fused; else 0: it is stored."""
+    uses = [at for name in graph.created(step) for at in graph.uses[name][1:]]
+    readers = [at for at in uses if at not in graph.viewing]
+    return max(uses) if readers and all(graph.steps[at].fused for at in readers) else 0
 
 
 def timeline(graph: StepGraph, block: int = 1) -> tuple[int, ...]:

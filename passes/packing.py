@@ -15,7 +15,7 @@ from typing import ClassVar
 from memopt.cost import ITEMSIZE
 from memopt.edit import Remake
 from memopt.graph import Step, StepGraph, Storage, TensorInfo
-from memopt.kernels.codec import PACKED_BYTES
+from memopt.kernels.codec import INLINED, PACKED_BYTES
 from memopt.passbase import Trade
 from memopt.passes.recompute import needed, remakeable, shared_values
 from memopt.solvers.blocks import find_blocks
@@ -68,6 +68,8 @@ def packed(graph: StepGraph, trade: str, value: str, codec: Codec) -> Remake:
     shape = f"{graph.tensors[value].dtype}{list(graph.tensors[value].shape)}"
     pack = Step(to, f"memopt.pack_{name}.default", "forward", (value,), (to,), made.source, f"pack_{name}({shape})")
     unpack = Step(back, f"memopt.unpack_{name}.default", "backward", (to,), (value,), made.source, f"un{pack.key}")
+    if name in INLINED:  # a compiler's loops, which do not part what stands on either side of them
+        pack, unpack = replace(pack, fusable=True), replace(unpack, fusable=True, inlined=True)
     new = (TensorInfo(to, (nbytes,), "uint8", to), Storage(to, nbytes))
     return Remake(trade, value, (made.name, made.name), (unpack,), (pack,), made=(new,))
 

@@ -185,16 +185,25 @@ class Model:
             region = self._lives_to(v, ks, half)
             size = space.size[v]
             here = space.covered[v].get(k) if k is not None and v in space.regions[k].values else None
-            if here is not None and half <= 2 * here[1] + 1:
-                if half >= 2 * here[0]:
+            if k is not None and here is not None and half <= 2 * here[1] + 1:
+                ways = self._storing(v, k)
+                always = len(ways) == len(space.regions[k].values[v])
+                if half >= 2 * here[0] and always:
                     constant += size
                     continue
-                if v in pulled:
+                for column in (self.index["d", way, k] for way in ways if half >= 2 * here[0]):
+                    terms[column] = terms.get(column, 0.0) + size / self.scale
+                if v in pulled and always:
                     terms[pulled[v]] = terms.get(pulled[v], 0.0) + size / self.scale
             if region is not None:
                 column = self.index["x", v, region]
                 terms[column] = terms.get(column, 0.0) + size / self.scale
         return constant, terms
+
+    def _storing(self, v: int, k: int) -> list[int]:
+        """The ways of the value after which it is stored for who reads it in region k."""
+        region, makers = self.space.regions[k], self.space.makers
+        return [way for way in region.values[v] if v in region.loose or not makers[way].inlined]
 
     def _certain(self) -> np.ndarray:
         """Bytes alive at each half-time whatever is chosen: other values, and offered ones up to their anchor."""

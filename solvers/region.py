@@ -13,7 +13,7 @@ from typing import NamedTuple
 class Maker(NamedTuple):
     """The step that makes a value: position, values it reads and creates, bytes of workspace, seconds, fused or not.
     unpacks: its name if it is no step of the graph but unpacks the value, whose own maker then stands at `at`.
-    stand_in: what it makes is not for copies to read."""
+    stand_in: what it makes is not for copies to read. inlined: what it makes is not stored for fused steps."""
 
     at: int
     reads: tuple[int, ...]
@@ -23,6 +23,7 @@ class Maker(NamedTuple):
     fused: bool = False
     unpacks: str = ""
     stand_in: bool = False
+    inlined: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,16 @@ class Work:
 class Walk:
     """Places copies as `memopt.edit.Placer` does: lazily, before the first read, with what they read in turn.
 
-    remade: value -> the way it is remade. offered: ways there are here.
+    remade: value -> the way it is remade. offered: ways there are here. loose: values that a step here reads which is
+    not fused.
     """
 
     def __init__(
-        self, makers: Mapping[int, Maker], size: Sequence[int], remade: Mapping[int, int], offered: Set[int]
-    ) -> None:
+        self, makers: Mapping[int, Maker], size: Sequence[int], remade: Mapping[int, int], offered: Set[int],
+        loose: Set[int] = frozenset(),
+    ) -> None:  # fmt: skip
         self.makers, self.size, self.remade, self.offered = makers, size, remade, offered
+        self.stored = set(loose)  # values that would not vanish: what a copy reads is taken to be stored
         self.born: dict[int, int] = {}
         self.taken: dict[int, int] = {}
         self.last: dict[int, int] = {}
@@ -61,7 +65,11 @@ class Walk:
                 self.burst(wanted, 2 * at)
             for v in wanted:
                 self.last[v] = 2 * at + 1
-        held = tuple((b + 1, self.last[v], self.size[v]) for v, b in self.born.items() if self.last[v] > b)
+        for v in self.born:
+            if self.vanishes(v):
+                self.extends.update({u: max(self.extends[u], self.last[v]) for u in self.makers[self.taken[v]].reads})
+        stored = ((v, b) for v, b in self.born.items() if not self.vanishes(v))
+        held = tuple((b + 1, self.last[v], self.size[v]) for v, b in stored if self.last[v] > b)
         tops = tuple((when, self.top(when, makers)) for when, makers in self.bursts)
         return Work(held, tops, self.extends, self.seconds, tuple(self.taken.values()))
 
@@ -78,6 +86,10 @@ class Walk:
             self.copy(maker, when)
         self.bursts.append((when, order))
 
+    def vanishes(self, v: int) -> bool:
+        """Whether each step that reads this copy unpacks it for itself."""
+        return self.makers[self.taken[v]].inlined and v not in self.stored
+
     def readable(self, u: int) -> bool:
         """Whether copies read a copy of this value, and not the original."""
         return u in self.remade and not self.makers[self.remade[u]].stand_in
@@ -87,6 +99,7 @@ class Walk:
         for u in maker.reads:
             if u in self.born and self.readable(u):
                 self.last[u] = max(self.last[u], when)
+                self.stored.add(u)
             else:
                 self.extends[u] = when
         for v in maker.makes:
@@ -102,11 +115,11 @@ class Walk:
         above = best = 0
         ending: dict[int, int] = {}
         for v, i in reader.items():
-            if self.last.get(v) == when:
+            if self.last.get(v) == when and not self.vanishes(v):
                 ending[i] = ending.get(i, 0) + self.size[v]
         for i, maker in enumerate(makers):
-            fresh = [v for v in maker.makes if self.born.get(v) == when]
-            made = 0 if maker.fused else sum(self.size[v] for v in maker.makes)
+            fresh = [v for v in maker.makes if self.born.get(v) == when and not self.vanishes(v)]
+            made = 0 if maker.fused or (maker.inlined and not fresh) else sum(self.size[v] for v in maker.makes)
             best = max(best, above + made + maker.workspace)
             above += sum(self.size[v] for v in fresh if self.last[v] > when or v in reader) - ending.get(i, 0)
         return best

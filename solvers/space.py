@@ -29,13 +29,14 @@ TOO_MUCH = 1 << 60  # bytes counted at each moment of a choice that takes more o
 @dataclass
 class Region:
     """A span of late steps. offers: way -> offer index. values: those offered here, each with its ways.
-    reads: (position, values offered here and read there)."""
+    reads: (position, values offered here and read there). loose: of them those read by a step that is not fused."""
 
     first: int
     last: int
     offers: dict[int, int] = field(default_factory=dict)
     values: dict[int, list[int]] = field(default_factory=dict)
     reads: list[tuple[int, tuple[int, ...]]] = field(default_factory=list)
+    loose: set[int] = field(default_factory=set)
 
     @property
     def again(self) -> set[int]:
@@ -131,7 +132,7 @@ class Space:
         workspace = rounded(workspace_again(graph, step), self.problem.block)
         seconds = self.problem.seconds.get(step.name, 0.0)
         name = "" if remake.repeats else step.name
-        return Maker(at, reads, makes, workspace, seconds, step.fused, name, remake.stand_in)
+        return Maker(at, reads, makes, workspace, seconds, step.fused, name, remake.stand_in, step.inlined)
 
     def _index_reads(self) -> None:
         """Per region the reads its offers may serve; per value and region the first and last such read."""
@@ -146,6 +147,7 @@ class Space:
             served = tuple(v for v in read if v in region.values)
             if served:
                 region.reads.append((at, served))
+                region.loose.update(served if not step.fused else ())
             for v in served:
                 self.covered[v][k] = (self.covered[v].get(k, (at, at))[0], at)
         self._covered_in = [
@@ -198,7 +200,8 @@ class Space:
         found = self._cache.get((k, remade))
         if found is None:
             ways = {self.value_of[w]: w for w in sorted(remade, reverse=True)}  # of two the one offered first serves
-            found = Walk(self.makers, self.size, ways, self.regions[k].offers.keys()).run(self.regions[k].reads)
+            region = self.regions[k]
+            found = Walk(self.makers, self.size, ways, region.offers.keys(), region.loose).run(region.reads)
             self._cache[k, remade] = found
             kept = {v: 2 * last + 1 for v, (_, last) in self._covered_in[k].items() if v not in ways}
             born = [(first, size) for first, _, size in found.held]

@@ -7,6 +7,7 @@ from dataclasses import replace
 from memopt.edit import Remake, edit
 from memopt.fusion import expanded, fused, fused_seconds, kernels, leaving, unfused
 from memopt.graph import Step, StepGraph, Storage, TensorInfo, verify
+from memopt.passes.packing import packed
 from memopt.timeline import peak, timeline
 
 MB = 2**20
@@ -65,6 +66,21 @@ def test_an_output_nobody_reads_after_the_edit_is_not_made() -> None:
     window = found.graph.steps[1]
     after = edit(found.graph, [Remake("recompute", "sub", ("grad", "weight"), (window,))])
     assert timeline(after)[1] == 2 * MB  # w and mm: sub is made again later, so the forward does not store it
+
+
+def test_what_a_fused_step_unpacks_for_itself_is_never_held_and_parts_no_kernel() -> None:
+    found = fused(softmax_step())
+    sub = {codec: packed(found.graph, "", "sub", (codec, 64)) for codec in ("int8", "rows")}
+    remakes = {codec: replace(remake, span=("grad", "weight")) for codec, remake in sub.items()}
+    inlined, stored = (edit(found.graph, [remakes[codec]]) for codec in ("int8", "rows"))
+    grad = inlined.position["grad"]
+    assert timeline(inlined)[grad] == MB + 64 + 64  # w, sum, and the packed bytes, held until they are read
+    assert timeline(stored)[grad] == 2 * MB + 64
+    called = replace(found.graph, steps=tuple(replace(s, fused=False) for s in found.graph.steps))
+    assert timeline(edit(called, [remakes["int8"]]))[grad] == timeline(edit(called, [remakes["rows"]]))[grad]
+    for codec, names in (("int8", 1), ("rows", 2)):
+        kernel = kernels(found, edit(softmax_step(), expanded(found, [remakes[codec]])))
+        assert len({kernel[name] for name in ("amax", "sub", "exp", "sum")}) == names
 
 
 def test_seconds_shrink_with_the_bytes_that_still_move() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,14 @@ import torch
 
 import memopt
 from benchmarks import picture
-from benchmarks.frontier.curves import ALL, EXACT, Row, Subject, on_cpu, on_paper, rows, seconds
-from benchmarks.record import RESULTS, command, surroundings, write_lines
+from benchmarks.frontier.curves import ALL, EXACT, Row, Subject, named, on_cpu, on_paper, rows, seconds
+from benchmarks.record import RESULTS, command, read_lines, surroundings, write_lines
 from benchmarks.zoo import ZOO, workload
 from memopt.noise import LOSSY
 from memopt.runtime.measure import measure_step
 
 SHARES = (0.8, 0.6, 0.4)
-ON_PAPER = ("h200", "rtx4090")
+PAPER, ON_PAPER = "llama-3-8b", ("h200", "rtx4090")
 SLACK = 1e-9  # of the seconds
 
 
@@ -33,24 +33,25 @@ def main(words: Sequence[str] | None = None) -> int:
     asked = arguments(words)
     typed = command("frontier", sys.argv[1:] if words is None else words)
     head = {"surroundings": surroundings(), "command": typed}
-    found: list[Row] = []
-    for part in parts(asked):
+    path = asked.results / "frontier.jsonl"
+    found: list[Row] = read_lines(path)[1:] if asked.resume and path.exists() else []
+    for part in parts(asked, {row["subject"] for row in found}):
         found += part
-        write_lines(asked.results / "frontier.jsonl", [head, *found])
+        write_lines(path, [head, *found])
     picture.draw(panels(found), asked.results / "frontier.svg", "predicted peak, MiB", "step time over the free step's")
     verdicts = marks(found)
     print(*(f"  {'holds' if good else 'fails':5}  {text}" for text, good in verdicts), sep="\n")
     return 0 if all(good for _, good in verdicts) else 1
 
 
-def parts(asked: argparse.Namespace) -> Iterator[list[Row]]:
-    """The rows of one subject after another."""
-    for name in asked.model:
+def parts(asked: argparse.Namespace, there: Set[str]) -> Iterator[list[Row]]:
+    """The rows of one subject after another, but for those that are there already."""
+    for name in (name for name in asked.model if name not in there):
         subject = on_cpu(name, workload(name, dropout=False), asked.max_grad_error)
         mine = list(shown(rows(subject, asked.share)))
         yield [*mine, *run_mixture(subject, mine, asked.max_grad_error)]
-    for device in asked.device:
-        subject = on_paper("llama-3-8b", device, asked.batch, asked.seq, asked.max_grad_error)
+    for device in (device for device in asked.device if named(PAPER, device) not in there):
+        subject = on_paper(PAPER, device, asked.batch, asked.seq, asked.max_grad_error)
         yield list(shown(rows(subject, asked.share)))
 
 
@@ -64,6 +65,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--share", nargs="+", type=float, default=list(SHARES), help="budgets, of the free peak")
     parser.add_argument("--max-grad-error", type=float, default=0.1, help="bound on the gradient's relative error")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--resume", action="store_true", help="keep the subjects that are there already")
     return parser.parse_args(words)
 
 

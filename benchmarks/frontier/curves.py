@@ -77,7 +77,12 @@ def on_paper(preset: str, device: str, batch: int, seq: int, error: float) -> Su
         max_grad_error=error,
     )  # fmt: skip
     found = survey(model, (), inputs, prepare("inductor"), "inductor")
-    return Subject(f"{preset} on {device}", found, request, Costs(), Noise())
+    return Subject(named(preset, device), found, request, Costs(), Noise())
+
+
+def named(preset: str, device: str) -> str:
+    """What a step on paper is called."""
+    return f"{preset} on {device}"
 
 
 def _cpu() -> Any:

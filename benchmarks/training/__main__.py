@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 import memopt
-from benchmarks.record import RESULTS, command, surroundings, write_lines
+from benchmarks.record import RESULTS, command, read_lines, surroundings, write_lines
 from benchmarks.training.picture import draw
 from benchmarks.training.tasks import TASKS, Task
 from memopt.api import make_request
@@ -43,21 +44,29 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=4, help="how many")
     parser.add_argument("--steps", type=int, default=0, help="of each run; the task's own if left out")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--resume", action="store_true", help="keep the runs that are there already")
     asked = parser.parse_args(words)
     typed = command("training", sys.argv[1:] if words is None else words)
     head = {"surroundings": surroundings(), "command": typed}
-    rows: list[Row] = []
+    path, rows = asked.results / "training.jsonl", list[Row]()
+    there = read_lines(path)[1:] if asked.resume and path.exists() else []
     for name in asked.task:
         task = TASKS[name]()
-        for seed in range(asked.seeds):
-            for plan in asked.plan:
-                rows.append({"task": name, "metric": task.metric, **run(task, plan, seed, asked.steps or task.steps)})
-                print(line(rows[-1]), flush=True)
-                write_lines(asked.results / "training.jsonl", [head, *rows])
+        steps = asked.steps or task.steps
+        for seed, plan in product(range(asked.seeds), asked.plan):
+            found = earlier(there, (name, plan, seed, steps))
+            rows.append(found or {"task": name, "metric": task.metric, **run(task, plan, seed, steps)})
+            print(line(rows[-1]), flush=True)
+            write_lines(path, [head, *rows])
     draw(rows, {name: TASKS[name]().text for name in asked.task}, asked.results / "training.svg")
     verdicts = marks(rows)
     print(*(f"  {'holds' if good else 'fails':5}  {text}" for text, good in verdicts), sep="\n")
     return 0 if all(good for _, good in verdicts) else 1
+
+
+def earlier(rows: Sequence[Row], wanted: tuple[str, str, int, int]) -> Row | None:
+    """The run of this task, plan, seed and number of steps among these, if it is there."""
+    return next((r for r in rows if (r["task"], r["plan"], r["seed"], len(r["losses"])) == wanted), None)
 
 
 def run(task: Task, plan: str, seed: int, steps: int) -> Row:
@@ -110,8 +119,8 @@ def budget_of(task: Task, plan: str, inputs: Any, options: Any) -> int:
 def least(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: Any, options: Any) -> int:
     """The least budget that is planned, bytes."""
     request = make_request(
-        device_of(model), 1, optimizer, options["allow"], "reordered", "eager", options["passes"], 1, "model",
-        max_grad_error=options["max_grad_error"],
+        device_of(model), 1, optimizer, options["allow"], "reordered", options["lowering"], options["passes"], 1,
+        "model", max_grad_error=options["max_grad_error"],
     )  # fmt: skip
     session = Session(model, request, advise=False)
     try:

@@ -202,14 +202,14 @@ def _compare(node: fx.Node, cost: OpCost) -> None:
 
 def _cost(run: Callable[[], Any], given: set[int], device: torch.device) -> OpCost:
     first = _seconds(run, device)  # the first run loads libraries and fills caches: neither timed nor recorded
-    seconds = (_seconds if first > LONG else _burst if device.type == "cuda" else _least)(run, device)
+    seconds = (_seconds if first > LONG else _burst if device.type == "cuda" else least)(run, device)
     peak, out = _peak_cuda(run, device) if device.type == "cuda" else _peak_cpu(run)
     fresh = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _tensors(out)}
     out_bytes = sum(nbytes for storage, nbytes in fresh.items() if storage not in given)
     return OpCost(seconds, max(0, peak - out_bytes), out_bytes)
 
 
-def _least(run: Callable[[], Any], device: torch.device) -> float:
+def least(run: Callable[[], Any], device: torch.device) -> float:
     """Least seconds of a few runs. Not the median, as other programs only ever add: on a busy machine the median of
     three made a product of 128 x 64 x 176 cost 68 ms instead of 0.05, and the plans made with it wrong for good."""
     times: list[float] = []

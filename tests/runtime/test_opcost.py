@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from memopt.facts import cost_key
 from memopt.runtime import opcache
-from memopt.runtime.opcost import LONG, PATIENT, OpCost, OpCosts, _least
+from memopt.runtime.opcost import LONG, PATIENT, OpCost, OpCosts, least
 from memopt.runtime.opinputs import real_arguments
 from memopt.runtime.trace import record
 
@@ -191,10 +191,10 @@ def test_a_remembered_cost_that_is_unlikely_is_measured_again_once(monkeypatch: 
 def test_a_least_time_that_stands_alone_is_not_believed(monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([9.0, 5.0, 9.0, 9.0, 9.0, 3.0, 9.0, 2.9, 9.0])
     monkeypatch.setattr("memopt.runtime.opcost._seconds", lambda run, device: next(times))
-    assert _least(lambda: None, CPU) == 2.9
+    assert least(lambda: None, CPU) == 2.9
     monkeypatch.setattr("memopt.runtime.opcost._seconds", lambda run, device: 2.0 ** -len(asked.append(0) or asked))
     asked: list[int] = []
-    _least(lambda: None, CPU)
+    least(lambda: None, CPU)
     assert len(asked) == PATIENT
 
 

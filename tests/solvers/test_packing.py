@@ -23,6 +23,15 @@ from tests.solvers.test_agree import agrees, bounded
 from tests.synthetic import random_step
 
 
+def step_of(seed: int) -> tuple[StepGraph, dict[str, float]]:
+    """A random step, every second time with fused steps, which unpack in their own loops."""
+    graph, seconds = random_step(seed)
+    rng = random.Random(seed)
+    share = rng.choice((0.0, 0.7))
+    steps = tuple(replace(s, fused=s.pure and not graph.is_view(s) and rng.random() < share) for s in graph.steps)
+    return replace(graph, steps=steps), seconds
+
+
 def offers_of(graph: StepGraph, seconds: dict[str, float], seed: int) -> tuple[tuple[Remake, ...], dict[str, float]]:
     """Recomputation and, for some of the values, one or two codecs; seconds with those of packing and unpacking."""
     rng = random.Random(seed)
@@ -36,7 +45,8 @@ def offers_of(graph: StepGraph, seconds: dict[str, float], seed: int) -> tuple[t
         for value, remake in remakes.items():
             workspace = rng.choice((0, 0, 64))
             pack = tuple(replace(step, workspace=workspace) for step in remake.pack)
-            unpack = tuple(replace(step, workspace=workspace) for step in remake.unpack)
+            inlined = rng.random() < 0.6
+            unpack = tuple(replace(step, workspace=workspace, inlined=inlined) for step in remake.unpack)
             takes = ((GRADIENT, rng.choice((0.0, 0.01, 0.04))), (DISK, rng.choice((0.0, 1.0, 2.0))))
             remakes[value] = replace(remake, pack=pack, unpack=unpack, takes=takes, stand_in=rng.random() < 0.3)
         offers += [replace(remakes[v], span=span) for span, v in read_late(graph, remakes.keys())]
@@ -45,7 +55,7 @@ def offers_of(graph: StepGraph, seconds: dict[str, float], seed: int) -> tuple[t
 
 
 def problem_of(seed: int, share: float, limits: Mapping[str, float], most: int = 8) -> Problem:
-    graph, seconds = random_step(seed)
+    graph, seconds = step_of(seed)
     offers, spent = offers_of(graph, seconds, seed)
     problem = Problem(graph, offers[:most], 0, spent, limits=limits)
     floor = brute(problem).peak
@@ -71,7 +81,7 @@ def test_no_bound_is_above_the_optimum(problem: Problem) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6), st.integers(0, 10**6))
 def test_the_fast_simulation_is_never_below_the_edited_graph(seed: int, choice: int) -> None:
-    graph, seconds = random_step(seed)
+    graph, seconds = step_of(seed)
     offers, spent = offers_of(graph, seconds, seed)
     problem = Problem(graph, offers, 0, spent)
     space, rng = Space(problem), random.Random(choice)
@@ -106,7 +116,7 @@ def test_a_tighter_limit_gives_other_ways_and_no_cheaper_plan() -> None:
 
 
 def test_what_nobody_unpacks_is_not_packed() -> None:
-    graph, seconds = random_step(3)
+    graph, seconds = step_of(3)
     offers, _ = offers_of(graph, seconds, 3)
     first = next(remake for remake in offers if remake.pack)
     unread = replace(first, span=(graph.steps[0].name, graph.steps[0].name))
@@ -117,7 +127,7 @@ def test_what_nobody_unpacks_is_not_packed() -> None:
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from((0.1, 0.4, 0.8)))
 def test_more_offers_never_make_a_dearer_plan(seed: int, share: float) -> None:
-    graph, seconds = random_step(seed)
+    graph, seconds = step_of(seed)
     offers, spent = offers_of(graph, seconds, seed)
     again = tuple(offer for offer in offers if offer.repeats)
     floor = solve(Problem(graph, again, 0, spent)).peak
