@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 CHUNK = 16 << 20  # bytes of a chunk's logits, where that is at least LEAST rows
-LEAST = 256  # rows (or words): below, products wait for memory. 256 to 1024 rows take alike on two cores, V = 50,257
+LEAST = 256  # rows (or words): with fewer, products wait for memory
 MEAN, SUM = 1, 2  # torch's numbers of reductions
 Gradients = tuple[Tensor, Tensor, Tensor]  # of hidden, weight, bias; empty where not wanted
 
