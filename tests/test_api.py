@@ -75,7 +75,7 @@ def test_compiled_in_place_under_a_budget_it_trains_bit_for_bit_as_before(unplan
     want = train(plain, its_optimizer)
     model, optimizer = built()
     keys = list(model.state_dict())
-    compiled: Any = memopt.compile(model, int(unplanned.peak * 0.9), optimizer=optimizer, lowering="eager")
+    compiled: Any = memopt.compile(model, int(unplanned.peak * 0.9), optimizer=optimizer, numerics="exact")
     assert compiled is model
     assert type(model) is Classifier
     got = train(model, optimizer)

@@ -81,7 +81,7 @@ def test_a_dead_worker_is_a_row_with_its_error() -> None:
 
 
 def test_the_race_from_beginning_to_end() -> None:
-    """In the eager lowering, so that nothing is compiled: gradients are bit-identical, memopt within eager's bytes."""
+    """In the eager lowering, so that nothing is compiled: gradients equal to rounding, memopt within eager's bytes."""
     race = Race("llama-tiny", lambda line: None, peers=PEERS[:1])
     rows = race.run(rounds=2, lowering="eager")
     assert [r["variant"] for r in rows] == ["eager", "memopt at eager", "memopt, smallest"]
@@ -89,7 +89,7 @@ def test_the_race_from_beginning_to_end() -> None:
     for r in rows:
         assert "error" not in r, r
         assert len(r["times"]) == 2
-        assert r["gradient_difference"] == 0.0
+        assert r["gradient_difference"] <= (2e-6 if r["variant"].startswith("memopt") else 0.0)  # one head, reordered
         if r["peer"]:
             assert r["peak"] <= by_name[r["peer"]]["peak"]
     assert by_name["memopt, smallest"]["peak"] < by_name["eager"]["peak"]

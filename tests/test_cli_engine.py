@@ -40,7 +40,7 @@ def answer(*words: object, code: int = 0) -> dict[str, Any]:
 def test_plan_saves_a_plan_that_run_reuses_and_holds(tmp_path: Path) -> None:
     free = answer("plan", "llama-tiny", *SMALL, "--budget", "1GB")
     assert free["status"] == "fits"
-    budget = int(free["predicted"]["peak_bytes"] * 0.9)
+    budget = int(free["predicted"]["peak_bytes"] * 0.92)
     saved, page = tmp_path / "plan.memopt.json", tmp_path / "plan.html"
     tight = answer("plan", "llama-tiny", *SMALL, "--budget", f"{budget}B", "--save", saved, "--html", page)
     assert tight["predicted"]["peak_bytes"] <= budget < tight["baseline"]["peak_bytes"]
