@@ -48,7 +48,13 @@ def workspace_bytes(rows: int, words: int, width: int, itemsize: int) -> int:
     return chunk + width * (itemsize * rows + (4 + itemsize) * min(rows, BLOCK)) + SMALL * rows
 
 
-@torch.library.custom_op("memopt::linear_cross_entropy", mutates_args=())
+SCHEMA = (  # written out: what torch infers from annotations differs by version
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, int ignore_index, float smoothing, int reduction, "
+    "ScalarType dtype, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+@torch.library.custom_op("memopt::linear_cross_entropy", mutates_args=(), schema=SCHEMA)
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
