@@ -23,6 +23,7 @@ CASTS = (ATEN.to.dtype, ATEN.to.dtype_layout, ATEN._to_copy.default, ATEN.to.dev
 SAME = (ATEN.contiguous.default, ATEN.alias.default, ATEN.clone.default)
 SHAPES = (ATEN.view.default, ATEN.reshape.default, ATEN._unsafe_view.default, ATEN.flatten.using_ints)
 TURNS = (ATEN.t.default, ATEN.transpose.int, ATEN.permute.default, ATEN.numpy_T.default)
+LOGITS = 3  # tensors of their size that exist at once where a loss is made of logits and differentiated
 DEFAULTS: dict[str, Any] = {"weight": None, "reduction": kernel.MEAN, "ignore_index": -100, "label_smoothing": 0.0}
 
 
@@ -41,14 +42,17 @@ class Head:
 
 
 def linear_cross_entropy(forward: Forward) -> tuple[Site, ...]:
-    """Rewrite every place that can be; name the others."""
-    return tuple(_site(forward, loss) for loss in forward.calls(ATEN.cross_entropy_loss.default))
+    """Rewrite every place that gains by it and can be; name those that cannot."""
+    found = [_site(forward, loss) for loss in forward.calls(ATEN.cross_entropy_loss.default)]
+    return tuple(site for site in found if site is not None)
 
 
-def _site(forward: Forward, loss: fx.Node) -> Site:
+def _site(forward: Forward, loss: fx.Node) -> Site | None:
     where = source_line(loss)
     try:
         head, between = _head(loss)
+        if not _gains(loss, head):
+            return None
         options = _options(loss)
         beside = _returned(forward, head, between[0] if between else loss)
     except Refused as why:
@@ -57,6 +61,18 @@ def _site(forward: Forward, loss: fx.Node) -> Site:
     _replace(forward, loss, head, between, options)
     _postpone(forward, head, beside)
     return Site(where, read.numel() * read.element_size())
+
+
+def _gains(loss: fx.Node, head: Head) -> bool:
+    """Whether the operation takes less than logits do: as log-softmax, and as its gradient and what that is made of.
+
+    It takes a chunk of them and makes the hidden state's gradient early. A classifier of a few classes gains nothing.
+    """
+    read: Tensor = loss.args[0].meta["val"]  # type: ignore[union-attr]
+    words, width = head.weight.meta["val"].shape
+    rows, itemsize = read.numel() // words, head.node.meta["val"].element_size()
+    takes = kernel.workspace_bytes(rows, words, width, itemsize) + rows * width * itemsize
+    return bool(takes < LOGITS * read.numel() * loss.meta["val"].element_size())  # of autocast: fp32
 
 
 def _options(loss: fx.Node) -> tuple[int, float, int]:

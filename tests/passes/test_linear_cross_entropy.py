@@ -164,6 +164,22 @@ def test_what_is_left_alone_says_why(loss: Any, why: str) -> None:
     assert why in note
 
 
+def test_a_classifier_of_few_classes_keeps_its_logits() -> None:
+    model, x = nn.Sequential(nn.Linear(16, 64), nn.Linear(64, 8)), torch.randn(32, 16)
+    found = memopt.plan(Scored(model), (x, torch.zeros(32, dtype=torch.long)), budget="1GB", lowering="eager")
+    assert not found.levers
+    assert not [note for note in found.notes if "linear_cross_entropy" in note]
+
+
+class Scored(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(self.inner(x), y)
+
+
 def whole(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Workload]:
     work = from_preset(name, PRESETS[name])
     torch.manual_seed(0)
