@@ -8,7 +8,7 @@ rehearsed: see memopt/runtime/rehearse.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, cast
@@ -157,11 +157,12 @@ def generate(
     visible: int,
     mine: Callable[[str], bool],
     strides: Mapping[str, tuple[int, ...]] | None = None,
+    built: bool = False,
 ) -> Half:
     """Inductor's code for a graph of fake values, as the compiled step will run it.
 
     visible: how many outputs, from the first, the user sees. mine: names of inputs that the step may free or reuse.
-    strides: of inputs that are laid out otherwise than their fake values, by name.
+    strides: of inputs that are laid out otherwise than their fake values, by name. built: its kernels will be called.
     """
     twin = fx.GraphModule(module, copied(module.graph))
     holders = twin.graph.find_nodes(op="placeholder")
@@ -174,7 +175,8 @@ def generate(
     donated = [at for at, n in enumerate(holders) if backward and mine(n.name) and not n.name.startswith("tangents")]
     context.fw_metadata = cast(Any, SimpleNamespace(bw_donated_idxs=donated))  # all that Inductor reads of it here
     returns = tuple(node.name if isinstance(node, fx.Node) else "" for node in outputs_of(twin))
-    with tracing(context), V.set_fake_mode(mode), TracingContext.report_output_strides() as found, _unbuilt():
+    building = nullcontext() if built else _unbuilt()
+    with tracing(context), V.set_fake_mode(mode), TracingContext.report_output_strides() as found, building:
         code = _generated(twin, values, is_backward=backward, static_input_idxs=fixed, cudagraphs=BoxedBool(False))
     chosen = {name: tuple(map(hint, s)) for name, s in zip(returns, found or (), strict=False) if name and s}
     return Half(code.current_callable, tuple(node.name for node in holders), tuple(values), returns, chosen)

@@ -58,5 +58,6 @@ def compiled(op: torch._ops.OpOverload, x: Tensor, *rest: Any) -> Callable[[list
         holder.meta["val"] = mode.from_tensor(x)
         node.meta["val"] = op(holder.meta["val"], *rest)
         read.meta["val"] = node.meta["val"].float()
-    call: Callable[[list[Tensor]], Any] = generate(fx.GraphModule({}, graph), False, 1, lambda name: False).call
+    code = generate(fx.GraphModule({}, graph), False, 1, lambda name: False, built=True)
+    call: Callable[[list[Tensor]], Any] = code.call
     return call
