@@ -125,8 +125,7 @@ def test_a_sweep_of_four_budgets_keeps_its_order() -> None:
     assert peaks[0] > peaks[-1]
     assert not rises([-r["added_seconds"] for r in rows])
     for r in rows:
-        generator = 5_060  # bytes of the generator's state, which a step with a head's loss in chunks may hold as well
-        assert abs(r["measured"] - r["planned"]) <= 0.001 * r["planned"] + generator
+        assert abs(r["measured"] - r["planned"]) <= 0.001 * r["planned"]
 
 
 HELD = {"model": "gpt2", "lowering": "inductor", "share": "60%", "budget": 9 * MIB, "floor": 5 * MIB, "free": 12 * MIB,
