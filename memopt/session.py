@@ -38,7 +38,7 @@ from memopt.plans import MeasuredStep
 from memopt.profiling import measured_costs
 from memopt.program import Program, copied
 from memopt.recurrent import fused_cells
-from memopt.refusal import Refused, Spelling, infeasible
+from memopt.refusal import Refused, Spelling, hopeless, infeasible
 from memopt.report import PlanResult
 from memopt.request import Request
 from memopt.reused import identity
@@ -106,7 +106,7 @@ class Session:
 
     def chosen(self, key: Any, call: Call) -> Planned:
         """The plan in the lowering asked for; where none of its holds the budget and the choice was left to us, in the
-        spare one. Raises BudgetError with the lowest floor of those tried."""
+        spare one, unless that is hopeless. Raises BudgetError with the lowest floor of those tried."""
         tried: list[tuple[Planned, Survey]] = []
         for lowering in self.request.lowerings:
             started = time.perf_counter()
@@ -118,6 +118,8 @@ class Session:
             tried.append((planned, found))
             if not planned.result.infeasible:
                 return self.adopted(planned.instead_of(tried[0][0].result) if len(tried) > 1 else planned)
+            if hopeless(planned.result):
+                break
         self.refuse(*min(tried, key=lambda pair: pair[0].result.plan.peak), call)
 
     def surveyed(self, key: Any, call: Call, lowering: str) -> Survey:

@@ -14,7 +14,7 @@ from memopt.joints import Part
 from memopt.optim.photograph import WHOLE, OptimizerPhase, photograph_optimizer
 from memopt.optim.portions import Update, nbytes, separate
 from memopt.optim.precision import WIDTHS, planned_as
-from memopt.timeline import peak, phase_peaks
+from memopt.timeline import lasting, peak, phase_peaks
 from memopt.units import format_size
 
 FINEST = 12  # halvings after which portions get no smaller: a parameter by itself is the least anyway
@@ -72,7 +72,8 @@ def affordable(
     beside = taken - peak(update_phase(survey, optimizer, kind).graph(), block)
     sizes = nbytes([p for group in optimizer.param_groups for p in group["params"]])
     best: tuple[int, int | None] = (taken, None)
-    for halved in range(1, FINEST + 1):
+    least = lasting(whole) > budget  # no portions fit: those that take least are the finest
+    for halved in range(FINEST if least else 1, FINEST + 1):
         portion = max(1, sizes >> halved)
         needs = beside + peak(update_phase(survey, optimizer, kind, Update(portion)).graph(), block)
         if needs >= best[0]:
