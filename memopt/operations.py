@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
+import memopt.kernels.chunked_attention
 import memopt.kernels.fewbit  # noqa: F401  # for what importing does
 import memopt.kernels.fp8  # noqa: F401
 import memopt.kernels.linear_cross_entropy
@@ -29,3 +32,18 @@ def _loss_workspace(node: fx.Node) -> int:
 
 
 WORKSPACES[torch.ops.memopt.linear_cross_entropy.default] = _loss_workspace
+
+
+def _attention_workspace(node: fx.Node) -> int:
+    args: Any = node.args
+    backward = node.target is torch.ops.memopt.chunked_attention_backward.default
+    q, k, v, terms, *rest = args[1:] if backward else args
+    values = [term.meta["val"] for term in terms]
+    given = (each.meta["val"] for each in (q, k, v))
+    cap, seed = rest[8], rest[10]
+    both = memopt.kernels.chunked_attention.workspace_bytes(*given, values, cap, seed is not None)
+    return both[backward]
+
+
+WORKSPACES[torch.ops.memopt.chunked_attention.default] = _attention_workspace
+WORKSPACES[torch.ops.memopt.chunked_attention_backward.default] = _attention_workspace
