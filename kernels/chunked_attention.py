@@ -4,14 +4,14 @@
     out (B, H, Q, D), laid out as (B, Q, H, D), so that heads join again without a copy
 
 c is the soft cap (0: none). t_1 ... t_n are terms, broadcast to (B, H, Q, K): a boolean one keeps a score where it is
-true and puts its fill elsewhere, any other is added. A term that depends on the distance of key and query alone is a row
-(B | 1, H | 1, 1, Q + K - 1) of distances from -(Q - 1) to K - 1. Query i sees keys i - left to i + right (None: no
-bound), each at least one; scores beyond are `hidden`, and not computed where that cannot be seen. `added`: the fill is
-what a model added, so large that nothing of the score is left; its gradient goes on.
+true and puts its fill elsewhere, any other is added. A term that depends on the distance of key and query alone is
+(B | 1, H | 1, 1, Q + K - 1), a row of distances from -(Q - 1) to K - 1. Query i sees keys i - left to i + right (None:
+no bound), each at least one; scores beyond are `hidden`, and not computed where that cannot be seen. `added`: the fill
+is what a model added, so large that nothing of the score is left; its gradient goes on.
 
 A chunk holds whole rows of all heads of a sample, so that the backward normalises again from q, k, v and the terms, the
-only things saved: no tensor of Q x K outlives a chunk. Products are in the type of q and v, what is between them in fp32
-(fp64 for fp64). Chunks as in Rabe and Staats, arXiv:2112.05682, with whole rows; windows as in arXiv:2403.04690.
+only things saved: no tensor of Q x K outlives a chunk. Products are in the type of q and v, what is between them in
+fp32 (fp64 for fp64). Chunks as in Rabe and Staats, arXiv:2112.05682, with whole rows; windows as in arXiv:2403.04690.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from torch.utils.flop_counter import register_flop_formula
 from memopt.kernels.codec import LIBRARY
 
 TILE = 1 << 20  # scores of a chunk: 4 MiB in fp32, of which the backward holds three
-FEWEST, SHARE = 16, 8  # rows of a chunk: no fewer, but for that no more than an eighth of all
+SMALL = 1 << 19  # scores of a chunk below which the time of calls shows: 2 MiB, whatever the share
+FEWEST, SHARE = 16, 8  # rows of a chunk: no fewer; of chunks that are not SMALL no more than an eighth of all
 
 
 @dataclass(frozen=True)
@@ -126,9 +127,15 @@ class Scores:
         drawn = torch.Generator(p.device).manual_seed(int(self.seed) + chunk.number)
         return torch.empty_like(p).bernoulli_(1 - self.dropout, generator=drawn).div_(1 - self.dropout)
 
-    def by_product(self, ds: Tensor, bent: Tensor | None, chunk: Chunk, found: dict[int, Tensor], queries: int) -> Tensor:
+    def by_product(
+        self, ds: Tensor, bent: Tensor | None, chunk: Chunk, found: dict[int, Tensor], queries: int
+    ) -> Tensor:
         """Gradient of the products by that of what softmax reads, in place. found: term -> its gradient so far."""
-        if self.hidden != -torch.inf and not self.hidden_added and (beyond := self._beyond(chunk, ds.device)) is not None:
+        if (
+            self.hidden != -torch.inf
+            and not self.hidden_added
+            and (beyond := self._beyond(chunk, ds.device)) is not None
+        ):
             ds.masked_fill_(beyond, 0.0)
         for at in reversed(range(len(self.terms))):
             term = self.terms[at]
@@ -150,7 +157,8 @@ class Scores:
 
 def rows_of(heads: int, queries: int, keys: int) -> int:
     """Rows of a chunk."""
-    return max(1, min(queries, max(FEWEST, min(TILE // max(1, heads * keys), queries // SHARE))))
+    each = max(1, heads * keys)
+    return max(1, min(queries, max(FEWEST, SMALL // each, min(TILE // each, queries // SHARE))))
 
 
 def wide(x: Tensor) -> Tensor:
@@ -202,7 +210,7 @@ def forward(
     scores = Scores(terms, fills, by_distance, added, left, right, hidden, hidden_added, scale, cap, dropout, seed)
     out = joined(q, q.shape[1], v.shape[3])
     for chunk in scores.chunks(q, k):
-        chunk, p, _ = scores.probabilities(q, k, chunk)
+        chunk, p = scores.probabilities(q, k, chunk)[:2]
         if (kept := scores.kept(p, chunk)) is not None:
             p.mul_(kept)
         del kept
@@ -228,7 +236,12 @@ def backward(
 
 
 def _chunk_backward(
-    scores: Scores, chunk: Chunk, grad: Tensor, given: Sequence[Tensor], made: Sequence[Tensor], found: dict[int, Tensor]
+    scores: Scores,
+    chunk: Chunk,
+    grad: Tensor,
+    given: Sequence[Tensor],
+    made: Sequence[Tensor],
+    found: dict[int, Tensor],
 ) -> None:
     """Add one chunk's share."""
     (q, k, v), (dq, dk, dv) = given, made
@@ -238,7 +251,8 @@ def _chunk_backward(
     kept = scores.kept(p, chunk)
     above = grouped(grad[sample, :, rows].to(v.dtype), groups)
     used = p if kept is None else p * kept
-    add_product(dv[sample, :, columns], grouped(used.to(v.dtype), groups).transpose(1, 2), above)
+    # not baddbmm_: into a part of a tensor it goes one matrix after the other
+    dv[sample, :, columns] += torch.bmm(grouped(used.to(v.dtype), groups).transpose(1, 2), above)
     del used
     dp = wide(torch.bmm(above, v[sample, :, columns].transpose(1, 2)).view(p.shape))
     if kept is not None:
@@ -248,30 +262,36 @@ def _chunk_backward(
     del dp, p
     ds = grouped(scores.by_product(ds, bent, chunk, found, q.shape[2]).to(q.dtype), groups)
     dq[sample, :, rows] = torch.bmm(ds, k[sample, :, columns]).view(q.shape[1], -1, q.shape[3])
-    add_product(dk[sample, :, columns], ds.transpose(1, 2), grouped(q[sample, :, rows], groups))
-
-
-def add_product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out += a b, where out may be of a wider type."""
-    if out.dtype == a.dtype:
-        out.baddbmm_(a, b)
-    else:
-        out.add_(torch.bmm(a, b))
+    dk[sample, :, columns] += torch.bmm(ds.transpose(1, 2), grouped(q[sample, :, rows], groups))
 
 
 def workspace_bytes(
-    q: Tensor, k: Tensor, v: Tensor, terms: Sequence[Tensor], cap: float, dropout: bool
-) -> tuple[int, int]:
-    """At most what forward and backward hold inside themselves: what is of a chunk, and sums in a wider type."""
-    heads, queries, keys = q.shape[1], q.shape[2], k.shape[2]
-    rows = rows_of(heads, queries, keys)
-    item, wide_item = q.element_size(), max(4, q.element_size())
+    q: Tensor, k: Tensor, v: Tensor, terms: Sequence[Tensor], by_distance: Sequence[bool], window: bool, cap: bool,
+    dropout: bool,
+) -> tuple[int, int]:  # fmt: skip
+    """At most what forward and backward hold inside themselves: tensors of a chunk, and sums in a wider type."""
+    (heads, queries, width), (groups, keys), value_width = q.shape[1:], k.shape[1:3], v.shape[3]
+    rows, item = rows_of(heads, queries, keys), q.element_size()
+    full, cast = max(4, item), item if item < 4 else 0  # bytes of a score, and of its copy in a type of less
+    bent, kept = full * cap, full * dropout
+    forward_scores = full + max(cast, bent, kept + cast)
+    gathered = 2 * full * any(by_distance)
+    backward_scores = bent + full + max(2 * kept + cast, kept + cast + full, 2 * full, cast, gathered)
+    masks = max((part_bytes(t, far, full) for t, far in zip(terms, by_distance, strict=True)), default=0)
+    parts = rows * keys * max(masks, 11 * window)  # distances in 8 bytes, and three masks of what compares them
+    parts += item * rows * heads * (width + value_width)
+    parts += 4 * keys * max(width, value_width) * (item < 4)  # products in less than fp32 unpack one matrix at a time
     scores = heads * rows * keys
-    copies = rows * heads * (q.shape[3] + v.shape[3]) * item  # of the chunk's queries and gradients, regrouped
-    mask = max((rows * keys * (term.shape[1] if term.ndim == 4 else 1) * max(8, item) for term in terms), default=0)
-    each = scores * (wide_item * (1 + bool(cap) + dropout) + item) + mask + 2 * copies
-    sums = sum(x.numel() * 4 for x in (k, v) if x.element_size() < 4) + sum(t.numel() * 4 for t in terms)
-    return each, each + 2 * scores * wide_item + sums
+    sums = sum(4 * x.numel() for x in (k, v, *terms) if x.element_size() < 4 and x.is_floating_point())
+    sums += item * (rows * heads * (width + value_width) + keys * groups * max(width, value_width))
+    return forward_scores * scores + parts, backward_scores * scores + parts + sums
+
+
+def part_bytes(term: Tensor, by_distance: bool, full: int) -> int:
+    """Of a row and column of a term's part: turned round, gathered from distances, or cast to be added."""
+    item = term.element_size()
+    copies = item if term.dtype is torch.bool else full * (item != full)
+    return term.shape[1] * (copies + item * by_distance)
 
 
 def _sum_type(x: Tensor) -> torch.dtype:
@@ -309,7 +329,9 @@ def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     q, k, v, seed, *terms = ctx.saved_tensors
     dq, dk, dv, *found = torch.ops.memopt.chunked_attention_backward(grad, q, k, v, terms, *ctx.rest, seed)
     trained: dict[int, Tensor] = dict(zip(ctx.rest[3], found, strict=True))
-    none = [[] if given == [] else None for given in ctx.rest]  # torch takes an empty list for one of tensors
+    none: list[Any] = [
+        [] if given == [] else None for given in ctx.rest
+    ]  # torch takes an empty list for one of tensors
     return dq, dk, dv, [trained.get(at) for at in range(len(terms))], *none, None
 
 
@@ -328,10 +350,10 @@ def seen(queries: int, keys: int, left: int | None, right: int | None) -> int:
 @register_flop_formula(torch.ops.memopt.chunked_attention)
 def _flops(q: Any, k: Any, v: Any, *rest: Any, out_shape: Any = None) -> int:
     """Two products over the pairs seen."""
-    return 2 * q[0] * q[1] * (q[3] + v[3]) * seen(q[2], k[2], *rest[5:7])
+    return int(2 * q[0] * q[1] * (q[3] + v[3])) * seen(q[2], k[2], *rest[5:7])
 
 
 @register_flop_formula(torch.ops.memopt.chunked_attention_backward)
 def _backward_flops(grad: Any, q: Any, k: Any, v: Any, *rest: Any, out_shape: Any = None) -> int:
     """Three with k's width, two with v's: the scores are made again."""
-    return 2 * q[0] * q[1] * (3 * q[3] + 2 * v[3]) * seen(q[2], k[2], *rest[5:7])
+    return int(2 * q[0] * q[1] * (3 * q[3] + 2 * v[3])) * seen(q[2], k[2], *rest[5:7])

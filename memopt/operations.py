@@ -37,12 +37,11 @@ WORKSPACES[torch.ops.memopt.linear_cross_entropy.default] = _loss_workspace
 def _attention_workspace(node: fx.Node) -> int:
     args: Any = node.args
     backward = node.target is torch.ops.memopt.chunked_attention_backward.default
-    q, k, v, terms, *rest = args[1:] if backward else args
+    q, k, v, terms, _, by_distance, *rest = args[1:] if backward else args
     values = [term.meta["val"] for term in terms]
-    given = (each.meta["val"] for each in (q, k, v))
-    cap, seed = rest[8], rest[10]
-    both = memopt.kernels.chunked_attention.workspace_bytes(*given, values, cap, seed is not None)
-    return both[backward]
+    window, cap, dropout = rest[2:4] != [None, None], bool(rest[7]), rest[9] is not None
+    size = memopt.kernels.chunked_attention.workspace_bytes
+    return size(q.meta["val"], k.meta["val"], v.meta["val"], values, by_distance, window, cap, dropout)[backward]
 
 
 WORKSPACES[torch.ops.memopt.chunked_attention.default] = _attention_workspace

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -24,7 +24,7 @@ from memopt.report import PlanResult
 from memopt.request import Request
 from memopt.runtime import disk, host
 from memopt.smaller import Call, Tried, cut, largest_fitting, shared_size, sizes_below
-from memopt.timeline import LASTING, at_peak, by_kind, lasting
+from memopt.timeline import at_peak, by_kind, lasting
 from memopt.trained import hindrance
 from memopt.units import DECIMAL, format_seconds, format_size
 
@@ -77,7 +77,6 @@ def round_off(error: float) -> float:
 
 
 EIGHT = "adamw8bit"  # the way to store moments that is tried where none was allowed
-WITHOUT_STATE = tuple(kind for kind in LASTING if kind != "state")
 ANY = 1 << 62  # bytes of a disk as large as one likes
 MANY = 5_000  # steps above which no lossy lever that nobody named is tried, nor another lowering: minutes for 80 layers
 
@@ -207,16 +206,9 @@ class Refused:
             return
         yield self._elsewhere(OffloadDisk, replace(self.request, disk=(ANY, codec)), self.spelling.disk)
 
-    def _hopeless(self, left: Sequence[str]) -> bool:
-        """Whether a large step cannot fit by a change that leaves the bytes of these kinds as they are; planned, it would
-        only say so again, minutes later. A small one is planned whatever comes of it."""
-        graph = self.result.before
-        return len(graph.steps) > MANY and lasting(graph, left) > self.result.budget
-
     def _host(self) -> Iterator[WayOut]:
         """The host's memory, as much as the plan with any takes of it."""
-        wanted = self.request.device.kind == "cuda" and OffloadHost.name in self.request.off
-        if wanted and not self._hopeless(LASTING):
+        if self.request.device.kind == "cuda" and OffloadHost.name in self.request.off:
             anything = replace(self.request, host=(ANY, host.use(ANY).codec))
             yield self._elsewhere(OffloadHost, anything, self.spelling.host)
 
@@ -253,8 +245,7 @@ class Refused:
 
     def _fewer_bits(self) -> Iterator[WayOut]:
         """AdamW's moments in 8 bits."""
-        wanted = EIGHT not in self.request.states and not obstacle(self.request.optimizer)
-        if wanted and not self._hopeless(WITHOUT_STATE):
+        if EIGHT not in self.request.states and not obstacle(self.request.optimizer):
             request = replace(self.request, states=(EIGHT,))
             yield self._way(self.spelling.allow.format(EIGHT), "lossy", self._plan(self.found, request))
 
@@ -262,7 +253,7 @@ class Refused:
         """One without state, if this one has some."""
         kinds = by_kind(self.result.before, at_peak(self.result.before)) if self.result.before.steps else {}
         trained = [p for p in self.found.model.parameters() if p.requires_grad]
-        if self.request.has_optimizer and trained and kinds.get("state") and not self._hopeless(WITHOUT_STATE):
+        if self.request.has_optimizer and trained and kinds.get("state"):
             request = replace(self.request, optimizer=torch.optim.SGD(trained, lr=1e-3))
             yield self._way(self.spelling.optimizer, "lossy", self._plan(self.found, request))
 

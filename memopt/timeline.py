@@ -6,7 +6,6 @@ last time. Estimators that merge the first and the last miss the peak (design: d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from memopt.graph import PHASES, Step, StepGraph
@@ -86,13 +85,10 @@ def peak(graph: StepGraph, block: int = 1) -> int:
     return max(timeline(graph, block), default=resident)
 
 
-LASTING = ("parameter", "buffer", "state", "gradient")  # kinds of storages that activations are not
-
-
-def lasting(graph: StepGraph, kinds: Sequence[str] = LASTING) -> int:
-    """Bytes of these kinds as backward ends: by default, all that smaller inputs leave as they are."""
+def lasting(graph: StepGraph) -> int:
+    """Bytes that smaller inputs leave as they are: parameters, buffers, state, the gradients held as backward ends."""
     last = max((at for at, step in enumerate(graph.steps) if step.phase == "backward"), default=-1)
-    spans = lifetimes(graph)
+    spans, kinds = lifetimes(graph), {"parameter", "buffer", "state", "gradient"}
     alive = (name for name, (born, dead) in spans.items() if born <= last <= dead)
     return sum(graph.storages[name].nbytes for name in alive if graph.storages[name].kind in kinds)
 

@@ -1,12 +1,13 @@
 """softmax(scale * q k' + what is done to scores) v becomes one operation that holds no tensor of queries by keys.
 
-Found by its algebra: from each softmax up to the product of two tensors that the scores are, and down to the product with
-the values, through whatever views, casts, numbers, masks and biases stand between (memopt/algebra). It becomes torch's
+Found by its algebra: from each softmax up to the product that the scores are, and down to the product with the values,
+through whatever views, casts, numbers, masks and biases stand between (memopt/algebra). It becomes torch's
 scaled_dot_product_attention where that takes no square mask, and memopt's chunked attention elsewhere.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +24,7 @@ from memopt.facts import source_line
 from memopt.forward import Forward
 from memopt.passbase import Numerics, Rewrite, Site
 
-FEW = 1 << 12  # scores of a sample: held as they are, they cost less than a call for each sample
+FEW = 1 << 13  # scores of a sample: held as they are, they cost less than a call for each sample
 SEEDS = 1 << 62
 CHUNKED = torch.ops.memopt.chunked_attention.default
 
@@ -89,18 +90,18 @@ def _layout(found: Attended) -> Layout:
     return Layout(tuple(shared[:-1]), tuple(shared[-1:]), heads, queries, keys, width, value_width)
 
 
-def _replace(
-    forward: Forward, found: Attended, layout: Layout, rows: dict[tuple[int, int], Distances]
-) -> None:
+def _replace(forward: Forward, found: Attended, layout: Layout, rows: dict[tuple[int, int], Distances]) -> None:
     axes, like, out = found.axes, found.softmax, found.out.node
-    queries, keys, heads = (axes.size(dim) for dim in (layout.queries, layout.keys, layout.all_heads))
-    if queries * keys * heads < FEW:
-        raise Refused("so few scores are as well held")
+    queries, keys = (axes.size(dim) for dim in (layout.queries, layout.keys))
     distances = rows.setdefault((queries, keys), Distances(forward, like, queries, keys))
     parts = [each for piece in found.scores.pieces for each in pieces(axes, piece)]
     terms = Maker(forward, like, axes, layout.scores, distances).terms(parts)
     q, k, v = _operands(forward, found, layout)
-    call = _whole(forward, found, terms, (q, k, v)) or _chunked(forward, found, terms, (q, k, v))
+    call = _whole(forward, found, terms, (q, k, v))
+    if call is None:
+        if queries * keys * axes.size(layout.all_heads) < FEW:
+            raise Refused("so few scores cost less than calls for their chunks")
+        call = _chunked(forward, found, terms, (q, k, v))
     dims = (layout.samples, layout.all_heads, layout.queries, layout.value_width)
     out.replace_all_uses_with(placed(forward, like, axes, call, dims, found.out_dims))
     _erase(forward, out)
@@ -122,27 +123,45 @@ def _operands(forward: Forward, found: Attended, layout: Layout) -> tuple[fx.Nod
     return made[0], made[1], made[2]
 
 
-def _whole(
-    forward: Forward, found: Attended, terms: Terms, given: tuple[fx.Node, fx.Node, fx.Node]
-) -> fx.Node | None:
+def _whole(forward: Forward, found: Attended, terms: Terms, given: tuple[fx.Node, fx.Node, fx.Node]) -> fx.Node | None:
     """torch's own operation, where its fused kernels take it without a mask of queries by keys; None elsewhere."""
-    q, k, v = given
-    sizes = [node.meta["val"].shape for node in given]
-    dtypes = {node.meta["val"].dtype for node in given}
+    q, k, v = (node.meta["val"] for node in given)
+    plain = not found.dropout and not found.scores.cap and q.dtype == k.dtype == v.dtype and q.shape[3] == v.shape[3]
     causal = terms.window.bounded
-    fits = (
-        found.dropout == 0
-        and found.scores.cap == 0
-        and len(dtypes) == 1
-        and sizes[0][1] == sizes[1][1]
-        and sizes[0][3] == sizes[2][3]
-        and (not causal or (terms.window.left is None and terms.window.right == 0 and sizes[0][2] == sizes[1][2]))
-        and not terms.nodes
-    )
-    if not fits:
+    if causal and (terms.window.left is not None or terms.window.right or q.shape[2] != k.shape[2] or terms.nodes):
         return None
-    args = (q, k, v, None, 0.0, causal)
-    return forward.new(ATEN.scaled_dot_product_attention.default, args, found.softmax, scale=found.scores.scale)
+    if not plain or terms.trained or not all(_of_keys(terms, at) for at in range(len(terms.nodes))):
+        return None
+    mask = _key_mask(forward, found.softmax, terms, q.dtype)
+    args = (*given, mask, 0.0, causal)
+    named = {"scale": found.scores.scale, "enable_gqa": q.shape[1] != k.shape[1]}
+    return forward.new(ATEN.scaled_dot_product_attention.default, args, found.softmax, **named)
+
+
+def _of_keys(terms: Terms, at: int) -> bool:
+    """Whether the term is the same for every query, and a fill is one that is added or leaves nothing."""
+    node, fill = terms.nodes[at], terms.fills[at]
+    same = node.meta["val"].shape[2] == 1 and not terms.by_distance[at]
+    return bool(same and (node.meta["val"].dtype is not torch.bool or terms.added[at] or fill == -math.inf))
+
+
+def _key_mask(forward: Forward, like: fx.Node, terms: Terms, dtype: torch.dtype) -> fx.Node | None:
+    """The sum of terms that are of keys alone; a fill is its number where it hides, and 0 elsewhere."""
+    total: fx.Node | None = None
+    for node, fill in zip(terms.nodes, terms.fills, strict=True):
+        if node.meta["val"].dtype is torch.bool:
+            zero = forward.new(ATEN.zeros_like.default, (node,), like, dtype=dtype)
+            hidden = forward.new(ATEN.logical_not.default, (node,), like)
+            node = forward.new(ATEN.masked_fill.Scalar, (zero, hidden, _within(fill, dtype)), like)
+        elif node.meta["val"].dtype != dtype:
+            node = forward.new(ATEN.to.dtype, (node, dtype), like)
+        total = node if total is None else forward.new(ATEN.add.Tensor, (total, node), like)
+    return total
+
+
+def _within(fill: float, dtype: torch.dtype) -> float:
+    """The fill in a type that may not reach so far."""
+    return fill if fill == -math.inf else max(fill, torch.finfo(dtype).min)
 
 
 def _chunked(forward: Forward, found: Attended, terms: Terms, given: tuple[fx.Node, fx.Node, fx.Node]) -> fx.Node:

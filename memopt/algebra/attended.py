@@ -17,7 +17,7 @@ from memopt.algebra.masks import FILLS, WHERES, Piece
 VIEWS = REGROUPS | PERMUTES | CASTS | COPIES
 
 
-class Refused(Exception):  # noqa: N818  # no error: the place is left alone, and the message says why
+class Refused(Exception):  # no error: the place is left alone, and the message says why
     """The softmax is no attention that can be rewritten."""
 
 

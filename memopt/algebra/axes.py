@@ -20,7 +20,8 @@ Dim = tuple[int, ...]
 Dims = tuple[Dim, ...]
 
 REGROUPS = frozenset({
-    *(ATEN.view.default, ATEN.reshape.default, ATEN._unsafe_view.default, ATEN.view_as.default, ATEN.reshape_as.default),
+    *(ATEN.view.default, ATEN.reshape.default, ATEN._unsafe_view.default),
+    *(ATEN.view_as.default, ATEN.reshape_as.default),
     *(ATEN.flatten.using_ints, ATEN.unflatten.int, ATEN.unsqueeze.default),
     *(ATEN.squeeze.default, ATEN.squeeze.dim, ATEN.squeeze.dims),
 })  # fmt: skip

@@ -54,10 +54,16 @@ def contraction(node: fx.Node) -> Contraction | None:
         return _matmul(node, args[0], args[1])
     if node.target is ATEN.baddbmm.default:
         named = node.kwargs
-        beta, alpha = (named.get(name, 1) for name in ("beta", "alpha"))
+        beta, alpha = (float(named.get(name, 1)) for name in ("beta", "alpha"))  # type: ignore[arg-type]
         found = _matmul(node, args[1], args[2])
         return found and Contraction(
-            node, found.operands, found.labels, found.result, args[0] if beta else None, float(beta), float(alpha)  # type: ignore[arg-type]
+            node,
+            found.operands,
+            found.labels,
+            found.result,
+            args[0] if beta else None,
+            beta,
+            alpha,
         )
     if node.target is ATEN.einsum.default and len(args[1]) == 2:
         return _einsum(node, args[0], args[1])

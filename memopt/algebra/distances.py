@@ -73,6 +73,8 @@ class Distances:
 
     def _made(self, node: fx.Node, places: Places) -> fx.Node | None:
         target: Any = node.target
+        if not isinstance(target, torch._ops.OpOverload):
+            return None  # an input
         if (position := self.position(node, places)) is not None:
             return self._row(node, places, position)
         if target in COMPARED and (gap := self._gap(node, places)) is not None:
@@ -96,7 +98,7 @@ class Distances:
 
     def position(self, node: fx.Node, places: Places) -> Position | None:
         """The node as numbers of positions, if it holds such."""
-        target: Any = node.target
+        target: Any = node.target if node.op == "call_function" else None
         if target in (ATEN.arange.default, ATEN.arange.start, ATEN.arange.start_step):
             return _counted(node, places)
         if target in SUMS and not node.kwargs:
@@ -158,7 +160,7 @@ class Distances:
         if source is None:
             return None
         if node.target in PERMUTES:
-            return self.forward.new(node.target, (source, *node.args[1:]), self.like)  # type: ignore[arg-type]
+            return self.forward.new(node.target, (source, *node.args[1:]), self.like)
         return self.forward.new(ATEN.view.default, (source, self._shape(node, places)), self.like)
 
     def _shape(self, node: fx.Node, places: Places) -> list[int]:
@@ -169,9 +171,10 @@ class Distances:
     def _filled(self, node: fx.Node, places: Places) -> fx.Node:
         """A constant, of size 1 along both."""
         shape = [1 if at in places else size for at, size in enumerate(node.meta["val"].shape)]
-        args = list(node.args)
-        args[FILLED[node.target]] = shape
-        return self.forward.new(node.target, tuple(args), self.like, **node.kwargs)  # type: ignore[arg-type]
+        target: Any = node.target
+        args: list[Any] = list(node.args)
+        args[FILLED[target]] = shape
+        return self.forward.new(target, tuple(args), self.like, **node.kwargs)
 
     def _triangle(self, node: fx.Node, places: Places) -> fx.Node | None:
         """What is kept on one side of a diagonal, and 0 on the other."""

@@ -66,7 +66,8 @@ def _parts(axes: Axes, piece: Piece) -> list[Piece] | None:
     """One step of taking apart; None where there is nothing to take apart."""
     node, target = piece.node, piece.node.target
     if target in EXPANDS:
-        return [replace(piece, node=node.args[0], dims=axes.up(node, _padded(node, piece.dims)))]
+        source: Any = node.args[0]
+        return [replace(piece, node=source, dims=axes.up(node, _padded(node, piece.dims)))]
     if target in COPIES or (target in CASTS and _same_kind(node)):
         return [piece.of(node.args[0])]
     return _fill_parts(piece) if piece.fill is not None else _added_parts(piece)
@@ -89,9 +90,9 @@ def _fill_parts(piece: Piece) -> list[Piece] | None:
     args: tuple[Any, ...] = piece.node.args
     if piece.node.target in NOT and args[0].meta["val"].dtype is torch.bool:
         return [piece.of(args[0], hides=not piece.hides)]
-    if piece.node.target in (EITHER if piece.hides else BOTH):
-        if all(arg.meta["val"].dtype is torch.bool for arg in args[:2]):
-            return [piece.of(arg) for arg in args[:2]]
+    together = piece.node.target in (EITHER if piece.hides else BOTH)
+    if together and all(arg.meta["val"].dtype is torch.bool for arg in args[:2]):
+        return [piece.of(arg) for arg in args[:2]]
     return None
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import memopt.kernels.chunked_attention as kernel
+from memopt.runtime.measure import measure
 
 OP = torch.ops.memopt.chunked_attention
 MIN = torch.finfo(torch.float32).min
@@ -27,7 +27,16 @@ class Case:
         self.v = self.leaf(self.b, self.g, self.keys, self.d, dtype=dtype)
         self.terms: list[tuple[Tensor, float, bool, bool]] = []
         self.options: dict[str, Any] = {
-            **{"left": None, "right": None, "hidden": -math.inf, "hidden_added": False, "scale": 0.3, "cap": 0.0, "dropout": 0.0, "seed": None},
+            **{
+                "left": None,
+                "right": None,
+                "hidden": -math.inf,
+                "hidden_added": False,
+                "scale": 0.3,
+                "cap": 0.0,
+                "dropout": 0.0,
+                "seed": None,
+            },
             **options,
         }
 
@@ -126,7 +135,9 @@ def test_dropout_is_the_same_in_both_directions_and_right_on_average() -> None:
     mean, spread = torch.stack(draws).mean(0), torch.stack(draws).std(0) / math.sqrt(len(draws))
     assert ((mean - exact).abs() / spread).square().mean() < 1.3  # 1 on average
     case = Case((1, 1, 1, 24, 24, 4, 4), torch.float64, dropout=0.3, seed=torch.tensor(5))
-    assert torch.autograd.gradcheck(lambda q, k, v: OP(q, k, v, [], [], [], [], [], *case.options.values()), case.leaves())
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: OP(q, k, v, [], [], [], [], [], *case.options.values()), case.leaves()
+    )
 
 
 def test_it_is_an_operation_as_torch_wants_it() -> None:
@@ -136,12 +147,33 @@ def test_it_is_an_operation_as_torch_wants_it() -> None:
     torch.library.opcheck(OP.default, arguments)
 
 
-def test_no_tensor_outlives_a_chunk() -> None:
-    """The most it holds at once is within what it declares, and far below the square of positions."""
-    with FakeTensorMode():
-        q, k, v = (torch.empty(1, 8, 2048, 64) for _ in range(3))
-    forward, backward = kernel.workspace_bytes(q, k, v, [], 0.0, False)
-    assert forward < backward < 8 * 2048 * 2048 * 4 / 4
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("extra", ["", "cap", "dropout", "bias", "distances"])
+def test_what_it_takes_inside_itself_is_bounded(
+    extra: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within what it declares, of which it needs most; chunks are far smaller than the square of positions."""
+    monkeypatch.setattr(kernel, "SMALL", 1)
+    cap, seed = (0.5 if extra == "cap" else 0.0), (torch.tensor(1) if extra == "dropout" else None)
+    case = Case((1, 4, 4, 256, 256, 16, 16), dtype, cap=cap, seed=seed, dropout=0.1 if extra == "dropout" else 0.0)
+    case = case.add(Case.leaf(1, 4, 256, 256, dtype=dtype)) if extra == "bias" else case
+    case = case.add(Case.leaf(1, 4, 1, 511, dtype=dtype), by_distance=True) if extra == "distances" else case
+    terms = [term.detach() for term, *_ in case.terms]
+    trained = list(range(len(terms)))
+    far = [extra == "distances"] * len(terms)
+    lists = (terms, [0.0] * len(terms), far, [False] * len(terms), trained)
+    q, k, v = (x.detach() for x in (case.q, case.k, case.v))
+    above = torch.randn_like(v)
+    calls = (
+        lambda: OP(q, k, v, *lists, *case.options.values()),
+        lambda: torch.ops.memopt.chunked_attention_backward(above, q, k, v, *lists, *case.options.values()),
+    )
+    made = (v.nbytes, q.nbytes + k.nbytes + v.nbytes + sum(term.nbytes for term in terms))
+    declared = kernel.workspace_bytes(q, k, v, terms, far, False, bool(cap), seed is not None)
+    for call, outputs, most in zip(calls, made, declared, strict=True):
+        found = measure(call, resident=[]).peak_bytes - outputs
+        assert 0.5 * most <= found <= most
+        assert most < 4 * 256 * 256 * 4 or extra == "bias"
 
 
 def test_pairs_seen() -> None:
