@@ -22,6 +22,11 @@ from memopt.passbase import Rewrite, Site
 Found = dict[str, tuple[Site, ...]]  # rewrite's name -> the places it looked at
 IDLE = {"dtype", "layout", "device"}  # arguments of a cast that ask for no copy
 SAME = ("stack_trace", "nn_module_stack", "seq_nr")  # what a new node says of where it comes from
+ALIASES = {
+    **{"multiply": "mul", "subtract": "sub", "divide": "div", "true_divide": "div", "negative": "neg"},
+    **{"less": "lt", "less_equal": "le", "greater": "gt", "greater_equal": "ge", "not_equal": "ne", "absolute": "abs"},
+    **{"__and__": "bitwise_and", "__or__": "bitwise_or", "__xor__": "bitwise_xor"},
+}
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,25 @@ class Forward:
         return node
 
 
+def trained(node: fx.Node) -> bool:
+    """Whether an input that wants a gradient lies behind the node, as far as a gradient goes."""
+    seen, waiting = {node}, [node]
+    while waiting:
+        each = waiting.pop()
+        if each.op == "placeholder" and each.meta["example_value"].requires_grad:
+            return True
+        new = [read for read in each.all_input_nodes if read not in seen and _differentiable(each)]
+        seen.update(new)
+        waiting.extend(new)
+    return False
+
+
+def _differentiable(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    floats = not isinstance(value, torch.Tensor) or value.is_floating_point() or value.is_complex()
+    return floats and node.target is not torch.ops.aten.detach.default
+
+
 @dataclass(frozen=True)
 class Rewritten:
     """module: with the rewrites done; Dynamo's own if none changed anything. later: as in Forward."""
@@ -108,8 +132,23 @@ def forward_of(module: fx.GraphModule) -> Forward:
     traced.meta.update(module.meta)
     for new, old in zip(traced.graph.find_nodes(op="placeholder"), holders, strict=True):
         new.meta = {**old.meta, **new.meta}
+    _one_spelling(traced.graph)
     _drop_idle_casts(traced.graph)
     return Forward(traced)
+
+
+def _one_spelling(graph: fx.Graph) -> None:
+    """An alias gives way to the operation it is an alias of."""
+    aten: Any = torch.ops.aten
+    for node in graph.nodes:
+        if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+            name = node.target.overloadpacket.__name__
+            if name in ALIASES:
+                node.target = getattr(getattr(aten, ALIASES[name]), node.target._overloadname)
+            elif node.target is aten.special_softmax.default:
+                node.target = aten.softmax.int
+            elif node.target is aten.detach_.default and len(node.args[0].users) == 1:
+                node.target = aten.detach.default
 
 
 def _drop_idle_casts(graph: fx.Graph) -> None:

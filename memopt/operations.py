@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import fx
 
+import memopt.kernels.chunked_attention
 import memopt.kernels.fewbit  # noqa: F401  # for what importing does
 import memopt.kernels.fp8  # noqa: F401
 import memopt.kernels.linear_cross_entropy
@@ -29,3 +32,17 @@ def _loss_workspace(node: fx.Node) -> int:
 
 
 WORKSPACES[torch.ops.memopt.linear_cross_entropy.default] = _loss_workspace
+
+
+def _attention_workspace(node: fx.Node) -> int:
+    args: Any = node.args
+    backward = node.target is torch.ops.memopt.chunked_attention_backward.default
+    q, k, v, terms, _, by_distance, *rest = args[1:] if backward else args
+    values = [term.meta["val"] for term in terms]
+    window, cap, dropout = rest[2:4] != [None, None], bool(rest[7]), rest[9] is not None
+    size = memopt.kernels.chunked_attention.workspace_bytes
+    return size(q.meta["val"], k.meta["val"], v.meta["val"], values, by_distance, window, cap, dropout)[backward]
+
+
+WORKSPACES[torch.ops.memopt.chunked_attention.default] = _attention_workspace
+WORKSPACES[torch.ops.memopt.chunked_attention_backward.default] = _attention_workspace

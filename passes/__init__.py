@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from memopt.passbase import Cleanup, Rewrite, Trade
+from memopt.passes.attention import Attention
 from memopt.passes.batch_statistics import BatchStatistics
 from memopt.passes.few_bit import ApproxBP, FewBit
 from memopt.passes.kept_outputs import KeptOutputs
@@ -20,6 +21,7 @@ from memopt.passes.unread_inputs import UnreadInputs
 from memopt.passes.weight_copies import WeightCopies
 
 REWRITES: tuple[type[Rewrite], ...] = (  # of the forward, before it is differentiated
+    Attention,
     LinearCrossEntropy,
 )
 CLEANUPS: tuple[type[Cleanup], ...] = (

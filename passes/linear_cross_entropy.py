@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 import memopt.kernels.linear_cross_entropy as kernel
 from memopt.facts import source_line
-from memopt.forward import Forward, Later
+from memopt.forward import Forward, Later, trained
 from memopt.passbase import Numerics, Rewrite, Site
 
 ATEN = torch.ops.aten
@@ -167,7 +167,7 @@ def _replace(
     with graph.inserting_before(loss):
         rows = _cast(forward, _rows(forward, head, between), dtype)
         weight, bias = _cast(forward, head.weight, dtype), head.bias and _cast(forward, head.bias, dtype)
-        wanted = [_trained(head.hidden), _trained(head.weight), head.bias is not None and _trained(head.bias)]
+        wanted = [trained(head.hidden), trained(head.weight), head.bias is not None and trained(head.bias)]
         args = (rows, weight, bias, loss.args[1], *options, loss.meta["val"].dtype, wanted)
         both = forward.new(torch.ops.memopt.linear_cross_entropy.default, args, loss)
         new = graph.call_function(operator.getitem, (both, 0))
@@ -190,19 +190,6 @@ def _rows(forward: Forward, head: Head, between: list[fx.Node]) -> fx.Node:
         elif node.target is ATEN.slice.Tensor:
             rows = forward.new(ATEN.slice.Tensor, (rows, *node.args[1:]), rows)
     return rows
-
-
-def _trained(node: fx.Node) -> bool:
-    """Whether a parameter that wants a gradient lies behind the node."""
-    seen, stack = {node}, [node]
-    while stack:
-        each = stack.pop()
-        if each.op == "placeholder" and each.meta["example_value"].requires_grad:
-            return True
-        new = [read for read in each.all_input_nodes if read not in seen and each.target is not ATEN.detach.default]
-        seen.update(new)
-        stack.extend(new)
-    return False
 
 
 def _postpone(forward: Forward, head: Head, beside: list[int]) -> None:
