@@ -105,6 +105,7 @@ class _Recorder:
     loss_only: bool
     exact: bool
     rewrites: Sequence[type[Rewrite]] = ()
+    beside: int = MANY
     found: list[Found] = field(default_factory=list)
     captures: list[Capture] = field(default_factory=list)
     latest: Capture | None = None
@@ -120,7 +121,7 @@ class _Recorder:
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         self.latest = None
-        wanted = bool(self.rewrites) and len(module.graph.nodes) <= MANY
+        wanted = bool(self.rewrites) and len(module.graph.nodes) <= self.beside
         spare = fx.GraphModule(module, copied(module.graph)) if wanted else None
         run = self.lowered(module, inputs, self.record, self.rewrites)
         if self.latest is None:
@@ -198,11 +199,13 @@ def survey(
     gradients: str = "loss",
     exact: bool = True,
     rewrites: Sequence[type[Rewrite]] = (),
+    beside: int = MANY,
 ) -> Survey:
     """Run the model's forward under fake tensors and record every graph of it that trains.
 
     model, args, kwargs: real or fake; nothing of theirs is touched. gradients: "loss" or "all" (memopt.outputs).
-    exact, rewrites: as in `memopt.lowering.lower`.
+    exact, rewrites: as in `memopt.lowering.lower`. beside: operations of a graph up to which it is captured without
+    rewrites as well.
     Raises CaptureError naming the user's line when the forward cannot be traced or fails (its own error is the cause),
     when inputs are missing, and when nothing asks for a gradient.
     """
@@ -211,7 +214,7 @@ def survey(
     mode = _mode_of(model) or FakeTensorMode(allow_non_fake_inputs=True)
     twin = faked(model, mode)
     args, kwargs = tree_map_only(torch.Tensor, lambda t: fake_tensor(t, mode), (tuple(args), dict(kwargs)))
-    recorder = _Recorder(tensor_names(twin), prepare, lowering, gradients == "loss", exact, rewrites)
+    recorder = _Recorder(tensor_names(twin), prepare, lowering, gradients == "loss", exact, rewrites, beside)
     recorder.know((args, kwargs, list(twin.parameters()), list(twin.buffers())))
     recorder.leaves = {id(leaf): at for at, leaf in enumerate(tree_leaves((args, kwargs)))}
     try:
@@ -224,7 +227,7 @@ def survey(
     if not recorder.trained:
         raise CaptureError(_nothing_to_train(model, outputs))
     if recorder.loss_only and (recorder.trained > 1 or notes):  # outputs of one graph may feed the next, seen or not
-        return replace(survey(twin, args, kwargs, prepare, lowering, "all", exact, rewrites), model=model)
+        return replace(survey(twin, args, kwargs, prepare, lowering, "all", exact, rewrites, beside), model=model)
     kept = None if notes else frozenset(key for key in recorder.numbers(tree_leaves(outputs)) if key is not None)
     found = joined(recorder.found)
     return Survey(tuple(recorder.captures), model, outputs, recorder.loss_only, notes, kept, found, lowering)

@@ -303,7 +303,7 @@ def _planned(make: _Maker, update: Update, phase: OptimizerPhase, whole: StepGra
 def _solved(problem: Problem, request: Request, progress: Progress) -> Plan:
     progress("plan", None)
     overlaps = request.lowering == "eager" and OVERLAP not in request.off  # a compiler sets its own order
-    return (solve_overlapped if overlaps else solve)(problem, time_limit=request.time_limit)
+    return (solve_overlapped if overlaps else solve)(problem, time_limit=request.time_limit, quick=request.quick)
 
 
 def step_graph(

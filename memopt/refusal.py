@@ -119,8 +119,8 @@ COMMAND_LINE = Spelling(
 
 
 def hopeless(result: PlanResult, left: Sequence[str] = LASTING) -> bool:
-    """Whether a large step cannot fit by a change that leaves the bytes of these kinds as they are: tried, it would only
-    say so again, minutes later. A small one is tried whatever comes of it."""
+    """Whether a large step cannot fit by a change that leaves the bytes of these kinds as they are: tried, it would say
+    so again, minutes later. A small one is tried whatever comes of it."""
     return len(result.before.steps) > MANY and lasting(result.before, left) > result.budget
 
 
@@ -176,10 +176,11 @@ class Refused:
         yield self._way(self.spelling.anew, max(classes, key=ORDER.__getitem__, default="exact"), plan)
 
     def _plan(self, found: Survey, request: Request) -> Plan:
+        request = replace(request, quick=True)
         return make_plan(found, request, self.price(found), 0.0, silent, noise=self.noise).result.plan
 
     def _way(self, change: str, numerics: str, plan: Plan) -> WayOut:
-        """What this change leads to: the plan's peak if it fits, else the floor it leaves."""
+        """What this change leads to: the plan's peak, if it fits, else the lowest that was found."""
         return WayOut(change, plan.peak, plan.seconds, numerics, plan.peak <= self.result.budget)
 
     def _levers(self) -> Iterator[WayOut]:

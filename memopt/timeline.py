@@ -86,6 +86,23 @@ def peak(graph: StepGraph, block: int = 1) -> int:
     return max(timeline(graph, block), default=resident)
 
 
+def least_peak(graph: StepGraph, movable: frozenset[str], block: int = 1) -> int:
+    """Bytes that no plan comes below which lets go of these storages alone: at each step, what else lives there, what
+    the step makes, and its workspace. A fused step makes nothing beside what it reads, which may be packed in it."""
+    fixed = [0] * (len(graph.steps) + 2)
+    size = {name: rounded(storage.nbytes, block) for name, storage in graph.storages.items()}
+    for name, (born, dead) in lifetimes(graph).items():
+        if name not in movable:
+            fixed[born + 1] += size[name]
+            fixed[min(dead, len(graph.steps)) + 1] -= size[name]
+    held, least = fixed[0], 0
+    for at, step in enumerate(graph.steps):
+        held += fixed[at + 1]
+        own = set() if step.fused else {graph.storage_of(name) for name in step.writes} & movable
+        least = max(least, held + sum(size[name] for name in own) + rounded(step.workspace, block))
+    return least
+
+
 LASTING = ("parameter", "buffer", "state", "gradient")  # kinds of storages that activations are not
 
 

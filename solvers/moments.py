@@ -28,12 +28,12 @@ SHARE = 1e-3  # of a copy's seconds: enough that nothing is moved for nothing
 NEAR = 0.01  # of the seconds: a plan so near its bound is called optimal, as by `solve`
 
 
-def solve_overlapped(problem: Problem, *, time_limit: float = 20.0) -> Plan:
+def solve_overlapped(problem: Problem, *, time_limit: float = 20.0, quick: bool = False) -> Plan:
     """As `solve`, with copies that may go on while other steps run; see above for what the plan certifies."""
-    plan = solve(problem, time_limit=time_limit)
+    plan = solve(problem, time_limit=time_limit, quick=quick)
     if plan.status in (Status.FITS, Status.INFEASIBLE) or not any(map(moves, problem.remakes)):
         return plan
-    hidden = solve(hiding(problem), time_limit=time_limit)
+    hidden = solve(hiding(problem), time_limit=time_limit, quick=quick)
     found = (simulated(problem, remakes_of(problem, hidden.chosen), "moments"), plan)
     best = min((*(timed(problem, p.chosen) for p in found), plan), key=lambda p: rank(problem, p))
     bound = min(max(0.0, hidden.lower_bound - SHARE * all_copies(problem)), best.seconds)

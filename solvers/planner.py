@@ -16,7 +16,7 @@ from memopt.solvers.milp import milp
 from memopt.solvers.model import Model
 from memopt.solvers.passing import in_passing
 from memopt.solvers.space import Space, State
-from memopt.timeline import peak
+from memopt.timeline import least_peak, peak
 
 Progress = Callable[[str, float], None]
 DEPTH = 9  # halvings of the range between the floor and the unconstrained peak
@@ -76,12 +76,13 @@ def between(engine: Engine, low: State, high: State, budget: int) -> State:
 
 
 def solve(problem: Problem, *, method: str = "auto", gap: float = 0.01, time_limit: float = 20.0,
-          progress: Progress | None = None) -> Plan:  # fmt: skip
+          progress: Progress | None = None, quick: bool = False) -> Plan:  # fmt: skip
     """The cheapest plan found within the budget, or the lowest there is; see Plan for what it certifies.
 
     method: "auto" (the frontier; greedy where offers overlap), or the name of a solver. The choice depends on the
     problem alone; gap (of the seconds) and time_limit (seconds) only decide how long a lower bound is sharpened.
-    progress: called with what is done and the seconds so far. Raises ValueError for an unknown method.
+    progress: called with what is done and the seconds so far. quick: seeks no lower bound, and no lowest plan where
+    none can be within the budget. Raises ValueError for an unknown method.
     """
     if method not in METHODS:
         raise ValueError(f"no solver is called {method!r}; there are {', '.join(METHODS)}")
@@ -94,9 +95,10 @@ def solve(problem: Problem, *, method: str = "auto", gap: float = 0.01, time_lim
     space = Space(problem)
     if not space.separable:
         return greedy(problem)
-    plan = planned(problem, space, gap, time_limit, progress)
+    plan = planned(problem, space, gap, time_limit, progress, quick)
     for alone in apart(problem) if space.packed else ():
-        plan = never_worse(problem, plan, solve(alone, gap=gap, time_limit=time_limit, progress=progress))
+        other = solve(alone, gap=gap, time_limit=time_limit, progress=progress, quick=quick)
+        plan = never_worse(problem, plan, other)
     return plan
 
 
@@ -129,7 +131,9 @@ def never_worse(problem: Problem, plan: Plan, alone: Plan) -> Plan:
     return replace(best, lower_bound=bound, status=Status.FEASIBLE)
 
 
-def planned(problem: Problem, space: Space, gap: float, time_limit: float, progress: Progress | None) -> Plan:
+def planned(
+    problem: Problem, space: Space, gap: float, time_limit: float, progress: Progress | None, quick: bool = False
+) -> Plan:
     """The frontier, then the chain below it, then the bound."""
     started = perf_counter()
 
@@ -139,13 +143,22 @@ def planned(problem: Problem, space: Space, gap: float, time_limit: float, progr
 
     engine = Engine(space)
     state = frontier(engine, problem.budget, tell)
-    plan = deeper(problem, space, simulated(problem, space.remakes(state.parts), "frontier"))
+    plan = simulated(problem, space.remakes(state.parts), "frontier")
+    if quick and plan.status is Status.INFEASIBLE and beyond(problem):
+        return plan
+    plan = deeper(problem, space, plan)
     tell("segments")
-    if plan.status is Status.INFEASIBLE:
+    if quick or plan.status is Status.INFEASIBLE:
         return plan
     plan = certified(problem, engine, plan, gap, started + time_limit)
     tell("bounded")
     return plan
+
+
+def beyond(problem: Problem) -> bool:
+    """Whether no choice of the offers can hold the budget: what one step makes and what is not offered exceed it."""
+    movable = frozenset(remake.value for remake in problem.remakes)
+    return least_peak(problem.graph, movable, problem.block) > problem.budget
 
 
 def deeper(problem: Problem, space: Space, plan: Plan) -> Plan:

@@ -253,23 +253,22 @@ def test_copies_of_a_step_are_under_way_while_it_computes(x: Tensor, whole: int,
 def test_a_step_goes_on_while_a_copy_is_written_and_read(tmp_path: Path) -> None:
     """Neither way ends before the test lets it, and `start` and `fetch` have returned long before."""
     pool, x = disk.use(tmp_path, GB), torch.randn(64, 1000).t()
-    go = threading.Event()
+    may_write, may_read = threading.Event(), threading.Event()
     put, read = pool.put, pool.read
     with (
-        patch.object(pool, "put", lambda *a: (go.wait(60), put(*a))),
-        patch.object(pool, "read", lambda *a: (go.wait(60), read(*a))),
+        patch.object(pool, "put", lambda *a: (may_write.wait(60), put(*a))),
+        patch.object(pool, "read", lambda *a: (may_read.wait(60), read(*a))),
     ):
         token = operation(pool, "start")(x, x.stride())
         assert not pool.flights[1][0].done.done()
-        go.set()
+        may_write.set()
         landed = operation(pool, "drain")(x, token)
-        go.clear()
         back = operation(pool, "fetch")(landed, x.shape, x.stride(), x.dtype)
         del token, landed
         gc.collect()
         assert list(pool.slots) == [1]  # the token is dead, but its place is still read
         other = pool.pack(torch.zeros(64000))
-        go.set()
+        may_read.set()
         operation(pool, "arrive")(back)
     assert torch.equal(back, x)
     del other
