@@ -105,7 +105,7 @@ class _Recorder:
     loss_only: bool
     exact: bool
     rewrites: Sequence[type[Rewrite]] = ()
-    beside: int = MANY
+    beside: bool = True
     found: list[Found] = field(default_factory=list)
     captures: list[Capture] = field(default_factory=list)
     latest: Capture | None = None
@@ -121,7 +121,7 @@ class _Recorder:
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         self.latest = None
-        wanted = bool(self.rewrites) and len(module.graph.nodes) <= self.beside
+        wanted = self.beside and bool(self.rewrites) and len(module.graph.nodes) <= MANY
         spare = fx.GraphModule(module, copied(module.graph)) if wanted else None
         run = self.lowered(module, inputs, self.record, self.rewrites)
         if self.latest is None:
@@ -199,13 +199,13 @@ def survey(
     gradients: str = "loss",
     exact: bool = True,
     rewrites: Sequence[type[Rewrite]] = (),
-    beside: int = MANY,
+    beside: bool = True,
 ) -> Survey:
     """Run the model's forward under fake tensors and record every graph of it that trains.
 
     model, args, kwargs: real or fake; nothing of theirs is touched. gradients: "loss" or "all" (memopt.outputs).
-    exact, rewrites: as in `memopt.lowering.lower`. beside: operations of a graph up to which it is captured without
-    rewrites as well.
+    exact, rewrites: as in `memopt.lowering.lower`. beside: whether a graph is captured without rewrites as well,
+    unless it is too large.
     Raises CaptureError naming the user's line when the forward cannot be traced or fails (its own error is the cause),
     when inputs are missing, and when nothing asks for a gradient.
     """

@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 
 from memopt.accuracy import Accuracy
-from memopt.capture import MANY, Capture, Survey, entry, survey, tensor_names
+from memopt.capture import Capture, Survey, entry, survey, tensor_names
 from memopt.dumps import PLANNED, dump_program, plan_made
 from memopt.early import Updates, anchors
 from memopt.errors import BudgetError, MemoptError
@@ -129,7 +129,7 @@ class Session:
             self.surveys[key, lowering] = self.capture(call, lowering=lowering)
         return self.surveys[key, lowering]
 
-    def capture(self, call: Call, exact: bool | None = None, lowering: str = "", beside: int = MANY) -> Survey:
+    def capture(self, call: Call, exact: bool | None = None, lowering: str = "", beside: bool = True) -> Survey:
         """Every graph of the step for these inputs. exact, lowering: if left out as requested. beside: as in `survey`.
         Raises CaptureError."""
         lowering = lowering or self.request.lowering
@@ -187,9 +187,11 @@ class Session:
         if not self.advise:
             return result
         self.progress("ways out", None)
-        capture = partial(self.capture, lowering=planned.lowering, beside=0)  # nobody asks what they are without memopt
+        capture = partial(
+            self.capture, lowering=planned.lowering, beside=False
+        )  # nobody asks what they are without memopt
         reordered = partial(capture, exact=False) if any(fused_cells(c.program.graph) for c in found.captures) else None
-        eager = partial(self.capture, lowering="eager", beside=0) if planned.lowering == "inductor" else None
+        eager = partial(self.capture, lowering="eager", beside=False) if planned.lowering == "inductor" else None
         refused = Refused(
             result, found, request, self.costs, call, capture, reordered, eager, self.spelling, self.accuracy.used
         )
