@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from benchmarks.beds import Inputs
 from benchmarks.checkpoints import BLOCKS, EVERY_SECOND, checkpointed
 from memopt.api import make_request
+from memopt.attach import attach
 from memopt.errors import BudgetError
 from memopt.pipeline import Planned
 from memopt.runtime.here import device_of
-from memopt.session import Session, attach
+from memopt.session import Session
 
 Loss = Callable[[], Tensor]
 SMALLEST = 1  # bytes asked by the row that wants memopt's own smallest peak

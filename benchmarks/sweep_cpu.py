@@ -25,12 +25,13 @@ from benchmarks.beds import Bed, Inputs, LossOnly, llama, tokens
 from benchmarks.cpu.worker import step_of
 from benchmarks.record import RESULTS, surroundings, write_lines
 from memopt.api import make_request
+from memopt.attach import attach
 from memopt.capture import Survey
 from memopt.errors import BudgetError
 from memopt.runtime.here import device_of
 from memopt.runtime.measure import measure
 from memopt.runtime.resident import resident_tensors
-from memopt.session import Session, attach
+from memopt.session import Session
 from memopt.shapes import input_key
 
 DEPTHS, BUDGETS = (16, 24, 32), 12

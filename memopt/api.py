@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from memopt.attach import attach
 from memopt.devices import Device
 from memopt.devices import device as known_device
 from memopt.dumps import check_environment
@@ -28,7 +29,7 @@ from memopt.report import PlanResult
 from memopt.request import Request
 from memopt.runtime import disk, host
 from memopt.runtime.here import device_of
-from memopt.session import Session, attach
+from memopt.session import Session
 from memopt.units import resolve_budget
 
 GRADIENTS = ("loss", "all")

@@ -69,6 +69,7 @@ class Planned:
     signatures, names: of the programs of the step's runs, in order (`Program.names`).
     lowered_released: as `PlanResult.lowered`, when the caller lets go of the outputs beside the loss. fences: how far
     the compiler is held to the plan's kernels. update: how the optimizer is to step. lowering: what runs it.
+    left_out: rewrites of the forward that it does without, beyond those that were switched off.
     """
 
     result: PlanResult
@@ -80,6 +81,7 @@ class Planned:
     fences: Fences = Fences.FREE
     update: Update = WHOLE
     lowering: str = "eager"
+    left_out: frozenset[str] = frozenset()
 
     @cached_property
     def released(self) -> PlanResult:

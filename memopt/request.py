@@ -62,6 +62,10 @@ class Request:
         """Of the forward, those that may run: not switched off, and of no other rounding where it must be exact."""
         return permitted(self.numerics, self.off)
 
+    def without(self, left_out: frozenset[str]) -> tuple[type[Rewrite], ...]:
+        """Those rewrites but for some."""
+        return tuple(rewrite for rewrite in self.rewrites if rewrite.name not in left_out)
+
     @property
     def exact(self) -> bool:
         """Whether kernels are to be those of untraced torch on CPU (`memopt.lowering.lower`)."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,12 +13,11 @@ import torch
 from torch import fx, nn
 
 from memopt.accuracy import Accuracy
-from memopt.capture import Capture, Survey, entry, survey, tensor_names
+from memopt.capture import Capture, Survey, survey, tensor_names
 from memopt.dumps import PLANNED, dump_program, plan_made
 from memopt.early import Updates, anchors
-from memopt.errors import BudgetError, MemoptError
-from memopt.frames import dynamo_set
-from memopt.hosts import as_in_eager, without_full_mask
+from memopt.errors import BudgetError
+from memopt.hosts import without_full_mask
 from memopt.lowering import Transform, lower, signature
 from memopt.noise import LOSSY, Noise
 from memopt.optim.stepper import Stepper
@@ -34,7 +32,6 @@ from memopt.pipeline import (
     step_graph,
 )
 from memopt.planfile import PlanFile
-from memopt.plans import MeasuredStep
 from memopt.profiling import measured_costs
 from memopt.program import Program, copied
 from memopt.recurrent import fused_cells
@@ -42,6 +39,7 @@ from memopt.refusal import Refused, Spelling, hopeless, infeasible
 from memopt.report import PlanResult
 from memopt.request import Request
 from memopt.reused import identity
+from memopt.rewrites import rewritten_levers
 from memopt.runtime.resident import resident_tensors
 from memopt.seams import parts_of
 from memopt.shapes import input_key
@@ -49,11 +47,11 @@ from memopt.smaller import Call
 from memopt.table import to_text
 from memopt.timeline import peak
 from memopt.units import format_size
-from memopt.unwrapped import unwrapped
-from memopt.watch import StepWatch, end_with_update
+from memopt.watch import StepWatch
 
 log = logging.getLogger("memopt")
 
+WORTH = 0.9  # of the seconds with a rewrite, to do without it
 CORRECTIONS = 2  # times a step that broke the budget is planned again
 
 
@@ -110,31 +108,65 @@ class Session:
         tried: list[tuple[Planned, Survey]] = []
         for lowering in self.request.lowerings:
             started = time.perf_counter()
-            found = self.surveyed(key, call, lowering)
+            found, left_out = self.matching(key, call, lowering)
             if self.plan_file is not None and lowering != self.request.lowerings[-1] and not self.saved_of(found):
                 continue
             request = replace(self.request, lowering=lowering)
-            planned = self.tried(found, request, time.perf_counter() - started, call)
+            planned = replace(self.tried(found, request, time.perf_counter() - started, call), left_out=left_out)
             tried.append((planned, found))
             if not planned.result.infeasible:
+                planned = self.faster(key, call, planned)
                 return self.adopted(planned.instead_of(tried[0][0].result) if len(tried) > 1 else planned)
             if hopeless(planned.result):
                 break
         self.refuse(*min(tried, key=lambda pair: pair[0].result.plan.peak), call)
 
-    def surveyed(self, key: Any, call: Call, lowering: str) -> Survey:
-        """The survey of these inputs in this lowering, made once. Raises CaptureError."""
-        if (key, lowering) not in self.surveys:
-            self.progress("capture", None)
-            self.surveys[key, lowering] = self.capture(call, lowering=lowering)
-        return self.surveys[key, lowering]
+    def faster(self, key: Any, call: Call, planned: Planned) -> Planned:
+        """The plan without a rewrite that costs time, where the step as it was written fits and is faster."""
+        written = planned.result
+        fits = written.plain is not None and written.baseline_peak <= self.request.budget
+        if self.plan_file is not None or not fits or written.baseline_seconds > WORTH * written.step_seconds:
+            return planned
+        best = planned
+        for name in (lever.lever for lever in written.rewrites):
+            started, left_out = time.perf_counter(), frozenset({name})
+            found = self.surveyed(key, call, planned.lowering, left_out)
+            request = replace(self.request, lowering=planned.lowering, off=self.request.off | left_out)
+            other = self.tried(found, request, time.perf_counter() - started, call)
+            if not other.result.infeasible and other.result.step_seconds <= WORTH * best.result.step_seconds:
+                best = replace(other, left_out=left_out).noted(f"does without {name}: it takes time, and there is room")
+        return best
 
-    def capture(self, call: Call, exact: bool | None = None, lowering: str = "", beside: bool = True) -> Survey:
+    def matching(self, key: Any, call: Call, lowering: str) -> tuple[Survey, frozenset[str]]:
+        """The survey in this lowering, and the rewrites left out of it: those that a saved plan did without."""
+        found = self.surveyed(key, call, lowering)
+        rewritten = () if self.plan_file is None or self.saved_of(found) else rewritten_levers(found)
+        for left_out in (frozenset({each.lever}) for each in rewritten):
+            other = self.surveyed(key, call, lowering, left_out)
+            if self.saved_of(other):
+                return other, left_out
+        return found, frozenset()
+
+    def surveyed(self, key: Any, call: Call, lowering: str, left_out: frozenset[str] = frozenset()) -> Survey:
+        """The survey of these inputs in this lowering, made once. Raises CaptureError."""
+        if (key, lowering, left_out) not in self.surveys:
+            self.progress("capture", None)
+            self.surveys[key, lowering, left_out] = self.capture(call, lowering=lowering, left_out=left_out)
+        return self.surveys[key, lowering, left_out]
+
+    def capture(
+        self,
+        call: Call,
+        exact: bool | None = None,
+        lowering: str = "",
+        beside: bool = True,
+        left_out: frozenset[str] = frozenset(),
+    ) -> Survey:
         """Every graph of the step for these inputs. exact, lowering: if left out as requested. beside: as in `survey`.
-        Raises CaptureError."""
+        left_out: rewrites to do without. Raises CaptureError."""
         lowering = lowering or self.request.lowering
         exact = self.request.exact if exact is None else exact
-        clean, rewrites = prepare(lowering, self.request.off), self.request.rewrites
+        clean, rewrites = prepare(lowering, self.request.off), self.request.without(left_out)
         return survey(self.model, *call, clean, lowering, self.gradients, exact, rewrites, beside)
 
     def saved_of(self, found: Survey) -> bool:
@@ -259,9 +291,10 @@ class Session:
         started = time.perf_counter()
         spare = fx.GraphModule(module, copied(module.graph))
         mine: list[tuple[Planned, str]] = []
-        lowering = self.plans[key].lowering if key in self.plans else self.request.lowering
+        plan = self.plans.get(key)
+        lowering, left_out = (plan.lowering, plan.left_out) if plan else (self.request.lowering, frozenset[str]())
         run = self.lowered(
-            module, inputs, lambda program: self.transform(program, key, lowering, mine), lowering,
+            module, inputs, lambda program: self.transform(program, key, lowering, mine), lowering, left_out,
             lambda _: self.early(mine),
         )  # fmt: skip
         if mine and len(mine[0][0].places(mine[0][1])) > 1:
@@ -277,14 +310,14 @@ class Session:
         inputs: Sequence[Any],
         transform: Transform,
         lowering: str,
+        left_out: frozenset[str],
         updates: Callable[[Program], Updates] = lambda program: {},
     ) -> Callable[..., Any]:
         loss_only = self.gradients == "loss" and all(found.loss_only for found in self.surveys.values())
-        names, request = tensor_names(self.model), self.request
+        names, exact, rewrites = tensor_names(self.model), self.request.exact, self.request.without(left_out)
         return lower(
-            module, inputs, names, transform, lowering, False, loss_only, self.seen, request.exact, request.rewrites,
-            updates=updates,
-        )  # fmt: skip
+            module, inputs, names, transform, lowering, False, loss_only, self.seen, exact, rewrites, updates=updates
+        )
 
     def early(self, mine: Sequence[tuple[Planned, str]]) -> Updates:
         """What the backward of the graph is to update by its plan, and how."""
@@ -304,7 +337,7 @@ class Session:
             if (decided := planned.decisions(place)) not in made:
                 twin = fx.GraphModule(spare, copied(spare.graph))
                 apply = partial(self.applied, planned=planned, place=place)
-                made[decided] = self.lowered(twin, inputs, apply, planned.lowering)
+                made[decided] = self.lowered(twin, inputs, apply, planned.lowering, planned.left_out)
         turns = [made[planned.decisions(place)] for place in places]
 
         def run(*args: Any) -> Any:
@@ -351,72 +384,3 @@ class Session:
         changed = planned.applied(prepared, planned.remakes(place), planned.fences)
         dump_program(PLANNED, changed)
         return changed
-
-
-class Handle:
-    """What `model.memopt` offers. A copied or unpickled model is not compiled: its handle has no session."""
-
-    def __init__(self, session: Session | None) -> None:
-        self._session = session
-
-    def __reduce__(self) -> Any:
-        return Handle, (None,)
-
-    @property
-    def plan(self) -> PlanResult | None:
-        """The plan of the latest shape seen; None before the first training step."""
-        result = self._session.result if self._session else None
-        return None if result is None else replace(result, measured=self.measured)
-
-    @property
-    def measured(self) -> MeasuredStep | None:
-        """The latest measured step of the latest shape."""
-        guard = self._session.watch.guards.get(self._session.current) if self._session else None
-        return None if guard is None else guard.measured
-
-    def report(self) -> str:
-        """The plan, and what was measured, as text."""
-        if self._session is None:
-            raise MemoptError("this model is a copy of a compiled one and runs uncompiled; call memopt.compile on it")
-        if self.plan is None:
-            raise MemoptError("no plan yet: it is made at the first training step, when the shapes are known")
-        return to_text(self.plan)
-
-
-def _compiled(session: Session) -> Callable[..., Any]:
-    """The model for the session's current plan: Dynamo finds nothing that it compiled for another one.
-
-    The code object and the backend are new: the first keeps whole models apart, the second the functions they share.
-    """
-    backend = unwrapped(partial(session.backend, key=session.current))
-    return torch.compile(entry(session.model), backend=backend, dynamic=False)
-
-
-def attach(session: Session) -> nn.Module:
-    """Compile the session's model in place: same module, same state_dict keys; inference runs as it did."""
-    model = session.model
-    plain: Callable[..., Any] = model._call_impl
-    compiled: dict[Any, Callable[..., Any]] = {}
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or os.environ.get("MEMOPT_DISABLE") == "1":
-            return plain(*args, **kwargs)
-        if not torch.is_grad_enabled():
-            session.watch.end()
-            return plain(*args, **kwargs)
-        kwargs = without_full_mask(model, kwargs)
-        if session.step(args, kwargs):
-            compiled.clear()
-        key = session.current
-        if key not in compiled:
-            compiled[key] = _compiled(session)
-        session.turns.clear()
-        with dynamo_set(), as_in_eager(kwargs):
-            outputs = compiled[key](*args, **kwargs)
-        session.watch.ran(outputs)
-        return outputs
-
-    end_with_update(session.watch, model)
-    model._compiled_call_impl = call
-    model.memopt = Handle(session)  # type: ignore[assignment]
-    return model

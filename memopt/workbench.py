@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from memopt import optim
 from memopt.api import make_request
+from memopt.attach import attach
 from memopt.blame import told
 from memopt.capture import FROZEN
 from memopt.devices import CATALOGUE, Device, device
@@ -28,7 +29,7 @@ from memopt.report import PlanResult
 from memopt.runtime.calibrate import load_rates, measure_rates, save_rates
 from memopt.runtime.here import here, one_device
 from memopt.runtime.measure import measure_step, training_step
-from memopt.session import Session, attach
+from memopt.session import Session
 from memopt.sizing import Elsewhere, floor_plan, largest, surveyed
 from memopt.workload import Workload
 
@@ -218,7 +219,7 @@ def _stated(made: Bench, asked: Asked) -> PlanResult:
         if session.refused is None:
             raise
         return session.refused
-    found_in = session.surveys[session.current, planned.lowering]
+    found_in = session.surveys[session.current, planned.lowering, planned.left_out]
     elsewhere = Elsewhere(session, partial(made.fake_inputs, model), found_in, planned.lowering)
     base = (made.batch, made.seq)
     found = elsewhere.formula(planned, base)

@@ -14,11 +14,12 @@ import hypothesis
 import pytest
 import torch
 
-from memopt import pipeline
+from memopt import pipeline, session
 from memopt.edit import edit
 from memopt.errors import VerifyError
 from memopt.graph import StepGraph, verify
 from memopt.program import Program, insert, photograph
+from memopt.refusal import Refused
 
 # No deadline: a shared machine says nothing about speed. Derandomised: the same run twice tells the same.
 hypothesis.settings.register_profile("memopt", derandomize=True, deadline=None)
@@ -38,6 +39,18 @@ def verification() -> Iterator[None]:
         _everywhere(patch, pipeline.prepare, _same_interface(pipeline.prepare))
         patch.setattr(pipeline, "passed", _after_pass(pipeline.passed))
         yield
+
+
+@pytest.fixture(autouse=True)
+def rewritten_whatever_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rewrites stay, however their times turn out on this machine; tests of that choice set it themselves."""
+    monkeypatch.setattr(session, "WORTH", 0.0)
+
+
+@pytest.fixture
+def unadvised(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refusals without ways out, where a test wants the floor alone: each of them is a plan of its own."""
+    monkeypatch.setattr(Refused, "ways_out", lambda self: ())
 
 
 @pytest.fixture(autouse=True)

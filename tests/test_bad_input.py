@@ -57,7 +57,7 @@ def test_a_budget_that_is_none_lists_the_accepted_forms(budget: Any, says: str) 
 OPTIONS = [
     ({"numerics": "fast"}, "numerics='fast' is not known; known are exact, reordered"),
     ({"lowering": "tvm"}, "lowering='tvm' is not known; known are auto, inductor, eager"),
-    ({"passes": "-recomputation"}, "passes='recomputation' is not known; known are linear_cross_entropy,"),
+    ({"passes": "-recomputation"}, "passes='recomputation' is not known; known are attention, linear_cross_entropy,"),
     ({"allow": ("adamw9bit",)}, "allow='adamw9bit' is not known"),
     ({"allow": "adamw9bit"}, "allow='adamw9bit' is not known"),
     ({"accumulate": 0}, "accumulate=0 refused"),

@@ -61,6 +61,7 @@ def test_inductor_by_name_refuses_and_names_eager(tight: PlanResult) -> None:
     assert refused.value.floor_bytes == CODE
 
 
+@pytest.mark.usefixtures("unadvised")
 def test_where_neither_holds_the_lower_floor_is_named_and_planned(tight: PlanResult) -> None:
     with pytest.raises(BudgetError) as refused:
         compiled(1000, example_inputs=batch())

@@ -137,6 +137,7 @@ class Repeated(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.usefixtures("unadvised")
 def test_plans_that_share_a_graph_each_run_their_own() -> None:
     torch._dynamo.reset()
     x = torch.randn(512, 64)

@@ -7,10 +7,10 @@ import torch
 
 import memopt
 from benchmarks.beds import BEDS
+from memopt.attach import attach
 from memopt.models import load
 from memopt.pipeline import silent
 from memopt.runtime.measure import measure_step
-from memopt.session import attach
 from memopt.workbench import Asked, bench
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,8 +13,10 @@ from torch import Tensor, fx
 
 import memopt
 import memopt.kernels.chunked_attention as chunked
+from memopt import session
 from memopt.forward import Forward, rewritten
 from memopt.passes.attention import Attention
+from memopt.planfile import save_plan
 from memopt.runtime.measure import measure_step
 from tests.test_forward import traced
 
@@ -355,3 +358,32 @@ def test_the_peak_falls_as_predicted(lowering: str) -> None:
         assert 0 <= model.memopt.plan.peak - found.peak_bytes <= (64 if "-att" in off else spare)
         peaks[off] = found.peak_bytes
     assert lowering == "inductor" or min(peaks.values()) < 0.75 * max(peaks.values())
+
+
+@pytest.mark.parametrize(("worth", "does_without"), [(1e9, {"attention"}), (0.0, set())])
+def test_a_rewrite_that_takes_time_is_done_without_where_there_is_room(
+    worth: float, does_without: set[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The plan says so, its step runs without it, and a saved plan is found again."""
+    monkeypatch.setattr(session, "WORTH", worth)
+    options: dict[str, Any] = {"lowering": "eager", "passes": "-linear_cross_entropy"}
+    model, batch = hugging_face("llama", layers=1)
+    result = memopt.plan(model, batch, budget="1GB", **options)
+    assert {"attention"} - {each.lever for each in result.rewrites} == does_without
+    assert any("does without attention" in note for note in result.notes) == bool(does_without)
+    saved = tmp_path / "plan.json"
+    save_plan(result, saved)
+    memopt.compile(model, "1GB", plan_file=saved, **options)
+    model(**batch).loss.backward()
+    assert model.memopt.plan.reused
+    assert model.memopt.plan.identity == result.identity
+
+
+def test_a_budget_without_room_has_it_whatever_time_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(session, "WORTH", 1e9)
+    options: dict[str, Any] = {"lowering": "eager", "passes": "-linear_cross_entropy,-recompute"}
+    model, batch = hugging_face("llama", layers=1)
+    plain = memopt.plan(model, batch, budget="1GB", **options)
+    tight = memopt.plan(model, batch, budget=plain.baseline_peak - 1, **options)
+    assert {each.lever for each in tight.rewrites} == {"attention"}
+    assert tight.peak < plain.peak

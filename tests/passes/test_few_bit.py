@@ -107,6 +107,7 @@ def test_the_fast_simulation_knows_it() -> None:
         assert state.peak <= 1.1 * plan.peak
 
 
+@pytest.mark.usefixtures("unadvised")
 def test_the_step_fits_with_it_and_the_forward_is_exact() -> None:
     torch.manual_seed(0)
     model, x = Gated(), inputs()

@@ -228,6 +228,7 @@ def watch(model: nn.Module, x: Tensor, optimizer: torch.optim.Optimizer, ledger:
     optimizer.zero_grad()
 
 
+@pytest.mark.usefixtures("unadvised")
 @pytest.mark.parametrize("name", MODELS)
 def test_every_byte_is_foreseen_across_breaks(name: str) -> None:
     """Unplanned, half way to the floor, and at the floor."""
@@ -239,6 +240,7 @@ def test_every_byte_is_foreseen_across_breaks(name: str) -> None:
             assert checked(name, budget).plan.chosen
 
 
+@pytest.mark.usefixtures("unadvised")
 def test_layers_that_share_their_code_may_have_decisions_of_their_own() -> None:
     """A quarter of the way to the floor some of the four blocks keep what others remake; each call runs its own."""
     free, floor = checked("loop", 2**32).plan.peak, checked("loop", 1)

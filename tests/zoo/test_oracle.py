@@ -61,6 +61,7 @@ def compiled(zoo: Zoo, budget: int) -> tuple[torch.nn.Module, torch.optim.Optimi
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unadvised")
 def test_the_budget_is_held_and_every_byte_is_foreseen(zoo: Zoo) -> None:
     """At the least share of the free peak that is feasible, and at the floor."""
     plain = zoo.gradients(zoo.model()[0])
