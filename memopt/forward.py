@@ -138,7 +138,7 @@ def forward_of(module: fx.GraphModule) -> Forward:
 
 
 def _one_spelling(graph: fx.Graph) -> None:
-    """An alias gives way to the operation it is an alias of."""
+    """An alias gives way to the operation it is an alias of; writing into what nobody else reads, to making it."""
     aten: Any = torch.ops.aten
     for node in graph.nodes:
         if node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
@@ -147,8 +147,34 @@ def _one_spelling(graph: fx.Graph) -> None:
                 node.target = getattr(getattr(aten, ALIASES[name]), node.target._overloadname)
             elif node.target is aten.special_softmax.default:
                 node.target = aten.softmax.int
-            elif node.target is aten.detach_.default and len(node.args[0].users) == 1:
-                node.target = aten.detach.default
+            elif node.target._schema.is_mutable and (made := _functional(node)) is not None:
+                node.target = made
+
+
+def _functional(node: fx.Node) -> Any:
+    """The operation that makes what this one writes into a tensor that nobody else reads; None elsewhere."""
+    target: Any = node.target
+    name, into = target.overloadpacket.__name__, node.args[0] if node.args else None
+    alone = isinstance(into, fx.Node) and into.op == "call_function" and len(into.users) == 1
+    if not alone or is_view(into) or not name.endswith("_") or name.endswith("__"):
+        return None
+    return getattr(getattr(torch.ops.aten, name[:-1], None), target._overloadname, None)
+
+
+def is_view(node: Any) -> bool:
+    """Whether the node's tensor may share the memory of its first argument."""
+    target = node.target
+    return isinstance(target, torch._ops.OpOverload) and any(each.alias_info for each in target._schema.returns)
+
+
+def written(node: fx.Node) -> bool:
+    """Whether something writes into the node's tensor, or into a view of it: its value depends on when it is read."""
+    readers = [user for user in node.users if user.args and user.args[0] is node]
+    return any(_writes(user) or (is_view(user) and written(user)) for user in readers)
+
+
+def _writes(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _drop_idle_casts(graph: fx.Graph) -> None:

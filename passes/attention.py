@@ -21,7 +21,7 @@ from memopt.algebra.masks import pieces
 from memopt.algebra.placing import placed, whole
 from memopt.algebra.terms import Maker, Terms
 from memopt.facts import source_line
-from memopt.forward import Forward
+from memopt.forward import Forward, written
 from memopt.passbase import Numerics, Rewrite, Site
 
 FEW = 1 << 13  # scores of a sample: held as they are, they cost less than a call for each sample
@@ -97,6 +97,8 @@ def _replace(forward: Forward, found: Attended, layout: Layout, rows: dict[tuple
     parts = [each for piece in found.scores.pieces for each in pieces(axes, piece)]
     terms = Maker(forward, like, axes, layout.scores, distances).terms(parts)
     q, k, v = _operands(forward, found, layout)
+    if any(map(written, (found.queries.node, found.keys.node, found.values.node, *(piece.node for piece in parts)))):
+        raise Refused("it reads a tensor that is written into")
     call = _whole(forward, found, terms, (q, k, v))
     if call is None:
         if queries * keys * axes.size(layout.all_heads) < FEW:

@@ -13,6 +13,7 @@ from memopt.algebra.axes import ATEN, CASTS, COPIES, EXPANDS, PERMUTES, REGROUPS
 from memopt.algebra.constants import number
 from memopt.algebra.contraction import Contraction, contraction
 from memopt.algebra.masks import FILLS, WHERES, Piece
+from memopt.forward import written
 
 VIEWS = REGROUPS | PERMUTES | CASTS | COPIES
 
@@ -163,7 +164,7 @@ def _sums(node: fx.Node, dims: Dims, way: _Way) -> Iterator[tuple[Any, _Way]]:
     """(what may hold the product, the way down from it) of a sum, a fill, or a choice."""
     target, args = node.target, node.args
     piece = Piece(node, dims)
-    if target in (ATEN.add.Tensor, ATEN.sub.Tensor, ATEN.add_.Tensor) and not node.kwargs:
+    if target in (ATEN.add.Tensor, ATEN.sub.Tensor) and not node.kwargs:
         sign = -1.0 if target is ATEN.sub.Tensor else 1.0
         if number(args[1]) is not None:  # the same for every key
             yield args[0], way
@@ -197,6 +198,8 @@ def _down(axes: Axes, node: fx.Node, dims: Dims) -> tuple[float, Contraction, in
             return dropout, product, product.operands.index(before), dims
         if node.target is ATEN.dropout.default and not dropout:
             dropout = float(node.args[1]) if node.args[2] else 0.0  # type: ignore[arg-type]
+            if dropout >= 1:
+                raise Refused("all of its probabilities are dropped")
         elif node.target in VIEWS and node.args[0] is before:
             dims = axes.down(node, dims)
         else:
@@ -206,7 +209,7 @@ def _down(axes: Axes, node: fx.Node, dims: Dims) -> tuple[float, Contraction, in
 def _unrepeated(axes: Axes, operand: Operand) -> Operand:
     """What the operand repeats, where it repeats heads; itself elsewhere."""
     node, dims, best = operand.node, operand.dims, operand
-    while node.target in REGROUPS | PERMUTES | COPIES | EXPANDS | REPEATS:
+    while node.target in REGROUPS | PERMUTES | COPIES | EXPANDS | REPEATS and not written(node):
         try:
             dims = axes.up(node, dims)
         except UnlikeError:

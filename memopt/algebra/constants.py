@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils._python_dispatch import _disable_current_modes
 
+from memopt.forward import written
+
 MOST = 1 << 22  # elements: computed while nobody notices, and no host memory of note
 
 
@@ -43,7 +45,7 @@ def _behind(node: fx.Node) -> list[fx.Node] | None:
         each = waiting.pop()
         if each in seen:
             continue
-        if not (_kept(each) or _computable(each)):
+        if written(each) or not (_kept(each) or _computable(each)):
             return None
         seen.add(each)
         waiting += each.all_input_nodes

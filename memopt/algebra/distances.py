@@ -15,7 +15,7 @@ from torch import fx
 
 from memopt.algebra.axes import ATEN, CASTS, COPIES, EXPANDS, PERMUTES, REGROUPS, permutation
 from memopt.algebra.constants import number
-from memopt.forward import Forward
+from memopt.forward import Forward, written
 
 Places = tuple[int | None, int | None]  # a tensor's dimensions along queries and along keys
 COMPARED: dict[Any, Any] = {
@@ -67,6 +67,8 @@ class Distances:
         places = _present(node, places)
         if places == (None, None):
             return node
+        if written(node):
+            return None
         if (node, places) not in self.made:
             self.made[node, places] = self._made(node, places)
         return self.made[node, places]
@@ -148,7 +150,7 @@ class Distances:
                 if found is None:
                     return None
                 args[at] = found
-        return self.forward.new(_functional(node.target), tuple(args), self.like, **node.kwargs)
+        return self.forward.new(node.target, tuple(args), self.like, **node.kwargs)  # type: ignore[arg-type]
 
     def _of_argument(self, arg: Any, node: fx.Node, places: Places) -> fx.Node | None:
         return self.of(arg, _aligned(arg, node, places))
@@ -232,9 +234,3 @@ def _before(node: fx.Node, places: Places) -> Places | None:
     long = [at for at, size in enumerate(old) if size != 1]
     query, key = (None if at is None else long[sum(size != 1 for size in new[:at])] for at in places)
     return query, key
-
-
-def _functional(target: Any) -> Any:
-    """The operation that makes a tensor where this one writes into its argument."""
-    name = target.overloadpacket.__name__
-    return getattr(getattr(ATEN, name[:-1]), target._overloadname) if target._schema.is_mutable else target

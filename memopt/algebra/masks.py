@@ -15,6 +15,7 @@ from torch import fx
 
 from memopt.algebra.axes import ATEN, CASTS, COPIES, EXPANDS, Axes, Dims
 from memopt.algebra.constants import constant, number
+from memopt.forward import written
 
 LOW = -1e4  # a score so filled weighs nothing beside one that is not
 BOTH = frozenset({ATEN.bitwise_and.Tensor, ATEN.logical_and.default})
@@ -65,6 +66,8 @@ def pieces(axes: Axes, piece: Piece) -> Iterator[Piece]:
 def _parts(axes: Axes, piece: Piece) -> list[Piece] | None:
     """One step of taking apart; None where there is nothing to take apart."""
     node, target = piece.node, piece.node.target
+    if written(node):
+        return None
     if target in EXPANDS:
         source: Any = node.args[0]
         return [replace(piece, node=source, dims=axes.up(node, _padded(node, piece.dims)))]
@@ -140,7 +143,8 @@ def _filled(piece: Piece, kept: Any, mask: fx.Node, value: float, hides: bool) -
 
 
 def _zeros(node: Any) -> bool:
-    return isinstance(node, fx.Node) and node.target in (ATEN.zeros.default, ATEN.zeros_like.default)
+    made = isinstance(node, fx.Node) and node.target in (ATEN.zeros.default, ATEN.zeros_like.default)
+    return made and not written(node)
 
 
 def _idle(piece: Piece) -> bool:

@@ -7,6 +7,7 @@ side, "reverse_std" the longer one. Groups without a rank, and parameters that a
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -63,9 +64,9 @@ class Projected(Family):
         """The state of a projected matrix, without its step."""
         return moments.empty_moments(p.new_empty(small_shape(p, group), dtype=torch.float32), group)
 
+    @abstractmethod
     def project(self, p: Tensor, grad: Tensor, state: State, group: Mapping[str, Any]) -> None:
         """One step of a projected matrix."""
-        raise NotImplementedError
 
 
 def left(p: Tensor, group: Mapping[str, Any]) -> bool:

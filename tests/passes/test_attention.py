@@ -126,6 +126,12 @@ def one_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT / 6).softmax(-1) @ v
 
 
+def filled_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    bias = torch.zeros(S, S, dtype=q.dtype)
+    bias.masked_fill_(torch.ones(S, S, dtype=torch.bool).tril(diagonal=0).logical_not(), float("-inf"))
+    return ((q @ k.mT).mul_(SCALE) + bias).softmax(-1) @ v
+
+
 def padded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     lengths = torch.tensor([S, S - 20])
     seen = torch.arange(S)[None, None, None, :] < lengths[:, None, None, None]
@@ -139,9 +145,10 @@ def padded_and_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT * SCALE).masked_fill(~seen, -1e9).softmax(-1) @ v
 
 
-WHOLE = (matmul, scaled_queries, bmm, baddbmm, einsum, keys_first, widened, triangle, added_triangle, chosen,
-         arithmetic, expanded_heads, repeated_heads, tiled_heads, grouped_heads, one_head_of_keys, one_head,
-         padded)  # fmt: skip
+WHOLE = (
+    *(matmul, scaled_queries, bmm, baddbmm, einsum, keys_first, widened, triangle, added_triangle, chosen, arithmetic),
+    *(filled_in_place, expanded_heads, repeated_heads, tiled_heads, grouped_heads, one_head_of_keys, one_head, padded),
+)
 CHUNKED = (window, alibi, soft_cap, padded_and_causal)
 
 
@@ -254,6 +261,16 @@ def over_queries(q: Tensor, k: Tensor, v: Tensor) -> Any:
     return (q @ k.mT).softmax(-2) @ v
 
 
+def written_into(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    bias = torch.zeros(S, S)
+    bias[:, 3:] = -1.0
+    return (q @ k.mT * SCALE + bias).softmax(-1) @ v
+
+
+def all_dropped(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    return torch.nn.functional.dropout((q @ k.mT).softmax(-1), 1.0) @ v
+
+
 def no_product(q: Tensor, k: Tensor, v: Tensor) -> Any:
     return (q.cumsum(-1) @ torch.ones(D, S)).exp().softmax(-1).cos() @ v
 
@@ -265,6 +282,8 @@ def no_product(q: Tensor, k: Tensor, v: Tensor) -> Any:
         (gated, "its probabilities go to aten.mul.Tensor"),
         (before_the_cap, "its scores are masked or biased before their soft cap"),
         (over_queries, "its softmax does not run over what the values are summed over"),
+        (written_into, "it reads a tensor that is written into"),
+        (all_dropped, "all of its probabilities are dropped"),
         (no_product, "its scores go through aten.exp.default"),
     ],
 )
