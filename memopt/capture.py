@@ -37,7 +37,7 @@ from memopt.passbase import Rewrite
 from memopt.program import Program, argument_places, copied
 
 Prepare = Callable[[Program], Program]
-MANY = 4000  # operations of a graph above which the step without rewrites is not captured as well: seconds of planning
+MANY = 1500  # operations of a graph above which the step without rewrites is not captured as well: half of a capture
 FROZEN = "no gradient is asked for: none of the model's parameters requires one; set requires_grad=True on some"
 
 
