@@ -81,9 +81,8 @@ class Scores:
         return chunk, torch.softmax(s, -1, out=s), bent
 
     def _blind(self, s: Tensor) -> bool:
-        """Whether some row may see nothing but what terms filled: it attends to hidden keys just as much."""
-        fills = [f for f, t in zip(self.fills, self.terms, strict=True) if t.dtype is torch.bool and f != -torch.inf]
-        return bool(fills) and bool((s.amax(-1) <= max(fills) / 2).any())
+        """Whether terms put all that some row sees as low as what is hidden from it, which then weighs as much."""
+        return bool(self.terms) and self.hidden != -torch.inf and bool((s.amax(-1) <= self.hidden / 2).any())
 
     def _scores(self, q: Tensor, k: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor | None]:
         mine = q[chunk.sample, :, chunk.rows]

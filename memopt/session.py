@@ -219,9 +219,8 @@ class Session:
         if not self.advise:
             return result
         self.progress("ways out", None)
-        capture = partial(
-            self.capture, lowering=planned.lowering, beside=False
-        )  # nobody asks what they are without memopt
+        # beside: nobody asks what a way out is without memopt
+        capture = partial(self.capture, lowering=planned.lowering, beside=False)
         reordered = partial(capture, exact=False) if any(fused_cells(c.program.graph) for c in found.captures) else None
         eager = partial(self.capture, lowering="eager", beside=False) if planned.lowering == "inductor" else None
         refused = Refused(

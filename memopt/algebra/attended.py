@@ -12,7 +12,7 @@ from torch import fx
 from memopt.algebra.axes import ATEN, CASTS, COPIES, EXPANDS, PERMUTES, REGROUPS, REPEATS, Axes, Dim, Dims, UnlikeError
 from memopt.algebra.constants import number
 from memopt.algebra.contraction import Contraction, contraction
-from memopt.algebra.masks import FILLS, WHERES, Piece
+from memopt.algebra.masks import FILLS, LOW, WHERES, Piece
 from memopt.forward import written
 
 VIEWS = REGROUPS | PERMUTES | CASTS | COPIES
@@ -111,6 +111,11 @@ class _Way:
     cap: float = 0.0
     pieces: tuple[Piece, ...] = ()
 
+    @property
+    def shifts(self) -> bool:
+        """Whether a number added here is the same for every key in the end, and so nothing to the softmax."""
+        return not self.cap and all(piece.fill is None or piece.fill <= LOW for piece in self.pieces)
+
     def scaled(self, by: float) -> _Way:
         return replace(self, outer=self.outer * by)
 
@@ -166,8 +171,9 @@ def _sums(node: fx.Node, dims: Dims, way: _Way) -> Iterator[tuple[Any, _Way]]:
     piece = Piece(node, dims)
     if target in (ATEN.add.Tensor, ATEN.sub.Tensor) and not node.kwargs:
         sign = -1.0 if target is ATEN.sub.Tensor else 1.0
-        if number(args[1]) is not None:  # the same for every key
-            yield args[0], way
+        if number(args[1]) is not None:
+            if way.shifts:
+                yield args[0], way
         elif isinstance(args[1], fx.Node):
             yield args[0], way.with_piece(piece.of(args[1], factor=sign * way.outer))
             yield args[1], way.scaled(sign).with_piece(piece.of(args[0], factor=way.outer))

@@ -48,11 +48,6 @@ def shape_of(node: fx.Node) -> tuple[int, ...]:
     return tuple(hint(size) for size in node.meta["val"].shape)
 
 
-def is_view(node: fx.Node) -> bool:
-    """Whether the node's elements are those of its first argument, in whatever type and order."""
-    return node.target in REGROUPS | PERMUTES | CASTS | COPIES
-
-
 class Axes:
     """The axes of one computation. sizes: of each; parts: of an axis that turned out to be several."""
 

@@ -267,6 +267,14 @@ def written_into(q: Tensor, k: Tensor, v: Tensor) -> Any:
     return (q @ k.mT * SCALE + bias).softmax(-1) @ v
 
 
+def shifted_before_the_cap(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    return (torch.tanh(q @ k.mT + 0.5) * 3).softmax(-1) @ v
+
+
+def shifted_before_a_fill(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    return (q @ k.mT + 0.5).masked_fill(torch.ones(S, S).tril() == 0, -1.0).softmax(-1) @ v
+
+
 def all_dropped(q: Tensor, k: Tensor, v: Tensor) -> Any:
     return torch.nn.functional.dropout((q @ k.mT).softmax(-1), 1.0) @ v
 
@@ -282,6 +290,8 @@ def no_product(q: Tensor, k: Tensor, v: Tensor) -> Any:
         (gated, "its probabilities go to aten.mul.Tensor"),
         (before_the_cap, "its scores are masked or biased before their soft cap"),
         (over_queries, "its softmax does not run over what the values are summed over"),
+        (shifted_before_the_cap, "its scores go through aten.add.Tensor"),
+        (shifted_before_a_fill, "its scores go through aten.add.Tensor"),
         (written_into, "it reads a tensor that is written into"),
         (all_dropped, "all of its probabilities are dropped"),
         (no_product, "its scores go through aten.exp.default"),
