@@ -6,6 +6,7 @@ the storages that were there before. On CUDA it is `torch.cuda.max_memory_alloca
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -120,6 +121,7 @@ def _observe_cpu(step: Callable[[], object], warmup: int) -> _Observed:
     def run() -> None:
         for _ in range(warmup):
             step()
+        gc.collect()  # of the step before, and of compiling: not this step's
         with phase(STEP):
             step()
 
