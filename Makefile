@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 SOURCES := memopt passes kernels solvers
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check gpu bench bench-planners bench-table plan sizes clean
+.PHONY: help demo test test-long check gpu bench bench-planners bench-table plan sizes clean
 
 help: ## print this
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -22,8 +22,11 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## train a Hugging Face model under a budget and compare what was promised with what was measured
 	$(BIN)/python examples/demo.py
 
-test: $(READY) ## every test that needs no GPU
-	$(BIN)/python -m pytest -n 2 -m "not gpu"
+test: $(READY) ## the tests: under fifteen minutes on two cores, no GPU
+	$(BIN)/python -m pytest -n 2 -m "not gpu and not long"
+
+test-long: $(READY) ## what `test` leaves out: the same promises on further models, and longer sweeps
+	$(BIN)/python -m pytest -n 2 -m "long and not gpu"
 
 check: $(READY) ## formatting, lint and types
 	$(BIN)/ruff format --check .

@@ -72,14 +72,15 @@ def test_an_infeasible_plan_exits_3_with_floor_binding_and_ways_out_in_the_doors
     assert ways["--batch"]["change"] == "--batch 1 --accumulate 4"  # 2 still takes more than the budget
     assert int(ways["--seq"]["change"].split()[1]) >= 32
     assert all(way["fits"] for way in ways.values())
-    for name, way in ways.items():
+    for name in ("--batch", "--budget", "--update"):  # those of the doors; others are planned as they are
         budget = () if name == "--budget" else ("--budget", "2.6MB")
-        done = answer(*words, *budget, *way["change"].split())
+        done = answer(*words, *budget, *ways[name]["change"].split())
         assert done["status"] != "infeasible"
-        least = name not in ("--budget", "--disk-budget")  # a disk of just that size is another problem than any disk
-        assert done["predicted"]["peak_bytes"] <= (way["peak_bytes"] if least else done["budget_bytes"])
+        within = done["budget_bytes"] if name == "--budget" else ways[name]["peak_bytes"]
+        assert done["predicted"]["peak_bytes"] <= within
 
 
+@pytest.mark.long
 def test_ways_out_multiply_what_is_accumulated_already_and_say_which_are_not_enough(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -101,6 +102,7 @@ def test_smaller_inputs_are_no_way_out_where_parameters_gradients_and_state_alon
     assert not {way["change"].split()[0] for way in found["ways_out"]} & {"--batch", "--seq"}
 
 
+@pytest.mark.long
 def test_a_refused_fit_prints_the_object_with_its_ways_out() -> None:
     found = answer("fit", "lstm-tiny", "--budget", "10KB", "--lowering", "eager", code=3)
     assert found["status"] == "infeasible"
@@ -108,6 +110,7 @@ def test_a_refused_fit_prints_the_object_with_its_ways_out() -> None:
     assert found["ways_out"]
 
 
+@pytest.mark.long
 def test_a_saved_plan_that_is_refused_says_what_its_decisions_need_and_offers_planning_anew(tmp_path: Path) -> None:
     saved, again = tmp_path / "a.plan.json", tmp_path / "b.plan.json"
     words = ("plan", "llama-tiny", *SMALL)
@@ -154,6 +157,7 @@ def test_run_exits_4_when_the_step_takes_more_than_the_budget(monkeypatch: pytes
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("unadvised")
 @pytest.mark.usefixtures("unadvised")
 def test_fit_finds_a_size_that_fits_while_one_more_does_not() -> None:
     base = answer("plan", "llama-tiny", *SMALL, "--budget", "1GB")["predicted"]["peak_bytes"]

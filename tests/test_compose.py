@@ -30,6 +30,7 @@ def test_gradients_accumulate_without_an_optimizer() -> None:
     assert before < accumulated <= before + gradients
 
 
+@pytest.mark.long
 def test_without_an_optimizer_too_a_refusal_has_its_floor_and_ways_out() -> None:
     """One of the ways tried is half the batch, accumulated: it reads gradients that no optimizer's phase declared."""
     refused, inputs = session(1, 1)  # less than the parameters: no smaller input is tried

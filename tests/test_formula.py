@@ -165,6 +165,7 @@ def test_the_stated_formula_agrees_with_planning_anew_under_the_same_decisions(p
     assert want != result.peak or point == (2, 64)
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("unadvised")
 def test_fit_is_the_edge_and_knows_where_to_look(monkeypatch: pytest.MonkeyPatch) -> None:
     from memopt import workbench

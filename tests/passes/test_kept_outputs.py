@@ -78,6 +78,7 @@ def test_it_leaves_alone_what_it_may_not_touch_or_would_not_gain_by(model: nn.Mo
     assert sites(model) == 0
 
 
+@pytest.mark.long
 def test_a_mobilenet_takes_fewer_bytes() -> None:
     """relu6 between convolutions: one of two values a layer is saved. No recomputation, no budget to speak of."""
     model, inputs = mobilenet()

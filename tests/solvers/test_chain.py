@@ -62,6 +62,7 @@ def test_less_room_means_longer_segments() -> None:
     assert segments(links, 3 << 20) is None
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "model", [mlp(20), llama(6, tokens=2048, width=32, vocab=64)], ids=["below the boundaries", "above"]
 )

@@ -151,7 +151,7 @@ def test_autocast_casts_what_goes_into_a_layer(data: bool) -> None:
     assert "memopt.lstm_layer.default" in assert_exact(model)
 
 
-@pytest.mark.parametrize("cell", [nn.GRU, nn.RNN])
+@pytest.mark.parametrize("cell", [nn.GRU, pytest.param(nn.RNN, marks=pytest.mark.long)])
 def test_other_cells_keep_the_dropout_between_layers(cell: Callable[..., nn.Module]) -> None:
     model = net(cell=cell, num_layers=3, dropout=0.5, bidirectional=True)
     assert any("bernoulli" in op or "dropout" in op or op == "draw" for op in assert_exact(model))
@@ -246,10 +246,11 @@ def test_the_same_call_gives_the_same_bits() -> None:
     assert all(map(torch.equal, one, backward(*given, *again, y, None, None)))
 
 
+@pytest.mark.long
 def test_a_refusal_names_reordered_numerics_and_they_hold_what_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """oneDNN's layer is one operation and cannot be cut; the cells can."""
     monkeypatch.setattr(Refused, "_changes", Refused._numerics)  # no other way out is looked at
-    net, x = Net(nn.LSTM(WIDTH, HIDDEN)), torch.randn(64, BATCH, WIDTH)
+    net, x = Net(nn.LSTM(WIDTH, HIDDEN)), torch.randn(24, BATCH, WIDTH)
     with pytest.raises(memopt.BudgetError) as refused:
         memopt.compile(copy.deepcopy(net), 1, example_inputs=(x,), numerics="exact")
     way = next(way for way in refused.value.ways_out if "numerics" in way.change)
