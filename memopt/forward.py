@@ -9,7 +9,7 @@ what rewrites leave. Where no rewrite finds a place, Dynamo's own graph goes on,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,10 +47,11 @@ class Forward:
     """module: pre-dispatch ATen; flat placeholders in the order of Dynamo's; meta["val"] holds each node's fake value.
 
     A rewrite changes module.graph in place. later: output -> what the caller gets for it, where the graph returns
-    something smaller that it can be made of.
+    something smaller that it can be made of. chunks: in how many parts what is streamed is to run.
     """
 
     module: fx.GraphModule
+    chunks: int = 2
     later: dict[int, Later] = field(default_factory=dict)
 
     @property
@@ -99,15 +100,15 @@ class Rewritten:
     later: Mapping[int, Later] = field(default_factory=dict)
 
 
-def rewritten(module: fx.GraphModule, rewrites: Iterable[type[Rewrite]]) -> Rewritten:
-    """Dynamo's graph with the rewrites done, and what each found.
+def rewritten(module: fx.GraphModule, rewrites: Iterable[type[Rewrite]], chunks: int = 2) -> Rewritten:
+    """Dynamo's graph with the rewrites done, and what each found. chunks: as in `Forward`.
 
     Raises VerifyError if what a rewrite left is no graph, or has other outputs.
     """
     wanted = [rewrite for rewrite in rewrites if _may_find(rewrite, module.graph)]
     if not wanted or not _traceable(module):
         return Rewritten(module)
-    forward = forward_of(module)
+    forward = replace(forward_of(module), chunks=chunks)
     before = _interface(forward)
     found: Found = {}
     for rewrite in wanted:

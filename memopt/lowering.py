@@ -42,6 +42,7 @@ def lower(
     rewrites: Sequence[type[Rewrite]] = (),
     found: Callable[[Found], None] = lambda found: None,
     updates: Callable[[Program], Updates] = lambda program: {},
+    chunks: int = 2,
 ) -> Callable[..., Any]:
     """A callable for Dynamo that runs the graph with its joint program transformed.
 
@@ -49,10 +50,11 @@ def lower(
     find what comes after it; nothing is generated or compiled. loss_only, seen: see `memopt.outputs`. exact: in the
     eager lowering, round as untraced torch does (`memopt.recurrent`). rewrites: of the forward; found: is told
     what they found. updates: what the backward of this program is to update (memopt/early.py).
+    chunks: as in `memopt.forward.Forward`.
     """
     as_untraced(module, fused=exact and lowering == "eager")
     detached = detach_beside_loss(module) if loss_only else None
-    changed = rewritten(module, rewrites)
+    changed = rewritten(module, rewrites, chunks)
     module = changed.module
     found(changed.found)
     described = _described(module, inputs, names)

@@ -63,11 +63,13 @@ class Site:
 @dataclass(frozen=True)
 class Rewrite:
     """A change of the forward before it is differentiated (memopt/forward.py). Run twice, it finds nothing the second
-    time. begins_at: parts of names of torch's functions, one of which a place always calls."""
+    time. begins_at: parts of names of torch's functions, one of which a place always calls. costly: it always takes
+    time, and is tried only where the step without it takes more than the budget, or longer."""
 
     name: ClassVar[str]
     numerics: ClassVar[Numerics]
     begins_at: ClassVar[tuple[str, ...]]
+    costly: ClassVar[bool] = False
     run: ClassVar[Any]  # a staticmethod of Forward -> tuple[Site, ...], changing the graph in place
 
 

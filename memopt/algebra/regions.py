@@ -1,0 +1,254 @@
+"""Stretches of rowwise nodes that hold much inside and are entered and left by little: what pays to run in chunks.
+
+From a wide product (a weight that makes rows twice as long, or longer) the rows are followed through the graph in both
+directions. In the order of the graph, what the rowwise nodes hold for one another has a width at each place; a region
+runs from the nearest narrowest place before the product to the nearest narrowest one behind it, as far as no path leads
+out of it and back. In a transformer these places are the residual stream's, and the region is norm, MLP and sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from memopt.algebra.axes import ATEN, PERMUTES, REGROUPS, shape_of
+from memopt.algebra.contraction import contraction
+from memopt.algebra.rows import Across, Known, Place, Rows
+from memopt.facts import is_getitem
+from memopt.forward import is_view, written
+
+WIDER = 2  # times as long as its input is a row that a wide product makes
+REACH = 96  # nodes before and behind it that are looked at
+GAIN = 2  # times what enters and leaves a region, of what is held inside
+NARROW = 1.5  # times the narrowest place within reach: near enough to it
+FEWEST = 64  # rows that are worth splitting
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """nodes: in order. known: where the rows of its nodes and of what it reads by rows are."""
+
+    nodes: tuple[fx.Node, ...]
+    rows: Rows
+    known: Known
+
+    @property
+    def read(self) -> tuple[fx.Node, ...]:
+        """What it reads from outside, in order."""
+        inside = set(self.nodes)
+        return tuple(dict.fromkeys(arg for node in self.nodes for arg in node.all_input_nodes if arg not in inside))
+
+    @property
+    def by_rows(self) -> tuple[fx.Node, ...]:
+        return tuple(arg for arg in self.read if self._place(arg) is not None)
+
+    @property
+    def whole(self) -> tuple[fx.Node, ...]:
+        return tuple(arg for arg in self.read if self._place(arg) is None)
+
+    def _place(self, arg: fx.Node) -> Place | None:
+        """Where the rows of what is read are; None if it is read whole."""
+        inside = set(self.nodes)
+        for user in arg.users:
+            if user in inside and (found := self.rows.read(user, self.known[user]).get(arg)) is not None:
+                return found
+        return None
+
+    def places(self) -> Known:
+        """Of all nodes and of what is read by rows."""
+        return {n: self.known[n] for n in self.nodes} | {arg: p for arg in self.read if (p := self._place(arg))}
+
+    @property
+    def consistent(self) -> bool:
+        """Whether nothing is read both by rows and whole, or by rows that are elsewhere."""
+        inside = set(self.nodes)
+        for arg in self.read:
+            users = [user for user in arg.users if user in inside]
+            if len({self.rows.read(user, self.known[user]).get(arg) for user in users}) > 1:
+                return False
+        return True
+
+    @property
+    def returned(self) -> tuple[fx.Node, ...]:
+        """Nodes that are read outside."""
+        inside = set(self.nodes)
+        return tuple(node for node in self.nodes if any(user not in inside for user in node.users))
+
+    @property
+    def inside_bytes(self) -> int:
+        outside = set(self.returned)
+        return sum(_fresh_bytes(node) for node in self.nodes if node not in outside)
+
+    @property
+    def border_bytes(self) -> int:
+        return sum(_bytes(node) for node in (*self.by_rows, *self.returned))
+
+
+def stretches(graph: fx.Graph) -> Iterator[Stretch]:
+    """Those that pay, in order, none of them in another."""
+    taken: set[fx.Node] = set()
+    grown: dict[fx.Node, tuple[Rows, Known, list[fx.Node]]] = {}
+    for seed in list(graph.nodes):
+        if seed in taken or (start := _wide(seed)) is None:
+            continue
+        if seed not in grown:
+            rows = Rows(start[1])
+            known, inside = _grown(rows, seed, start[0])
+            members = [node for node in graph.nodes if node in inside]
+            grown |= dict.fromkeys(members, (rows, known, members))
+        if seed not in grown:
+            continue
+        found = _around(seed, *grown[seed], taken)
+        if found is not None:
+            taken |= set(found.nodes)
+            yield found
+
+
+def _wide(node: fx.Node) -> tuple[Place, int] | None:
+    """Where the rows of a wide product's result are, and how many; None if it is none."""
+    args: Any = node.args
+    if node.op != "call_function":
+        return None
+    if node.target is ATEN.linear.default:
+        x, weight = args[0], args[1]
+    elif node.target is ATEN.addmm.default:
+        x, weight = args[1], args[2]
+    elif (product := contraction(node)) is not None:
+        x, weight = product.operands
+    else:
+        return None
+    shape, made = shape_of(x), shape_of(node)
+    if len(shape_of(weight)) != 2 or made[:-1] != shape[:-1] or made[-1] < WIDER * shape[-1]:
+        return None
+    return _split(x, shape)
+
+
+def _split(x: fx.Node, shape: tuple[int, ...]) -> tuple[Place, int] | None:
+    """The longest dimension of rows, as it was before it was merged with others."""
+    source = x
+    while source.target in REGROUPS and shape_of(source.args[0])[-1] == shape[-1]:  # type: ignore[arg-type]
+        source = source.args[0]  # type: ignore[assignment]
+    whole = shape_of(source)
+    dim = max(range(len(whole) - 1), key=lambda at: (whole[at], at), default=None)
+    if dim is None or whole[dim] < FEWEST:
+        return None
+    return Rows(whole[dim]).regrouped(Place(dim), whole, shape), whole[dim]
+
+
+def _grown(rows: Rows, seed: fx.Node, place: Place) -> tuple[Known, set[fx.Node]]:
+    """Where rows are, of all nodes that are connected to the seed by rows; those of them that are rowwise."""
+    known: Known = {seed: place}
+    inside: set[fx.Node] = set()
+    waiting = [seed]
+    while waiting:
+        node = waiting.pop()
+        read = _read(rows, node, known[node])
+        if read is not None and all(known.get(arg, at) == at for arg, at in read.items()):
+            inside.add(node)
+            waiting += [arg for arg in read if arg not in known]
+            known |= read
+        for user in node.users:
+            if user not in known and (found := _made(rows, user, known)) is not None:
+                known[user] = found
+                waiting.append(user)
+    return known, inside
+
+
+def _read(rows: Rows, node: fx.Node, place: Place) -> Known | None:
+    if node.op != "call_function" or written(node) or getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+        return None
+    try:
+        return rows.read(node, place) or None  # what reads no rows is the same for all chunks
+    except Across:
+        return None
+
+
+def _made(rows: Rows, node: fx.Node, known: Known) -> Place | None:
+    if node.op != "call_function":
+        return None
+    try:
+        return rows.made(node, known)
+    except Across:
+        return None
+
+
+def _around(
+    seed: fx.Node, rows: Rows, known: Known, members: list[fx.Node], taken: set[fx.Node]
+) -> Stretch | None:
+    """The stretch around a product; None if it does not pay."""
+    here, width = members.index(seed), _widths(members)
+    before, behind = [here], [here]
+    for at in range(here - 1, max(-1, here - REACH), -1):
+        if members[at] in taken or not _convex(members[at : here + 1]):
+            break
+        before.append(at)
+    first = _narrow(before, [width[at] for at in before], 1.0)
+    for at in range(here + 1, min(len(members), here + REACH)):
+        if members[at] in taken or not _convex(members[first : at + 1]):
+            break
+        behind.append(at)
+    last = _narrow(behind, [width[at + 1] for at in behind], NARROW)  # what all layers read ends with the last of them
+    found = Stretch(tuple(members[first : last + 1]), rows, known)
+    single = all(isinstance(node.meta["val"], Tensor) for node in (*found.returned, *found.read))
+    if not single or not found.consistent or found.inside_bytes < GAIN * found.border_bytes:
+        return None
+    return found
+
+
+def _narrow(places: Sequence[int], widths: Sequence[int], enough: float) -> int:
+    """The first of the places that is as narrow as any, or so many times as wide."""
+    return next(at for at, width in zip(places, widths, strict=True) if width <= enough * min(widths))
+
+
+def _widths(members: Sequence[fx.Node]) -> list[int]:
+    """Bytes that rowwise nodes hold for later ones, before each of them and behind the last."""
+    order = {node: at for at, node in enumerate(members)}
+    change = [0] * (len(members) + 2)
+    last: dict[fx.Node, int] = {}
+    for node in reversed(members):
+        ends = [order[user] for user in node.users if user in order]
+        ends += [last[user] for user in node.users if user in last and _shares(user)]
+        last[node] = max(ends, default=order[node])
+    for node in members:
+        if not _shares(node) or not any(arg in order for arg in node.all_input_nodes):
+            change[order[node] + 1] += _bytes(node)
+            change[last[node] + 1] -= _bytes(node)
+    widths, held = [], 0
+    for at in range(len(members) + 1):
+        held += change[at]
+        widths.append(held)
+    return widths
+
+
+def _shares(node: fx.Node) -> bool:
+    """Whether the node is a view of what it reads."""
+    return is_getitem(node) or node.target in REGROUPS | PERMUTES or is_view(node)
+
+
+def _convex(nodes: Sequence[fx.Node]) -> bool:
+    """Whether no path leads out of the nodes and back."""
+    inside, reached = set(nodes), set[fx.Node]()
+    node = nodes[0]
+    while True:
+        if any(arg in reached for arg in node.all_input_nodes):
+            if node in inside:
+                return False
+            reached.add(node)
+        elif node not in inside and any(arg in inside for arg in node.all_input_nodes):
+            reached.add(node)
+        if node is nodes[-1]:
+            return True
+        node = node.next
+
+
+def _bytes(node: fx.Node) -> int:
+    values: Iterable[Any] = node.meta["val"] if isinstance(node.meta["val"], (list, tuple)) else [node.meta["val"]]
+    return sum(value.numel() * value.element_size() for value in values if isinstance(value, torch.Tensor))
+
+
+def _fresh_bytes(node: fx.Node) -> int:
+    return 0 if _shares(node) else _bytes(node)

@@ -1,0 +1,103 @@
+"""Norms, MLPs and heads run a few rows at a time, in forward, recomputation and backward.
+
+What lies between two narrow places of the rows' way (memopt/algebra/regions.py) becomes one operation that holds a
+chunk of its inside at a time (memopt/streamed.py). It costs the inside's forward once more, as recomputing it does.
+How many chunks is the planner's choice (`Forward.chunks`); it proposes none where the step does as well without.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from memopt.algebra.axes import ATEN
+from memopt.algebra.regions import Stretch, stretches
+from memopt.facts import source_line
+from memopt.forward import Forward, trained
+from memopt.passbase import Numerics, Rewrite, Site
+from memopt.streamed import REGIONS, STREAMED, Like, Region
+
+SEEDS = 1 << 62
+
+
+def run(forward: Forward) -> tuple[Site, ...]:
+    """Every stretch that pays."""
+    return tuple(_site(forward, found) for found in list(stretches(forward.graph)))
+
+
+def _site(forward: Forward, found: Stretch) -> Site:
+    wide = max(found.nodes, key=lambda node: node.meta["val"].numel())
+    region = _region(found)
+    _replace(forward, found, REGIONS.setdefault(region.key, region))
+    return Site(source_line(wide), found.inside_bytes)
+
+
+def _region(found: Stretch) -> Region:
+    """The stretch as a graph of its own."""
+    graph, made = fx.Graph(), dict[fx.Node, fx.Node]()
+    for at, arg in enumerate((*found.by_rows, *found.whole)):
+        made[arg] = graph.placeholder(f"given_{at}")
+        made[arg].meta = {"val": arg.meta["val"]}
+    for node in found.nodes:
+        made[node] = graph.node_copy(node, made.__getitem__)
+    graph.output(tuple(made[node] for node in found.returned))
+    places = {made[node]: place for node, place in found.places().items()}
+    rows, whole, outputs = (
+        tuple(Like.of(node.meta["val"]) for node in nodes) for nodes in (found.by_rows, found.whole, found.returned)
+    )
+    wanted = tuple(map(_wanted, (*found.by_rows, *found.whole)))
+    random = any(node.target is ATEN.dropout.default and node.args[2] and node.args[1] for node in found.nodes)
+    return Region(graph, found.rows.count, places, rows, whole, outputs, wanted, random, _autocast(found))
+
+
+def _wanted(node: fx.Node) -> bool:
+    return bool(node.meta["val"].is_floating_point() and trained(node))
+
+
+def _autocast(found: Stretch) -> tuple[str, torch.dtype] | None:
+    kind = found.returned[0].meta["val"].device.type
+    return (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+
+
+def _replace(forward: Forward, found: Stretch, region: Region) -> None:
+    graph, last = forward.graph, found.nodes[-1]
+    inside, later = set(found.nodes), _readers(found)
+    with graph.inserting_before(last.next):
+        seed = None
+        if region.random:
+            device = region.outputs[0].device
+            seed = forward.new(ATEN.randint.default, (SEEDS, [1]), last, dtype=torch.int64, device=device)
+        args = (list(found.by_rows), list(found.whole), seed, region.key, forward.chunks)
+        end = call = forward.new(STREAMED, args, last)
+        for at, node in enumerate(found.returned):
+            end = graph.call_function(operator.getitem, (call, at))
+            end.meta = {**node.meta, "val": call.meta["val"][at]}
+            node.replace_all_uses_with(end, delete_user_cb=lambda user: user not in inside)
+    for node in later:
+        end.append(node)
+        end = node
+    for node in reversed(found.nodes):
+        graph.erase_node(node)
+
+
+def _readers(found: Stretch) -> list[fx.Node]:
+    """What stands between the stretch's nodes and depends on them: it moves behind the operation."""
+    inside, node = set(found.nodes), found.nodes[0]
+    later: dict[fx.Node, None] = {}
+    while node is not found.nodes[-1]:
+        if node not in inside and any(arg in inside or arg in later for arg in node.all_input_nodes):
+            later[node] = None
+        node = node.next
+    return list(later)
+
+
+@dataclass(frozen=True)
+class Stream(Rewrite):
+    """Never hold the inside of an MLP for all rows. Dropout is drawn anew: the same distribution, other numbers."""
+
+    name, numerics, begins_at, costly = "stream", Numerics.REORDERED, ("linear", "addmm", "matmul", "einsum"), True
+    run = staticmethod(run)
