@@ -71,7 +71,8 @@ class Survey:
 
     captures: the runs of its graphs, in order; a graph that runs for several layers is there several times. kept:
     storages (as in Capture) the caller gets; None if that is not known, and all results count as kept. found: places
-    that rewrites of the forward looked at, of every graph once. lowering: what it was captured for.
+    that rewrites of the forward looked at, of every graph once. lowering: what it was captured for. chunks: in how
+    many what streams is to run; 0 where nothing does.
     """
 
     captures: tuple[Capture, ...]
@@ -82,6 +83,7 @@ class Survey:
     kept: frozenset[int] | None = None
     found: Found = field(default_factory=dict)
     lowering: str = "eager"
+    chunks: int = 0
 
     @property
     def plain(self) -> Survey | None:
@@ -106,6 +108,7 @@ class _Recorder:
     exact: bool
     rewrites: Sequence[type[Rewrite]] = ()
     beside: bool = True
+    chunks: int = 0
     found: list[Found] = field(default_factory=list)
     captures: list[Capture] = field(default_factory=list)
     latest: Capture | None = None
@@ -136,7 +139,7 @@ class _Recorder:
     ) -> Callable[..., Any]:
         return lower(
             module, inputs, self.names, transform, self.lowering, True, self.loss_only, exact=self.exact,
-            rewrites=rewrites, found=self.found.append,
+            rewrites=rewrites, found=self.found.append, chunks=self.chunks,
         )  # fmt: skip
 
     def record_plain(self, program: Program) -> Program:
@@ -200,12 +203,13 @@ def survey(
     exact: bool = True,
     rewrites: Sequence[type[Rewrite]] = (),
     beside: bool = True,
+    chunks: int = 0,
 ) -> Survey:
     """Run the model's forward under fake tensors and record every graph of it that trains.
 
     model, args, kwargs: real or fake; nothing of theirs is touched. gradients: "loss" or "all" (memopt.outputs).
     exact, rewrites: as in `memopt.lowering.lower`. beside: whether a graph is captured without rewrites as well,
-    unless it is too large.
+    unless it is too large. chunks: as in `Survey`.
     Raises CaptureError naming the user's line when the forward cannot be traced or fails (its own error is the cause),
     when inputs are missing, and when nothing asks for a gradient.
     """
@@ -214,7 +218,7 @@ def survey(
     mode = _mode_of(model) or FakeTensorMode(allow_non_fake_inputs=True)
     twin = faked(model, mode)
     args, kwargs = tree_map_only(torch.Tensor, lambda t: fake_tensor(t, mode), (tuple(args), dict(kwargs)))
-    recorder = _Recorder(tensor_names(twin), prepare, lowering, gradients == "loss", exact, rewrites, beside)
+    recorder = _Recorder(tensor_names(twin), prepare, lowering, gradients == "loss", exact, rewrites, beside, chunks)
     recorder.know((args, kwargs, list(twin.parameters()), list(twin.buffers())))
     recorder.leaves = {id(leaf): at for at, leaf in enumerate(tree_leaves((args, kwargs)))}
     try:
@@ -227,10 +231,12 @@ def survey(
     if not recorder.trained:
         raise CaptureError(_nothing_to_train(model, outputs))
     if recorder.loss_only and (recorder.trained > 1 or notes):  # outputs of one graph may feed the next, seen or not
-        return replace(survey(twin, args, kwargs, prepare, lowering, "all", exact, rewrites, beside), model=model)
+        return replace(
+            survey(twin, args, kwargs, prepare, lowering, "all", exact, rewrites, beside, chunks), model=model
+        )
     kept = None if notes else frozenset(key for key in recorder.numbers(tree_leaves(outputs)) if key is not None)
     found = joined(recorder.found)
-    return Survey(tuple(recorder.captures), model, outputs, recorder.loss_only, notes, kept, found, lowering)
+    return Survey(tuple(recorder.captures), model, outputs, recorder.loss_only, notes, kept, found, lowering, chunks)
 
 
 def _dry_run(

@@ -51,7 +51,7 @@ class Forward:
     """
 
     module: fx.GraphModule
-    chunks: int = 2
+    chunks: int = 0
     later: dict[int, Later] = field(default_factory=dict)
 
     @property
@@ -100,12 +100,12 @@ class Rewritten:
     later: Mapping[int, Later] = field(default_factory=dict)
 
 
-def rewritten(module: fx.GraphModule, rewrites: Iterable[type[Rewrite]], chunks: int = 2) -> Rewritten:
+def rewritten(module: fx.GraphModule, rewrites: Iterable[type[Rewrite]], chunks: int = 0) -> Rewritten:
     """Dynamo's graph with the rewrites done, and what each found. chunks: as in `Forward`.
 
     Raises VerifyError if what a rewrite left is no graph, or has other outputs.
     """
-    wanted = [rewrite for rewrite in rewrites if _may_find(rewrite, module.graph)]
+    wanted = [each for each in rewrites if _may_find(each, module.graph) and (chunks or not each.costly)]
     if not wanted or not _traceable(module):
         return Rewritten(module)
     forward = replace(forward_of(module), chunks=chunks)
@@ -148,8 +148,14 @@ def _one_spelling(graph: fx.Graph) -> None:
                 node.target = getattr(getattr(aten, ALIASES[name]), node.target._overloadname)
             elif node.target is aten.special_softmax.default:
                 node.target = aten.softmax.int
+            elif node.target is aten.type_as.default and _same_device(node):
+                node.target, node.args = aten.to.dtype, (node.args[0], node.meta["val"].dtype)
             elif node.target._schema.is_mutable and (made := _functional(node)) is not None:
                 node.target = made
+
+
+def _same_device(node: fx.Node) -> bool:
+    return bool(node.all_input_nodes[0].meta["val"].device == node.meta["val"].device)
 
 
 def _functional(node: fx.Node) -> Any:

@@ -23,6 +23,7 @@ from memopt.passbase import Rewrite
 from memopt.program import Program, normalised, split
 from memopt.recurrent import as_untraced
 from memopt.runtime.executor import Executor
+from memopt.streamed import STREAMED, STREAMED_BACKWARD
 
 Transform = Callable[[Program], Program]
 Untrained = Callable[[fx.GraphModule], fx.GraphModule]
@@ -42,7 +43,7 @@ def lower(
     rewrites: Sequence[type[Rewrite]] = (),
     found: Callable[[Found], None] = lambda found: None,
     updates: Callable[[Program], Updates] = lambda program: {},
-    chunks: int = 2,
+    chunks: int = 0,
 ) -> Callable[..., Any]:
     """A callable for Dynamo that runs the graph with its joint program transformed.
 
@@ -131,10 +132,19 @@ def _inductor(
 
 
 def signature(program: Program) -> str:
-    """Hash of a program's operations, wiring and constants: equal signatures take the same plan."""
-    lines = [node.format_node() or "" for node in program.graph.nodes]
+    """Hash of a program's operations, wiring and constants: equal signatures take the same plan.
+
+    In how many chunks a region streams is left out: that is the plan's to say.
+    """
+    lines = [_line(node) for node in program.graph.nodes]
     for node in program.graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor):
             lines.append(f"{node.name} {value.dtype} {[hint(n) for n in value.shape]} {program.kinds.get(node.name)}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _line(node: fx.Node) -> str:
+    if node.target in (STREAMED, STREAMED_BACKWARD):
+        return f"{node.name} {node.target} {node.args[:-1]}"
+    return node.format_node() or ""

@@ -64,7 +64,7 @@ class Site:
 class Rewrite:
     """A change of the forward before it is differentiated (memopt/forward.py). Run twice, it finds nothing the second
     time. begins_at: parts of names of torch's functions, one of which a place always calls. costly: it always takes
-    time, and is tried only where the step without it takes more than the budget, or longer."""
+    time; it is run only where chunks are asked for."""
 
     name: ClassVar[str]
     numerics: ClassVar[Numerics]

@@ -69,7 +69,8 @@ class Planned:
     signatures, names: of the programs of the step's runs, in order (`Program.names`).
     lowered_released: as `PlanResult.lowered`, when the caller lets go of the outputs beside the loss. fences: how far
     the compiler is held to the plan's kernels. update: how the optimizer is to step. lowering: what runs it.
-    left_out: rewrites of the forward that it does without, beyond those that were switched off.
+    left_out: rewrites of the forward that it does without, beyond those that were switched off. chunks: in how many
+    what streams is to run; 0: nothing does.
     """
 
     result: PlanResult
@@ -82,6 +83,7 @@ class Planned:
     update: Update = WHOLE
     lowering: str = "eager"
     left_out: frozenset[str] = frozenset()
+    chunks: int = 0
 
     @cached_property
     def released(self) -> PlanResult:
@@ -299,7 +301,9 @@ def _planned(make: _Maker, update: Update, phase: OptimizerPhase, whole: StepGra
     )
     signatures = tuple(capture.signature for capture in survey.captures)
     names = tuple(c.program.names for c in survey.captures)
-    return Planned(result, problem, contracted, signatures, names, update=update, lowering=request.lowering)
+    return Planned(
+        result, problem, contracted, signatures, names, update=update, lowering=request.lowering, chunks=survey.chunks
+    )
 
 
 def _solved(problem: Problem, request: Request, progress: Progress) -> Plan:

@@ -36,5 +36,11 @@ def reused(problem: Problem, plan_file: PlanFile, survey: Survey) -> Plan:
 
 def identity(survey: Survey) -> dict[str, str]:
     """What a plan file is checked against."""
-    graphs = "-".join(capture.signature for capture in survey.captures)
+    graphs = "-".join(capture.signature for capture in survey.captures) + (f"+{survey.chunks}" if survey.chunks else "")
     return {"graph": graphs, "torch": torch.__version__, "schema": str(SCHEMA)}
+
+
+def chunks_of(plan_file: PlanFile) -> int:
+    """In how many chunks the saved plan's step streams; 0 where it does not."""
+    _, plus, count = plan_file.identity.get("graph", "").partition("+")
+    return int(count) if plus and count.isdigit() else 0

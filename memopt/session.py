@@ -38,12 +38,13 @@ from memopt.recurrent import fused_cells
 from memopt.refusal import Refused, Spelling, hopeless, infeasible
 from memopt.report import PlanResult
 from memopt.request import Request
-from memopt.reused import identity
+from memopt.reused import chunks_of, identity
 from memopt.rewrites import rewritten_levers
 from memopt.runtime.resident import resident_tensors
 from memopt.seams import parts_of
 from memopt.shapes import input_key
 from memopt.smaller import Call
+from memopt.streams import LADDER, in_chunks, streams
 from memopt.table import to_text
 from memopt.timeline import peak
 from memopt.units import format_size
@@ -52,6 +53,10 @@ from memopt.watch import StepWatch
 log = logging.getLogger("memopt")
 
 WORTH = 0.9  # of the seconds with a rewrite, to do without it
+SLOWED = (
+    0.02  # of a step's seconds, or of its least bytes: from there on it is worth to try whether streaming does better
+)
+MANY_STEPS = 4000  # of a program above which it is captured once more only if its plan is refused
 CORRECTIONS = 2  # times a step that broke the budget is planned again
 
 
@@ -113,6 +118,7 @@ class Session:
                 continue
             request = replace(self.request, lowering=lowering)
             planned = replace(self.tried(found, request, time.perf_counter() - started, call), left_out=left_out)
+            planned, found = self.streamed(key, call, planned, found)
             tried.append((planned, found))
             if not planned.result.infeasible:
                 planned = self.faster(key, call, planned)
@@ -121,11 +127,37 @@ class Session:
                 break
         self.refuse(*min(tried, key=lambda pair: pair[0].result.plan.peak), call)
 
+    def streamed(self, key: Any, call: Call, planned: Planned, found: Survey) -> tuple[Planned, Survey]:
+        """The best plan with what streams in so many chunks or so many, where there is something to gain: one that
+        fits, and fast; if none does, the one that takes least."""
+        permitted = any(rewrite.costly for rewrite in self.request.rewrites)
+        if self.plan_file is not None or not permitted or not _gives_up(planned.result, found):
+            return planned, found
+        started = time.perf_counter()
+        base = self.surveyed(key, call, planned.lowering, planned.left_out, LADDER[0])
+        request, least = replace(self.request, lowering=planned.lowering), planned.result
+        best: Survey | None = None
+        for other in [in_chunks(base, chunks) for chunks in LADDER] if streams(base) else []:
+            rough = make_plan(other, request, self.costs(other), 0.0, self.progress).result
+            if not _better(rough, least):
+                break
+            best, least = other, rough
+        if best is None:
+            return planned, found
+        self.surveys[key, planned.lowering, planned.left_out, best.chunks] = best
+        made = replace(self.tried(best, request, time.perf_counter() - started, call), left_out=planned.left_out)
+        return (made, best) if _better(made.result, planned.result) else (planned, found)
+
     def faster(self, key: Any, call: Call, planned: Planned) -> Planned:
         """The plan without a rewrite that costs time, where the step as it was written fits and is faster."""
         written = planned.result
         fits = written.plain is not None and written.baseline_peak <= self.request.budget
-        if self.plan_file is not None or not fits or written.baseline_seconds > WORTH * written.step_seconds:
+        if (
+            self.plan_file is not None
+            or not fits
+            or planned.chunks
+            or written.baseline_seconds > WORTH * written.step_seconds
+        ):
             return planned
         best = planned
         for name in (lever.lever for lever in written.rewrites):
@@ -139,7 +171,8 @@ class Session:
 
     def matching(self, key: Any, call: Call, lowering: str) -> tuple[Survey, frozenset[str]]:
         """The survey in this lowering, and the rewrites left out of it: those that a saved plan did without."""
-        found = self.surveyed(key, call, lowering)
+        chunks = 0 if self.plan_file is None else chunks_of(self.plan_file)
+        found = self.surveyed(key, call, lowering, chunks=chunks)
         rewritten = () if self.plan_file is None or self.saved_of(found) else rewritten_levers(found)
         for left_out in (frozenset({each.lever}) for each in rewritten):
             other = self.surveyed(key, call, lowering, left_out)
@@ -147,12 +180,15 @@ class Session:
                 return other, left_out
         return found, frozenset()
 
-    def surveyed(self, key: Any, call: Call, lowering: str, left_out: frozenset[str] = frozenset()) -> Survey:
+    def surveyed(
+        self, key: Any, call: Call, lowering: str, left_out: frozenset[str] = frozenset(), chunks: int = 0
+    ) -> Survey:
         """The survey of these inputs in this lowering, made once. Raises CaptureError."""
-        if (key, lowering, left_out) not in self.surveys:
+        known = (key, lowering, left_out, chunks)
+        if known not in self.surveys:
             self.progress("capture", None)
-            self.surveys[key, lowering, left_out] = self.capture(call, lowering=lowering, left_out=left_out)
-        return self.surveys[key, lowering, left_out]
+            self.surveys[known] = self.capture(call, lowering=lowering, left_out=left_out, chunks=chunks)
+        return self.surveys[known]
 
     def capture(
         self,
@@ -161,13 +197,14 @@ class Session:
         lowering: str = "",
         beside: bool = True,
         left_out: frozenset[str] = frozenset(),
+        chunks: int = 0,
     ) -> Survey:
-        """Every graph of the step for these inputs. exact, lowering: if left out as requested. beside: as in `survey`.
-        left_out: rewrites to do without. Raises CaptureError."""
+        """Every graph of the step for these inputs. exact, lowering: if left out as requested. beside, chunks: as in
+        `survey`. left_out: rewrites to do without. Raises CaptureError."""
         lowering = lowering or self.request.lowering
         exact = self.request.exact if exact is None else exact
         clean, rewrites = prepare(lowering, self.request.off), self.request.without(left_out)
-        return survey(self.model, *call, clean, lowering, self.gradients, exact, rewrites, beside)
+        return survey(self.model, *call, clean, lowering, self.gradients, exact, rewrites, beside, chunks)
 
     def saved_of(self, found: Survey) -> bool:
         """Whether the saved plan is of this survey's graphs."""
@@ -294,7 +331,7 @@ class Session:
         lowering, left_out = (plan.lowering, plan.left_out) if plan else (self.request.lowering, frozenset[str]())
         run = self.lowered(
             module, inputs, lambda program: self.transform(program, key, lowering, mine), lowering, left_out,
-            lambda _: self.early(mine),
+            lambda _: self.early(mine), plan.chunks if plan else 0,
         )  # fmt: skip
         if mine and len(mine[0][0].places(mine[0][1])) > 1:
             run = self.dispatched(run, spare, inputs, *mine[0])
@@ -311,11 +348,23 @@ class Session:
         lowering: str,
         left_out: frozenset[str],
         updates: Callable[[Program], Updates] = lambda program: {},
+        chunks: int = 0,
     ) -> Callable[..., Any]:
         loss_only = self.gradients == "loss" and all(found.loss_only for found in self.surveys.values())
         names, exact, rewrites = tensor_names(self.model), self.request.exact, self.request.without(left_out)
         return lower(
-            module, inputs, names, transform, lowering, False, loss_only, self.seen, exact, rewrites, updates=updates
+            module,
+            inputs,
+            names,
+            transform,
+            lowering,
+            False,
+            loss_only,
+            self.seen,
+            exact,
+            rewrites,
+            updates=updates,
+            chunks=chunks,
         )
 
     def early(self, mine: Sequence[tuple[Planned, str]]) -> Updates:
@@ -336,7 +385,9 @@ class Session:
             if (decided := planned.decisions(place)) not in made:
                 twin = fx.GraphModule(spare, copied(spare.graph))
                 apply = partial(self.applied, planned=planned, place=place)
-                made[decided] = self.lowered(twin, inputs, apply, planned.lowering, planned.left_out)
+                made[decided] = self.lowered(
+                    twin, inputs, apply, planned.lowering, planned.left_out, chunks=planned.chunks
+                )
         turns = [made[planned.decisions(place)] for place in places]
 
         def run(*args: Any) -> Any:
@@ -383,3 +434,20 @@ class Session:
         changed = planned.applied(prepared, planned.remakes(place), planned.fences)
         dump_program(PLANNED, changed)
         return changed
+
+
+def _gives_up(result: PlanResult, found: Survey) -> bool:
+    """Whether the plan is refused by what activations need, or takes time and another capture does not."""
+    if result.infeasible:
+        return not hopeless(result)
+    small = all(len(capture.program.graph.nodes) <= MANY_STEPS for capture in found.captures)
+    return small and result.plan.seconds > SLOWED * result.step_seconds
+
+
+def _better(one: PlanResult, other: PlanResult) -> bool:
+    """Whether a plan fits where the other does not, is faster if both do, takes less if neither."""
+    if one.infeasible != other.infeasible:
+        return other.infeasible
+    if one.infeasible:
+        return one.plan.peak < (1 - SLOWED) * other.plan.peak
+    return one.step_seconds < (1 - SLOWED) * other.step_seconds

@@ -25,9 +25,9 @@ from memopt.session import Session
 log = logging.getLogger("memopt")
 
 
-def surveyed(session: Session, inputs: Mapping[str, Any], lowering: str = "") -> Survey:
+def surveyed(session: Session, inputs: Mapping[str, Any], lowering: str = "", chunks: int = 0) -> Survey:
     """The session's step for these keyword inputs, captured but not planned. Raises CaptureError."""
-    return session.capture(((), dict(inputs)), lowering=lowering)
+    return session.capture(((), dict(inputs)), lowering=lowering, chunks=chunks)
 
 
 def floor_plan(session: Session, found: Survey) -> Planned:
@@ -40,7 +40,7 @@ class Elsewhere:
     """The session's step at other sizes. inputs: (batch, sequence) -> keyword inputs, fake, in the model's mode.
 
     first: the survey the plan was made of; the optimizer's phase does not depend on sizes and is taken from it.
-    lowering, update: of that plan: what runs it, and how it has the optimizer step.
+    lowering, update: of that plan: what runs it, and how it has the optimizer step. How it streams is that of `first`.
     """
 
     session: Session
@@ -58,7 +58,7 @@ class Elsewhere:
         session = self.session
         session.progress("formula", None)
         try:
-            found = surveyed(session, self.inputs(batch, seq), self.lowering)
+            found = surveyed(session, self.inputs(batch, seq), self.lowering, self.first.chunks)
         except (CaptureError, ValueError) as stopped:
             log.info("no photograph at batch %d, sequence %d: %s", batch, seq, stopped)
             return None

@@ -5,7 +5,7 @@
 
 Nothing of the inside outlives a chunk: saved are the inputs alone, and the backward runs each chunk's forward again
 before it differentiates it, as StreamBP (arXiv:2506.03077) and tiled MLPs (arXiv:2506.13996) do. Gradients of what all
-chunks read are summed up over the chunks, in fp32 at least. What draws random numbers draws them from a seed of its own.
+chunks read are summed up over the chunks, in fp32 at least. Random numbers are drawn from a seed.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ def part(x: Tensor, place: Place, count: int, first: int, end: int) -> Tensor:
     outer = x.shape[place.dim] // (count * place.inner)
     if outer == place.inner == 1:
         return x.narrow(place.dim, first, end - first).contiguous()
-    apart = x.unflatten(place.dim, (outer, count, place.inner)).narrow(place.dim + 1, first, end - first)
-    return apart.flatten(place.dim, place.dim + 2).contiguous()
+    apart: Tensor = x.unflatten(place.dim, (outer, count, place.inner))
+    return apart.narrow(place.dim + 1, first, end - first).flatten(place.dim, place.dim + 2).contiguous()
 
 
 def put(into: Tensor, place: Place, count: int, first: int, value: Tensor) -> None:
@@ -154,7 +154,7 @@ def _alone(run: Callable[[], Chunk]) -> Chunk:
     def call() -> None:
         try:
             found.append(run())
-        except BaseException as error:  # noqa: BLE001  # raised again where it belongs
+        except BaseException as error:  # raised again where it belongs
             found.append(error)
 
     thread = threading.Thread(target=call)
@@ -181,7 +181,9 @@ def _traced(region: Region, count: int, given: tuple[bool, ...] | None) -> Chunk
         module.graph.eliminate_dead_code()
         module.recompile()
     if given is not None:
-        pairs += [pair for pair, has in zip(zip(region.outputs, region.output_places, strict=True), given, strict=True) if has]
+        pairs += [
+            pair for pair, has in zip(zip(region.outputs, region.output_places, strict=True), given, strict=True) if has
+        ]
     held, flops = _figures(module)
     return Chunk(module, Executor(module), held + sum(_copied(region, *pair, count) for pair in pairs), flops)
 
@@ -201,7 +203,9 @@ def _joint(
     """(rows, whole, gradients, sums) -> gradients of rows; those of what is read whole are added to the sums."""
     pairs = zip(region.outputs, region.output_places, given, strict=True)
     gradients = [part(x.fake(), place, region.count, 0, count) for x, place, has in pairs if has]
-    sums = [x.new_empty(x.shape, dtype=sum_type(x)) for x, yes in zip(whole, region.wanted[len(rows) :], strict=True) if yes]
+    sums = [
+        x.new_empty(x.shape, dtype=sum_type(x)) for x, yes in zip(whole, region.wanted[len(rows) :], strict=True) if yes
+    ]
     inputs = len(rows) + len(whole)
 
     def run(*args: Tensor) -> Any:
@@ -263,7 +267,10 @@ def sum_type(x: Tensor) -> torch.dtype:
 # the operation
 
 
-def forward(rows: Sequence[Tensor], whole: Sequence[Tensor], seed: Tensor | None, key: str, chunks: int) -> list[Tensor]:
+def forward(
+    rows: Sequence[Tensor], whole: Sequence[Tensor], seed: Tensor | None, key: str, chunks: int
+) -> list[Tensor]:
+    """The region's outputs, a chunk at a time."""
     region = REGIONS[key]
     made = _fresh(region)
     for first, end in region.chunks(chunks):
@@ -279,9 +286,12 @@ def backward(
     gradients: Sequence[Tensor | None], rows: Sequence[Tensor], whole: Sequence[Tensor], seed: Tensor | None, key: str,
     chunks: int,
 ) -> list[Tensor]:  # fmt: skip
+    """The gradients that are wanted, a chunk at a time."""
     region, given = REGIONS[key], tuple(gradient is not None for gradient in gradients)
     by_row, summed = region.wanted[: len(rows)], region.wanted[len(rows) :]
-    made = [torch.zeros_like(x, memory_format=torch.contiguous_format) for x, yes in zip(rows, by_row, strict=True) if yes]
+    made = [
+        torch.zeros_like(x, memory_format=torch.contiguous_format) for x, yes in zip(rows, by_row, strict=True) if yes
+    ]
     sums = [
         torch.zeros(x.shape, dtype=sum_type(x), device=x.device) for x, yes in zip(whole, summed, strict=True) if yes
     ]
@@ -331,7 +341,9 @@ def _forward_fake(rows: Sequence[Tensor], whole: Any, seed: Any, key: str, chunk
     return [rows[0].new_empty(x.shape, dtype=x.dtype) for x in REGIONS[key].outputs]
 
 
-def _backward_fake(gradients: Any, rows: Sequence[Tensor], whole: Sequence[Tensor], seed: Any, key: str, chunks: int) -> list[Tensor]:
+def _backward_fake(
+    gradients: Any, rows: Sequence[Tensor], whole: Sequence[Tensor], seed: Any, key: str, chunks: int
+) -> list[Tensor]:
     return [x.new_empty(x.shape) for x, yes in zip((*rows, *whole), REGIONS[key].wanted, strict=True) if yes]
 
 
@@ -379,7 +391,11 @@ def _workspace(node: fx.Node) -> int:
     region = REGIONS[str(node.args[-2])]
     if node.target is STREAMED:
         return inside
-    low = [prod(x.shape) for x, yes in zip(region.whole, region.wanted[len(region.rows) :], strict=True) if yes and x.dtype.itemsize < 4]
+    low = [
+        prod(x.shape)
+        for x, yes in zip(region.whole, region.wanted[len(region.rows) :], strict=True)
+        if yes and x.dtype.itemsize < 4
+    ]
     return inside + 4 * sum(low) - _late(region)
 
 

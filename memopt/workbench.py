@@ -219,7 +219,7 @@ def _stated(made: Bench, asked: Asked) -> PlanResult:
         if session.refused is None:
             raise
         return session.refused
-    found_in = session.surveys[session.current, planned.lowering, planned.left_out]
+    found_in = session.surveys[session.current, planned.lowering, planned.left_out, planned.chunks]
     elsewhere = Elsewhere(session, partial(made.fake_inputs, model), found_in, planned.lowering)
     base = (made.batch, made.seq)
     found = elsewhere.formula(planned, base)

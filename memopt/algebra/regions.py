@@ -159,7 +159,11 @@ def _grown(rows: Rows, seed: fx.Node, place: Place) -> tuple[Known, set[fx.Node]
 
 
 def _read(rows: Rows, node: fx.Node, place: Place) -> Known | None:
-    if node.op != "call_function" or written(node) or getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+    if (
+        node.op != "call_function"
+        or written(node)
+        or getattr(getattr(node.target, "_schema", None), "is_mutable", False)
+    ):
         return None
     try:
         return rows.read(node, place) or None  # what reads no rows is the same for all chunks
@@ -176,9 +180,7 @@ def _made(rows: Rows, node: fx.Node, known: Known) -> Place | None:
         return None
 
 
-def _around(
-    seed: fx.Node, rows: Rows, known: Known, members: list[fx.Node], taken: set[fx.Node]
-) -> Stretch | None:
+def _around(seed: fx.Node, rows: Rows, known: Known, members: list[fx.Node], taken: set[fx.Node]) -> Stretch | None:
     """The stretch around a product; None if it does not pay."""
     here, width = members.index(seed), _widths(members)
     before, behind = [here], [here]

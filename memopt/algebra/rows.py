@@ -8,7 +8,7 @@ rows at a time.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -59,41 +59,51 @@ class Rows:
 
         For a node that makes several tensors, all of them have their rows there. Raises Across.
         """
-        target, args = node.target, node.args
-        if not isinstance(target, torch._ops.OpOverload) and not is_getitem(node):
-            raise Across
-        first: Any = args[0] if args else None
+        target: Any = node.target
         if is_getitem(node) or target in CASTS | COPIES:
-            return {first: place}
-        if target in REGROUPS:
-            return {first: self.regrouped(place, shape_of(node), shape_of(first))}
-        if target in PERMUTES:
-            return {first: Place(permutation(node)[place.dim], place.inner)}
-        if target is ATEN.linear.default:
-            return {first: self._kept(place, shape_of(node), {len(shape_of(node)) - 1})}
-        if target is ATEN.addmm.default:
-            return self._aligned(node, place, (args[1],)) if place.dim == 0 else self._across()
+            return {node.args[0]: place}  # type: ignore[dict-item]
+        if not isinstance(target, torch._ops.OpOverload):
+            raise Across
+        for targets, rule in RULES:
+            if target in targets:
+                return rule(self, node, place)
         if (product := contraction(node)) is not None and product.added is None:
             return self._product(product, place)
-        if target in PARTS | WITHIN:
-            rank = len(shape_of(first))
-            return {first: self._kept(place, shape_of(first), {_dim(node) % rank})}
-        if target in NORMS:
-            rank, last = len(shape_of(first)), len(args[1])  # type: ignore[arg-type]
-            return {first: self._kept(place, shape_of(first), set(range(rank - last, rank)))}
-        if target in REDUCTIONS:
-            return {first: self._reduced(node, place)}
-        if target is ATEN.cat.default:
-            self._kept(place, shape_of(node), {_dim(node) % len(shape_of(node))})
-            return dict.fromkeys(first, place)
-        if target is ATEN.embedding.default:
-            return {args[1]: self._kept(place, shape_of(node), {len(shape_of(node)) - 1})}  # type: ignore[dict-item]
-        if _pointwise(node) or target in EXPANDS:
-            return self._aligned(node, place, tuple(node.all_input_nodes))
+        if _pointwise(node):
+            return self._aligned(node, place)
         raise Across
 
-    def _across(self) -> Known:
-        raise Across
+    def _regroups(self, node: fx.Node, place: Place) -> Known:
+        source: Any = node.args[0]
+        return {source: self.regrouped(place, shape_of(node), shape_of(source))}
+
+    def _permutes(self, node: fx.Node, place: Place) -> Known:
+        return {node.args[0]: Place(permutation(node)[place.dim], place.inner)}  # type: ignore[dict-item]
+
+    def _last(self, node: fx.Node, place: Place) -> Known:
+        """What makes a last dimension of its own: a linear layer of its input, an embedding of its indices."""
+        source: Any = node.args[node.target is ATEN.embedding.default]
+        return {source: self._kept(place, shape_of(node), {len(shape_of(node)) - 1})}
+
+    def _addmm(self, node: fx.Node, place: Place) -> Known:
+        if place.dim != 0 or len(shape_of(node.args[0])) > 1:  # type: ignore[arg-type]
+            raise Across
+        return {node.args[1]: place}  # type: ignore[dict-item]
+
+    def _along(self, node: fx.Node, place: Place) -> Known:
+        """What works along one dimension, which stays."""
+        source: Any = node.args[0]
+        return {source: self._kept(place, shape_of(source), {_dim(node) % len(shape_of(source))})}
+
+    def _norm(self, node: fx.Node, place: Place) -> Known:
+        source: Any = node.args[0]
+        rank, last = len(shape_of(source)), len(node.args[1])  # type: ignore[arg-type]
+        return {source: self._kept(place, shape_of(source), set(range(rank - last, rank)))}
+
+    def _cat(self, node: fx.Node, place: Place) -> Known:
+        parts: Any = node.args[0]
+        self._kept(place, shape_of(node), {_dim(node) % len(shape_of(node))})
+        return dict.fromkeys(parts, place)
 
     def made(self, node: fx.Node, known: Known) -> Place | None:
         """Where the rows of the node's result are, given those of arguments; None if it reads no rows.
@@ -113,10 +123,9 @@ class Rows:
         raise Across
 
     def _candidates(self, node: fx.Node, inner: set[int]) -> Iterator[Place]:
-        values = node.meta["val"] if isinstance(node.meta.get("val"), (list, tuple)) else [node.meta.get("val")]
-        if not all(isinstance(value, Tensor) for value in values):
-            return
-        for dim, size in enumerate(values[0].shape):
+        value = node.meta.get("val")
+        first = value[0] if isinstance(value, (list, tuple)) and value else value
+        for dim, size in enumerate(first.shape if isinstance(first, Tensor) else ()):
             every = inner | {1} if node.target not in REGROUPS else set(_divisors(size // self.count, size))
             yield from (Place(dim, n) for n in sorted(every) if size % (self.count * n) == 0)
 
@@ -150,20 +159,19 @@ class Rows:
             raise Across
         return found
 
-    def _reduced(self, node: fx.Node, place: Place) -> Place:
+    def _reduced(self, node: fx.Node, place: Place) -> Known:
         source: Any = node.args[0]
-        rank = len(shape_of(source))
-        given: Any = node.args[_position(node, "dim")] if len(node.args) > 1 else node.kwargs.get("dim")
+        rank, given = len(shape_of(source)), _argument(node, "dim")
         if given is None or given == []:
             raise Across
         gone = {dim % rank for dim in (given if isinstance(given, (list, tuple)) else [given])}
         left = list(range(rank)) if _argument(node, "keepdim") else [at for at in range(rank) if at not in gone]
-        return self._kept(Place(left[place.dim], place.inner), shape_of(source), gone)
+        return {source: self._kept(Place(left[place.dim], place.inner), shape_of(source), gone)}
 
-    def _aligned(self, node: fx.Node, place: Place, args: tuple[Any, ...]) -> Known:
+    def _aligned(self, node: fx.Node, place: Place) -> Known:
         """Arguments that have the result's rows, as broadcasting aligns them."""
         rank, found = len(shape_of(node)), {}
-        for arg in args:
+        for arg in node.all_input_nodes:
             value = arg.meta.get("val")
             if not isinstance(value, Tensor):
                 raise Across
@@ -171,6 +179,19 @@ class Rows:
             if at >= 0 and value.shape[at] != 1:
                 found[arg] = Place(at, place.inner)
         return found
+
+
+RULES: tuple[tuple[frozenset[Any], Callable[[Rows, fx.Node, Place], Known]], ...] = (
+    (REGROUPS, Rows._regroups),
+    (PERMUTES, Rows._permutes),
+    (frozenset({ATEN.linear.default, ATEN.embedding.default}), Rows._last),
+    (frozenset({ATEN.addmm.default}), Rows._addmm),
+    (PARTS | WITHIN, Rows._along),
+    (NORMS, Rows._norm),
+    (REDUCTIONS, Rows._reduced),
+    (frozenset({ATEN.cat.default}), Rows._cat),
+    (EXPANDS, Rows._aligned),
+)
 
 
 def _divisors(*bounds: int) -> Iterator[int]:
@@ -181,8 +202,8 @@ def _pointwise(node: fx.Node) -> bool:
     target: Any = node.target
     if target in LOSSES:
         at = LOSSES[target]
-        return len(node.args) > at and node.args[at] == 0
-    return torch.Tag.pointwise in target.tags or target in POINTWISE
+        return bool(len(node.args) > at and node.args[at] == 0)
+    return bool(torch.Tag.pointwise in target.tags or target in POINTWISE)
 
 
 def _position(node: fx.Node, name: str) -> int:

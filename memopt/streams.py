@@ -1,0 +1,38 @@
+"""In how many chunks a captured step streams: changed without capturing it anew."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import fx
+
+from memopt.capture import Capture, Survey
+from memopt.facts import FACTS
+from memopt.program import Program
+from memopt.streamed import STREAMED, STREAMED_BACKWARD
+
+LADDER = (4, 16, 64)  # chunks that are tried, in order
+
+
+def streamed_nodes(program: Program) -> list[fx.Node]:
+    """Those that run in chunks."""
+    found = (program.graph.find_nodes(op="call_function", target=target) for target in (STREAMED, STREAMED_BACKWARD))
+    return [node for nodes in found for node in nodes]
+
+
+def streams(survey: Survey) -> bool:
+    """Whether any of the step runs in chunks."""
+    return any(streamed_nodes(capture.program) for capture in survey.captures)
+
+
+def in_chunks(survey: Survey, chunks: int) -> Survey:
+    """The survey as if it had been captured for so many chunks."""
+    return replace(survey, captures=tuple(_changed(each, chunks) for each in survey.captures), chunks=chunks)
+
+
+def _changed(capture: Capture, chunks: int) -> Capture:
+    program = capture.program.copy()
+    for node in streamed_nodes(program):
+        node.args = (*node.args[:-1], chunks)
+        node.meta.pop(FACTS, None)
+    return replace(capture, program=program)
