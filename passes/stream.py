@@ -30,9 +30,9 @@ def run(forward: Forward) -> tuple[Site, ...]:
 
 def _site(forward: Forward, found: Stretch) -> Site:
     wide = max(found.nodes, key=lambda node: node.meta["val"].numel())
-    region = _region(found)
+    site, region = Site(source_line(wide), found.inside_bytes), _region(found)
     _replace(forward, found, REGIONS.setdefault(region.key, region))
-    return Site(source_line(wide), found.inside_bytes)
+    return site
 
 
 def _region(found: Stretch) -> Region:

@@ -1,0 +1,241 @@
+"""MLPs and heads run a few rows at a time: same gradients, nothing of the inside held, chosen only where it pays."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import memopt
+from memopt.algebra.rows import Across, Known, Place, Rows
+from memopt.forward import Forward, forward_of
+from memopt.lowering import lower
+from memopt.passes.stream import Stream, run
+from memopt.planfile import save_plan
+from memopt.runtime.measure import measure_step
+from memopt.streamed import REGIONS, STREAMED, sum_type
+from tests.test_forward import traced
+
+ATEN = torch.ops.aten
+WIDTH, SEQ, WIDE = 16, 96, 4
+
+
+class Gated(nn.Module):
+    """Norm, SwiGLU, and the sum with what came in."""
+
+    def __init__(self, drop: float = 0.0) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.gate, self.up = (nn.Linear(WIDTH, WIDE * WIDTH, bias=False) for _ in range(2))
+        self.down, self.drop = nn.Linear(WIDE * WIDTH, WIDTH), drop
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        y = self.down(nn.functional.silu(self.gate(y)) * self.up(y))
+        return x + nn.functional.dropout(y, self.drop, self.training)
+
+
+class Mixed(nn.Module):
+    """Layers, and between them a softmax over the sequence, where rows meet."""
+
+    def __init__(self, layers: int = 2, drop: float = 0.0) -> None:
+        super().__init__()
+        self.into = nn.Linear(WIDTH, WIDTH)
+        self.layers = nn.ModuleList(Gated(drop) for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.into(x)
+        for layer in self.layers:
+            x = layer(x + torch.softmax(x, 1))
+        return x.square().mean()
+
+
+def called(forward: Forward) -> list[str]:
+    return [str(n.target) for n in forward.graph.nodes if isinstance(n.target, torch._ops.OpOverload)]
+
+
+def gradients(model: nn.Module, x: Tensor, chunks: int) -> list[Tensor]:
+    """Loss and gradients, streamed in so many chunks; 0: as it is."""
+    torch._dynamo.reset()
+    model.zero_grad(set_to_none=True)
+
+    def backend(module: Any, inputs: Any) -> Any:
+        return lower(module, inputs, {}, lambda p: p, exact=False, rewrites=(Stream,), chunks=chunks)
+
+    loss = torch.compile(model, backend=backend, dynamic=False)(x)
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+def far(found: list[Tensor], exact: list[Tensor]) -> float:
+    """The largest relative distance."""
+    return max(float((a.double() - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True))
+
+
+def test_an_mlp_and_its_norm_become_one_call_that_reads_the_residual_alone() -> None:
+    forward = replace(forward_of(traced(Mixed(1), torch.randn(2, SEQ, WIDTH))), chunks=3)
+    before = called(forward)
+    (site,) = run(forward)
+    (call,) = forward.calls(STREAMED)
+    inside = ["layer_norm.default", "linear.default", "silu.default", "linear.default", "mul.Tensor", "linear.default"]
+    gone = [*(f"aten.{name}" for name in inside), "aten.dropout.default", "aten.add.Tensor", "aten.square.default"]
+    assert sorted([*called(forward), *gone]) == sorted([*before, "memopt.streamed.default"])
+    assert [tuple(node.meta["val"].shape) for node in call.args[0]] == [(2, SEQ, WIDTH)]  # type: ignore[union-attr]
+    assert site.rewritten
+    assert site.nbytes == 4 * 2 * SEQ * WIDTH * (1 + 4 * WIDE + 1 + 1 + 1)
+    assert run(forward) == ()  # a second time there is nothing
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("chunks", [2, 5, 200])  # one rest; and more than there are rows
+def test_gradients_are_as_near_to_fp64_as_they_were(dtype: torch.dtype, chunks: int) -> None:
+    torch.manual_seed(0)
+    model, x = Mixed().to(dtype), torch.randn(2, SEQ, WIDTH).to(dtype)
+    exact = gradients(copy.deepcopy(model).double(), x.double(), 0)
+    assert far(gradients(model, x, chunks), exact) <= 1.5 * far(gradients(model, x, 0), exact)
+
+
+def test_a_wrong_chunk_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison above can fail: the second chunk's rows are read once more."""
+    from memopt import streamed
+
+    right = streamed.part
+    monkeypatch.setattr(streamed, "part", lambda x, place, count, first, end: right(x, place, count, 0, end - first))
+    torch.manual_seed(0)
+    model, x = Mixed(), torch.randn(2, SEQ, WIDTH)
+    assert far(gradients(model, x, 2), [g.double() for g in gradients(model, x, 0)]) > 1e-2
+
+
+def test_dropout_is_the_same_in_forward_and_backward() -> None:
+    """By differences: the loss of the same draws, a step along the gradient away."""
+    torch.manual_seed(0)
+    model, x = Mixed(1, drop=0.5).double(), torch.randn(1, SEQ, WIDTH, dtype=torch.float64)
+
+    def step() -> list[Tensor]:
+        torch.manual_seed(7)
+        return gradients(model, x, 4)
+
+    loss, *found = step()
+    moved = 1e-6 / float(sum(g.square().sum() for g in found)) ** 0.5
+    with torch.no_grad():
+        for p, g in zip(model.parameters(), found, strict=True):
+            p.add_(g, alpha=moved)
+    slope = float(sum(g.square().sum() for g in found)) * moved
+    assert float(step()[0] - loss) == pytest.approx(slope, rel=1e-3)
+
+
+def test_what_is_frozen_gets_no_gradient_and_nothing_is_made_for_it() -> None:
+    model, x = Mixed(1), torch.randn(2, SEQ, WIDTH)
+    model.layers.requires_grad_(False)
+    torch.manual_seed(0)
+    assert len(gradients(model, x, 3)) == 1 + 2
+    region = list(REGIONS.values())[-1]
+    assert region.wanted == (True, *(False for _ in region.whole))
+    assert far(gradients(model, x, 3), [g.double() for g in gradients(model, x, 0)]) < 1e-5
+
+
+def test_sums_over_chunks_are_made_in_fp32_at_least() -> None:
+    assert [sum_type(torch.empty(0, dtype=d)) for d in (torch.bfloat16, torch.float32, torch.float64)] == [
+        torch.float32, torch.float32, torch.float64,
+    ]  # fmt: skip
+
+
+SHAPES = st.lists(st.integers(1, 4), min_size=1, max_size=3)
+
+
+@settings(max_examples=200)
+@given(before=SHAPES, after=SHAPES, rows=st.integers(2, 5), merged=st.integers(0, 6))
+def test_rows_are_followed_through_any_reshape(before: list[int], after: list[int], rows: int, merged: int) -> None:
+    """Against numbers: a tensor that holds each element's row, reshaped."""
+    shape = [*before, rows, *after]
+    numbers = torch.arange(rows).view(rows, *[1] * len(after)).expand(shape)
+    at = min(merged, len(shape) - 2)
+    into = [*shape[:at], shape[at] * shape[at + 1], *shape[at + 2 :]]
+    place = Rows(rows).regrouped(Place(len(before)), tuple(shape), tuple(into))
+    found = numbers.reshape(into).movedim(place.dim, 0)
+    which = torch.arange(found.shape[0]) // place.inner % rows
+    assert torch.equal(found, which.view(-1, *[1] * (found.ndim - 1)).expand_as(found))
+    assert Rows(rows).regrouped(place, tuple(into), tuple(shape)).inner == 1
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda x: torch.softmax(x, 1), lambda x: x.sum(1), lambda x: x.flip(1), lambda x: x[:, 1:], lambda x: x.cumsum(1),
+     lambda x: x @ x.mT, lambda x: torch.roll(x, 1, 1)],
+)  # fmt: skip
+def test_what_mixes_rows_is_none(function: Any) -> None:
+    forward = forward_of(traced(function, torch.randn(2, SEQ, WIDTH)))
+    (x,) = forward.graph.find_nodes(op="placeholder")
+    known = {x: Place(1)}
+    with pytest.raises(Across):
+        follow(forward, known)
+
+
+def follow(forward: Forward, known: Known) -> None:
+    """Where rows are, node by node. Raises Across."""
+    for node in forward.calls(*{n.target for n in forward.graph.nodes if n.op == "call_function"}):
+        place = Rows(SEQ).made(node, known)
+        assert place is not None
+        known[node] = place
+
+
+def trained(model: nn.Module, x: Tensor, budget: Any, **options: Any) -> nn.Module:
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    return memopt.compile(model, budget, optimizer=optimizer, example_inputs=(x,), **options)
+
+
+@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+def test_a_budget_below_every_other_plan_is_held_by_streaming(lowering: str, unadvised: None, tmp_path: Any) -> None:
+    torch.manual_seed(0)
+    model, x = Mixed(3), torch.randn(4, 1024, WIDTH)
+    with pytest.raises(memopt.BudgetError) as without:
+        trained(copy.deepcopy(model), x, 1, lowering=lowering, passes="-stream")
+    with pytest.raises(memopt.BudgetError) as streamed:
+        trained(copy.deepcopy(model), x, 1, lowering=lowering)
+    assert streamed.value.floor_bytes < 0.75 * without.value.floor_bytes
+    budget = (streamed.value.floor_bytes + without.value.floor_bytes) // 2
+    plain = copy.deepcopy(model)
+    loss = plain(x)
+    loss.backward()
+    trained(model, x, budget, lowering=lowering)
+    assert "stream" in {lever.lever for lever in model.memopt.plan.rewrites}
+    took = measure_step(lambda: model(x), torch.optim.SGD(model.parameters(), 0.0), resident=[model, x], repeats=0)
+    assert took.peak_bytes <= budget
+    assert took.peak_bytes == pytest.approx(model.memopt.plan.peak, rel=0.01)
+    model.zero_grad()
+    model(x).backward()
+    for a, b in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-6)  # type: ignore[arg-type]
+
+
+def test_a_saved_plan_streams_again(tmp_path: Any, unadvised: None) -> None:
+    torch.manual_seed(0)
+    model, x = Mixed(2), torch.randn(4, 512, WIDTH)
+    with pytest.raises(memopt.BudgetError) as floor:
+        trained(copy.deepcopy(model), x, 1, lowering="eager")
+    again = copy.deepcopy(model)
+    trained(model, x, floor.value.floor_bytes, lowering="eager")
+    chunks = model.memopt._session.latest.chunks
+    assert chunks
+    save_plan(model.memopt.plan, tmp_path / "a.plan.json")
+    trained(again, x, floor.value.floor_bytes, lowering="eager", plan_file=tmp_path / "a.plan.json")
+    assert again.memopt._session.latest.chunks == chunks
+    assert again.memopt.plan.peak == model.memopt.plan.peak
+
+
+def test_room_enough_leaves_it_alone_and_exact_numerics_too(unadvised: None) -> None:
+    model, x = Mixed(1), torch.randn(2, SEQ, WIDTH)
+    trained(model, x, "1GB", lowering="eager")
+    assert not model.memopt.plan.rewrites
+    floors = []
+    for options in ({"numerics": "exact"}, {"passes": "-stream"}):
+        with pytest.raises(memopt.BudgetError) as refused:
+            trained(Mixed(1), torch.randn(4, 512, WIDTH), 1, lowering="eager", **options)
+        floors.append(refused.value.floor_bytes)
+    assert floors[0] == floors[1]
