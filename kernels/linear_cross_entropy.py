@@ -26,31 +26,39 @@ from torch.utils.flop_counter import register_flop_formula
 
 CHUNK = 16 << 20  # bytes of a chunk's logits, where that is at least LEAST rows
 LEAST = 256  # rows (or words): with fewer, products wait for memory
+WHOLE = 4  # chunks up to which a step streams without smaller chunks here
+FEWEST = 16  # where a smaller chunk was asked for
 MEAN, SUM = 1, 2  # torch's numbers of reductions
 Gradients = tuple[Tensor, Tensor, Tensor]  # of hidden, weight, bias; empty where not wanted
 
 
-def chunk_size(count: int, across: int) -> int:
-    """How many of `count` rows (or words) a chunk takes whose other side is `across` long, in fp32."""
-    return min(count, max(LEAST, CHUNK // (4 * across)))
+def chunk_size(count: int, across: int, chunk: int) -> int:
+    """How many of `count` rows (or words) a chunk of so many bytes takes whose other side is `across` long, in fp32."""
+    least = LEAST if chunk >= CHUNK else max(FEWEST, LEAST * chunk // CHUNK)
+    return min(count, max(least, chunk // (4 * across)))
+
+
+def chunk_bytes(chunks: int) -> int:
+    """Bytes of a chunk's logits in a step that streams in so many chunks: the budget is then what counts."""
+    return CHUNK if chunks <= WHOLE else CHUNK * WHOLE // chunks
 
 
 BLOCK = 512  # rows of the hidden state's gradient that are added to at once
 SMALL = 64  # bytes a row that stands for what is of rows alone: targets, sums, losses
 
 
-def workspace_bytes(rows: int, words: int, width: int, itemsize: int) -> int:
+def workspace_bytes(rows: int, words: int, width: int, itemsize: int, chunk: int = CHUNK) -> int:
     """At most what the operation takes inside itself: a chunk of logits, and what is of rows; below fp32 the chunk in
     both types, and of the hidden state's gradient what rounding takes off, and a block of rows in both types."""
     if itemsize >= 4:
-        return itemsize * chunk_size(rows, words) * words + SMALL * rows
-    chunk = (4 + itemsize) * rows * chunk_size(words, rows)
-    return chunk + width * (itemsize * rows + (4 + itemsize) * min(rows, BLOCK)) + SMALL * rows
+        return itemsize * chunk_size(rows, words, chunk) * words + SMALL * rows
+    both = (4 + itemsize) * rows * chunk_size(words, rows, chunk)
+    return both + width * (itemsize * rows + (4 + itemsize) * min(rows, BLOCK)) + SMALL * rows
 
 
 SCHEMA = (  # written out: what torch infers from annotations differs by version
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, int ignore_index, float smoothing, int reduction, "
-    "ScalarType dtype, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor)"
+    "ScalarType dtype, bool[] wanted, int chunk) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -65,23 +73,26 @@ def linear_cross_entropy(
     reduction: int,
     dtype: torch.dtype,
     wanted: list[bool],
+    chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, and its gradients by hidden, weight and bias). dtype: of the loss. reduction: MEAN or SUM.
 
-    wanted: which of the three gradients are made; the others are empty.
+    wanted: which of the three gradients are made; the others are empty. chunk: bytes of a chunk's logits.
     """
     valid = targets != ignore_index
     count = valid.sum()
     weights = valid / count.clamp(min=1) if reduction == MEAN else valid.to(torch.float32)
     places = torch.where(valid, targets, 0)
     run = _by_rows if hidden.dtype in (torch.float32, torch.float64) else _by_words
-    loss, gradients = run(hidden, weight, bias, places, weights, smoothing, wanted)
+    loss, gradients = run(hidden, weight, bias, places, weights, smoothing, wanted, chunk)
     loss = loss * count.clamp(min=1) / count if reduction == MEAN else loss  # NaN where all are ignored, as in torch
     return (loss.to(dtype), *gradients)
 
 
 @linear_cross_entropy.register_fake
-def _(hidden: Tensor, weight: Tensor, bias: Any, targets: Any, i: Any, s: Any, r: Any, dtype: Any, wanted: Any) -> Any:
+def _(
+    hidden: Tensor, weight: Tensor, bias: Any, targets: Any, i: Any, s: Any, r: Any, dtype: Any, wanted: Any, chunk: int
+) -> Any:
     return (hidden.new_empty((), dtype=dtype), *_empty(hidden, weight, wanted))
 
 
@@ -93,14 +104,14 @@ def _empty(hidden: Tensor, weight: Tensor, wanted: list[bool]) -> Gradients:
 
 
 def _saved(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.wanted = inputs[-1]
+    ctx.wanted = inputs[-2]
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:])
 
 
 def _scaled(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Any, ...]:
     made = [g * gradient if yes else None for g, yes in zip(ctx.saved_tensors, ctx.wanted, strict=True)]
-    return (*made, None, None, None, None, None, None)
+    return (*made, None, None, None, None, None, None, None)
 
 
 linear_cross_entropy.register_autograd(_scaled, setup_context=_saved)
@@ -109,8 +120,8 @@ linear_cross_entropy.register_autograd(_scaled, setup_context=_saved)
 @register_flop_formula(torch.ops.memopt.linear_cross_entropy, get_raw=True)
 def _flops(hidden: Tensor, weight: Tensor, *rest: Any, out_val: Any = None, **_: Any) -> int:
     """Products of (N, H) and (V, H): one for the loss, one for each of two gradients, and one to make logits again."""
-    again = any(rest[-1][:2]) and hidden.dtype.itemsize < 4
-    products = 1 + sum(rest[-1][:2]) + again
+    again = any(rest[-2][:2]) and hidden.dtype.itemsize < 4
+    products = 1 + sum(rest[-2][:2]) + again
     return int(2 * products * hidden.numel() * weight.shape[0])
 
 
@@ -126,13 +137,13 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _by_rows(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, places: Tensor, weights: Tensor, smoothing: float,
-    wanted: list[bool],
+    wanted: list[bool], chunk: int,
 ) -> tuple[Tensor, Gradients]:  # fmt: skip
     """Weighted sum of the losses and its gradients, some rows at a time. weights: (N,), 0 where ignored."""
     by_hidden, by_weight, by_bias = _empty(hidden, weight, wanted)
     by_weight.zero_(), by_bias.zero_()
     loss = hidden.new_zeros((), dtype=torch.float64)
-    for rows in _chunks(len(hidden), chunk_size(len(hidden), len(weight))):
+    for rows in _chunks(len(hidden), chunk_size(len(hidden), len(weight), chunk)):
         logits = _logits(hidden[rows], weight, bias)
         loss += _slopes(logits, places[rows], weights[rows], smoothing)
         if wanted[0]:
@@ -166,10 +177,10 @@ def _dot(losses: Tensor, weights: Tensor) -> Tensor:
 
 def _by_words(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, places: Tensor, weights: Tensor, smoothing: float,
-    wanted: list[bool],
+    wanted: list[bool], chunk: int,
 ) -> tuple[Tensor, Gradients]:  # fmt: skip
     """Weighted sum of the losses and its gradients, some words of the vocabulary at a time, each twice."""
-    parts = list(_chunks(len(weight), chunk_size(len(weight), len(hidden))))
+    parts = list(_chunks(len(weight), chunk_size(len(weight), len(hidden), chunk)))
     lse, chosen = _normalisers(hidden, weight, bias, places, smoothing, parts)
     loss = _dot(lse - chosen, weights)
     by_hidden, by_weight, by_bias = _empty(hidden, weight, wanted)

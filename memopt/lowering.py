@@ -23,7 +23,7 @@ from memopt.passbase import Rewrite
 from memopt.program import Program, normalised, split
 from memopt.recurrent import as_untraced
 from memopt.runtime.executor import Executor
-from memopt.streamed import STREAMED, STREAMED_BACKWARD
+from memopt.streamed import IN_CHUNKS
 
 Transform = Callable[[Program], Program]
 Untrained = Callable[[fx.GraphModule], fx.GraphModule]
@@ -145,6 +145,6 @@ def signature(program: Program) -> str:
 
 
 def _line(node: fx.Node) -> str:
-    if node.target in (STREAMED, STREAMED_BACKWARD):
+    if node.target in IN_CHUNKS:
         return f"{node.name} {node.target} {node.args[:-1]}"
     return node.format_node() or ""

@@ -27,8 +27,8 @@ def overload(name: str) -> torch._ops.OpOverload:
 
 def _loss_workspace(node: fx.Node) -> int:
     hidden, weight = (arg.meta["val"] for arg in node.all_input_nodes[:2])
-    size = memopt.kernels.linear_cross_entropy.workspace_bytes
-    return size(hint(hidden.shape[0]), hint(weight.shape[0]), hint(weight.shape[1]), hidden.element_size())
+    size, chunk = memopt.kernels.linear_cross_entropy.workspace_bytes, int(node.args[-1])  # type: ignore[arg-type]
+    return size(hint(hidden.shape[0]), hint(weight.shape[0]), hint(weight.shape[1]), hidden.element_size(), chunk)
 
 
 WORKSPACES[torch.ops.memopt.linear_cross_entropy.default] = _loss_workspace

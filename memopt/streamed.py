@@ -29,6 +29,7 @@ from memopt.algebra.axes import ATEN, EXPANDS, REGROUPS, shape_of
 from memopt.algebra.rows import Known, Place, Rows
 from memopt.facts import WORKSPACES
 from memopt.kernels.codec import LIBRARY
+from memopt.kernels.linear_cross_entropy import chunk_bytes
 from memopt.program import Program, copied, photograph
 from memopt.runtime.executor import Executor
 from memopt.timeline import timeline
@@ -369,6 +370,12 @@ torch.library.register_autograd("memopt::streamed", _differentiate, setup_contex
 
 STREAMED = torch.ops.memopt.streamed.default
 STREAMED_BACKWARD = torch.ops.memopt.streamed_backward.default
+# Operations whose last argument follows from the number of chunks, and how.
+IN_CHUNKS: dict[Any, Callable[[int], int]] = {
+    STREAMED: int,
+    STREAMED_BACKWARD: int,
+    torch.ops.memopt.linear_cross_entropy.default: chunk_bytes,
+}
 
 
 # what planning knows of it

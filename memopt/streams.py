@@ -9,14 +9,14 @@ from torch import fx
 from memopt.capture import Capture, Survey
 from memopt.facts import FACTS
 from memopt.program import Program
-from memopt.streamed import STREAMED, STREAMED_BACKWARD
+from memopt.streamed import IN_CHUNKS
 
 LADDER = (4, 16, 64)  # chunks that are tried, in order
 
 
 def streamed_nodes(program: Program) -> list[fx.Node]:
     """Those that run in chunks."""
-    found = (program.graph.find_nodes(op="call_function", target=target) for target in (STREAMED, STREAMED_BACKWARD))
+    found = (program.graph.find_nodes(op="call_function", target=target) for target in IN_CHUNKS)
     return [node for nodes in found for node in nodes]
 
 
@@ -33,6 +33,6 @@ def in_chunks(survey: Survey, chunks: int) -> Survey:
 def _changed(capture: Capture, chunks: int) -> Capture:
     program = capture.program.copy()
     for node in streamed_nodes(program):
-        node.args = (*node.args[:-1], chunks)
+        node.args = (*node.args[:-1], IN_CHUNKS[node.target](chunks))
         node.meta.pop(FACTS, None)
     return replace(capture, program=program)

@@ -168,7 +168,16 @@ def _replace(
         rows = _cast(forward, _rows(forward, head, between), dtype)
         weight, bias = _cast(forward, head.weight, dtype), head.bias and _cast(forward, head.bias, dtype)
         wanted = [trained(head.hidden), trained(head.weight), head.bias is not None and trained(head.bias)]
-        args = (rows, weight, bias, loss.args[1], *options, loss.meta["val"].dtype, wanted)
+        args = (
+            rows,
+            weight,
+            bias,
+            loss.args[1],
+            *options,
+            loss.meta["val"].dtype,
+            wanted,
+            kernel.chunk_bytes(forward.chunks),
+        )
         both = forward.new(torch.ops.memopt.linear_cross_entropy.default, args, loss)
         new = graph.call_function(operator.getitem, (both, 0))
         new.meta = {**loss.meta, "val": both.meta["val"][0]}

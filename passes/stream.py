@@ -25,6 +25,8 @@ SEEDS = 1 << 62
 
 def run(forward: Forward) -> tuple[Site, ...]:
     """Every stretch that pays."""
+    if cast := [node for node in forward.graph.nodes if "_enter_autocast" in str(node.target)]:
+        return (Site(source_line(cast[0]), refused="the forward switches autocast on or off within itself"),)
     return tuple(_site(forward, found) for found in list(stretches(forward.graph)))
 
 

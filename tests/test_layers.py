@@ -19,8 +19,8 @@ LEVELS = {
     0: "graph units errors presets files calls",
     1: "plans edit overlap cost timeline devices fusion joints",
     2: "program facts listing unwrapped passbase operations forward algebra kernels solvers",
-    3: "passes blame capture frames hosts optim runtime streamed streams lowering fences inductor relay compose seams outputs recurrent "
-    "models workload factory nets text fakes prices noise applied later early trained shapes",
+    3: "passes blame capture frames hosts optim runtime streamed streams lowering fences inductor relay compose seams "
+    "outputs recurrent models workload factory nets text fakes prices noise applied later early trained shapes",
     4: "pipeline dumps refusal smaller profiling tuning session report table planfile html chart page formula carry "
     "sizing attach watch probe accuracy rewrites remarks reused request",
     5: "api workbench",

@@ -49,7 +49,7 @@ def chunked(given: list[Tensor], targets: Tensor, options: dict[str, Any]) -> li
     dtype = torch.promote_types(given[0].dtype, torch.float32)
     loss = torch.ops.memopt.linear_cross_entropy(
         inputs[0], inputs[1], bias, targets, options.get("ignore_index", -100), options.get("label_smoothing", 0.0),
-        REDUCTIONS[options.get("reduction", "mean")], dtype, [True, True, bias is not None],
+        REDUCTIONS[options.get("reduction", "mean")], dtype, [True, True, bias is not None], kernel.CHUNK,
     )[0]  # fmt: skip
     return [loss.detach(), *torch.autograd.grad(loss * 2.0, inputs)]
 
@@ -81,7 +81,7 @@ def test_only_what_is_wanted_is_made() -> None:
     made = {}
     for wanted in ([True, False, False], [False, True, False], [False, False, False]):
         _, *made[tuple(wanted)] = torch.ops.memopt.linear_cross_entropy(
-            hidden, weight, None, targets, -100, 0.0, kernel.MEAN, torch.float32, wanted
+            hidden, weight, None, targets, -100, 0.0, kernel.MEAN, torch.float32, wanted, kernel.CHUNK
         )
         assert [g.numel() > 0 for g in made[tuple(wanted)]] == wanted
 
@@ -89,7 +89,18 @@ def test_only_what_is_wanted_is_made() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_operation_is_sound(dtype: torch.dtype) -> None:
     hidden, weight, bias = (t.detach().to(dtype).requires_grad_() for t in drawn(7, 4, 9, True))
-    args = (hidden, weight, bias, torch.arange(7), -100, 0.0, kernel.SUM, torch.float32, [True, True, True])
+    args = (
+        hidden,
+        weight,
+        bias,
+        torch.arange(7),
+        -100,
+        0.0,
+        kernel.SUM,
+        torch.float32,
+        [True, True, True],
+        kernel.CHUNK,
+    )
     torch.library.opcheck(torch.ops.memopt.linear_cross_entropy.default, args)
 
 
@@ -102,8 +113,9 @@ def test_all_rows_ignored_gives_what_torch_gives() -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain[1:], ours[1:], strict=True))
 
 
+@pytest.mark.parametrize("chunk", [kernel.CHUNK, kernel.chunk_bytes(16)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_its_workspace_is_bounded(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_its_workspace_is_bounded(dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "LEAST", 64)
     monkeypatch.setattr(kernel, "BLOCK", 100)
     hidden, weight = torch.randn(300, 32, dtype=dtype), torch.randn(500, 32, dtype=dtype)
@@ -117,17 +129,29 @@ def test_its_workspace_is_bounded(dtype: torch.dtype, monkeypatch: pytest.Monkey
         kernel.MEAN,
         dtype,
         [True, True, False],
+        chunk,
     )
     outputs = 4 + hidden.nbytes + weight.nbytes
     found = measure(lambda: torch.ops.memopt.linear_cross_entropy(*args), resident=[]).peak_bytes - outputs
-    most = kernel.workspace_bytes(300, 500, 32, hidden.element_size())
+    most = kernel.workspace_bytes(300, 500, 32, hidden.element_size(), chunk)
     assert 0.8 * most <= found <= most
 
 
 @pytest.mark.parametrize(("dtype", "products"), [(torch.float32, 3), (torch.bfloat16, 4)])
 def test_its_operations_are_counted(dtype: torch.dtype, products: int) -> None:
     hidden, weight = torch.randn(7, 4, dtype=dtype), torch.randn(9, 4, dtype=dtype)
-    args = (hidden, weight, None, torch.zeros(7, dtype=torch.long), -100, 0.0, kernel.MEAN, dtype, [True, True, False])
+    args = (
+        hidden,
+        weight,
+        None,
+        torch.zeros(7, dtype=torch.long),
+        -100,
+        0.0,
+        kernel.MEAN,
+        dtype,
+        [True, True, False],
+        kernel.CHUNK,
+    )
     with FlopCounterMode(display=False) as counter:
         torch.ops.memopt.linear_cross_entropy(*args)
     assert counter.get_total_flops() == 2 * products * 7 * 4 * 9

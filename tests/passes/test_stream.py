@@ -112,6 +112,28 @@ def test_a_wrong_chunk_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert far(gradients(model, x, 2), [g.double() for g in gradients(model, x, 0)]) > 1e-2
 
 
+class Within(Mixed):
+    """Autocast inside the forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return super().forward(x)
+
+
+def test_autocast_around_is_kept_and_autocast_inside_leaves_it_alone() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, SEQ, WIDTH)
+    with torch.autocast("cpu", torch.bfloat16):
+        model = Mixed()
+        exact = gradients(copy.deepcopy(model).double(), x.double(), 0)
+        plain, found = gradients(model, x, 0), gradients(model, x, 3)
+    region = list(REGIONS.values())[-1]
+    assert region.autocast == ("cpu", torch.bfloat16)
+    assert far(found, exact) <= 1.5 * far(plain, exact)
+    model = Within()
+    assert all(map(torch.equal, gradients(model, x, 0), gradients(model, x, 3)))
+
+
 def test_dropout_is_the_same_in_forward_and_backward() -> None:
     """By differences: the loss of the same draws, a step along the gradient away."""
     torch.manual_seed(0)
