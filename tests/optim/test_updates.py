@@ -78,7 +78,9 @@ def trained(
 
 def compiled(budget: int, update: str, tokens: Tensor = TOKENS, **options: Any) -> tuple[Any, torch.optim.Optimizer]:
     model, optimizer = built(**options)
-    memopt.compile(model, budget, optimizer=optimizer, example_inputs=(tokens,), lowering="eager", update=update)
+    memopt.compile(
+        model, budget, optimizer=optimizer, example_inputs=(tokens,), lowering="eager", update=update, passes="-stream"
+    )
     return model, optimizer
 
 
@@ -166,7 +168,13 @@ def test_running_statistics_and_frozen_parameters_are_as_without_memopt() -> Non
         optimizer = torch.optim.SGD([p for p in one.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
         if one is model:  # parameters and momentum take 104 KB, all gradients 52 KB, temporaries of the last 82 KB
             memopt.compile(
-                model, "220KB", optimizer=optimizer, example_inputs=(x,), lowering="eager", update="backward"
+                model,
+                "220KB",
+                optimizer=optimizer,
+                example_inputs=(x,),
+                lowering="eager",
+                update="backward",
+                passes="-stream",
             )
             assert any("8 parameters are updated in the backward" in note for note in model.memopt.plan.notes)
         for _ in range(3):
@@ -329,7 +337,7 @@ def test_a_watched_gradient_is_left_to_the_step(refused: memopt.BudgetError) -> 
     seen: list[Tensor] = []
     model.table.weight.register_hook(seen.append)
     made: Callable[..., Any] = memopt.compile(
-        model, refused.floor_bytes - 1, optimizer=optimizer, lowering="eager", update="backward"
+        model, refused.floor_bytes - 1, optimizer=optimizer, lowering="eager", update="backward", passes="-stream"
     )
     made(TOKENS).backward()
     assert len(seen) == 1
@@ -347,7 +355,7 @@ def test_moments_in_fewer_bits_by_consent(refused: memopt.BudgetError) -> None:
     model, optimizer = built()
     memopt.compile(
         model, budget, optimizer=optimizer, example_inputs=(TOKENS,), lowering="eager",
-        allow=("adamw4bit", "adamw8bit"),
+        allow=("adamw4bit", "adamw8bit"), passes="-stream",
     )  # fmt: skip
     plan = model.memopt.plan
     assert any("stored in 8 bits (lossy, allowed as adamw8bit)" in note for note in plan.notes)

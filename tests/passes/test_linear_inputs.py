@@ -66,7 +66,7 @@ def test_within_the_usual_bound_it_is_not_taken_and_beyond_it_the_step_fits(leve
     model, x = Falling(), inputs()
     want = stepped(model, x)
     whole = compiled(Falling(), x, "4GB").memopt.plan.peak
-    budget, options = int(0.8 * whole), {"passes": "-recompute", "allow": (lever,)}
+    budget, options = int(0.8 * whole), {"passes": "-recompute,-stream", "allow": (lever,)}
     with pytest.raises(memopt.BudgetError) as refused:
         compiled(Falling(), x, budget, **options)
     assert any(way.change.startswith("max_grad_error=") and way.fits for way in refused.value.ways_out)
