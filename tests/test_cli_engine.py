@@ -62,6 +62,7 @@ def test_plan_saves_a_plan_that_run_reuses_and_holds(tmp_path: Path) -> None:
 
 def test_an_infeasible_plan_exits_3_with_floor_binding_and_ways_out_in_the_doors_own_words() -> None:
     words = ("plan", "llama-tiny", "--batch", "4", "--seq", "64", "--lowering", "eager")  # activations set its floor
+    words += ("--passes=-stream",)
     found = answer(*words, "--budget", "2.6MB", code=3)
     assert found["status"] == "infeasible"
     assert found["floor_bytes"] > found["budget_bytes"] == 2_600_000
@@ -161,11 +162,24 @@ def test_run_exits_4_when_the_step_takes_more_than_the_budget(monkeypatch: pytes
 @pytest.mark.usefixtures("unadvised")
 def test_fit_finds_a_size_that_fits_while_one_more_does_not() -> None:
     base = answer("plan", "llama-tiny", *SMALL, "--budget", "1GB")["predicted"]["peak_bytes"]
-    found = answer("fit", "llama-tiny", "--seq", "32", "--lowering", "eager", "--budget", f"{base}B")
+    found = answer(
+        "fit", "llama-tiny", "--seq", "32", "--lowering", "eager", "--passes=-stream", "--budget", f"{base}B"
+    )
     size = found["fit"]["value"]
     assert found["predicted"]["peak_bytes"] <= base
     answer(
-        "plan", "llama-tiny", "--seq", "32", "--lowering", "eager", "--budget", f"{base}B", "--batch", size + 1, code=3
+        "plan",
+        "llama-tiny",
+        "--seq",
+        "32",
+        "--lowering",
+        "eager",
+        "--passes=-stream",
+        "--budget",
+        f"{base}B",
+        "--batch",
+        size + 1,
+        code=3,
     )
 
 

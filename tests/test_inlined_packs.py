@@ -17,7 +17,11 @@ from memopt.runtime.measure import measure_step
 from memopt.session import Session
 from tests.passes.test_packing import stepped
 
-LEVERS: dict[str, Any] = {"allow": ("int8_activations",), "passes": "-recompute", "max_grad_error": float("inf")}
+LEVERS: dict[str, Any] = {
+    "allow": ("int8_activations",),
+    "passes": "-recompute,-stream",
+    "max_grad_error": float("inf"),
+}
 
 
 class Gated(nn.Module):
