@@ -56,7 +56,6 @@ WORTH = 0.9  # of the seconds with a rewrite, to do without it
 SLOWED = (
     0.02  # of a step's seconds, or of its least bytes: from there on it is worth to try whether streaming does better
 )
-MANY_STEPS = 4000  # of a program above which it is captured once more only if its plan is refused
 CORRECTIONS = 2  # times a step that broke the budget is planned again
 
 
@@ -128,10 +127,10 @@ class Session:
         self.refuse(*min(tried, key=lambda pair: pair[0].result.plan.peak), call)
 
     def streamed(self, key: Any, call: Call, planned: Planned, found: Survey) -> tuple[Planned, Survey]:
-        """The best plan with what streams in so many chunks or so many, where there is something to gain: one that
-        fits, and fast; if none does, the one that takes least."""
+        """The best plan with what streams in so many chunks or so many, where no plan without fits: one that fits,
+        and fast; if none does, the one that takes least."""
         permitted = any(rewrite.costly for rewrite in self.request.rewrites)
-        if self.plan_file is not None or not permitted or not _gives_up(planned.result, found):
+        if self.plan_file is not None or not permitted or not planned.result.infeasible or hopeless(planned.result):
             return planned, found
         started = time.perf_counter()
         base = self.surveyed(key, call, planned.lowering, planned.left_out, LADDER[0])
@@ -434,14 +433,6 @@ class Session:
         changed = planned.applied(prepared, planned.remakes(place), planned.fences)
         dump_program(PLANNED, changed)
         return changed
-
-
-def _gives_up(result: PlanResult, found: Survey) -> bool:
-    """Whether the plan is refused by what activations need, or takes time and another capture does not."""
-    if result.infeasible:
-        return not hopeless(result)
-    small = all(len(capture.program.graph.nodes) <= MANY_STEPS for capture in found.captures)
-    return small and result.plan.seconds > SLOWED * result.step_seconds
 
 
 def _better(one: PlanResult, other: PlanResult) -> bool:
