@@ -82,10 +82,11 @@ def _padded(node: fx.Node, dims: Dims) -> Dims:
 
 
 def _same_kind(node: fx.Node) -> bool:
-    """Whether the cast leaves truth true, or numbers numbers."""
+    """Whether the cast leaves truth true, or numbers what they are but for rounding."""
     before: torch.dtype = node.args[0].meta["val"].dtype  # type: ignore[union-attr]
     after: torch.dtype = node.meta["val"].dtype
-    return (before is torch.bool) == (after is torch.bool)
+    cut = before.is_floating_point and not after.is_floating_point
+    return (before is torch.bool) == (after is torch.bool) and not cut
 
 
 def _fill_parts(piece: Piece) -> list[Piece] | None:
