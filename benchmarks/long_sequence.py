@@ -110,6 +110,12 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     asked = parser.parse_args(words)
     budget, _ = checkpointed(asked.base).measured(0)
+    if not planned(asked.base, budget, asked.lowering):
+        print(
+            f"{asked.base} positions are too few: the update alone takes more than {budget / 1e6:.1f} MB",
+            file=sys.stderr,
+        )
+        return 2
     seq = longest(asked.base, budget, asked.lowering)
     row = {"base": asked.base, "budget": budget, "lowering": asked.lowering, "times": seq / asked.base}
     row |= compared(seq, budget, asked.lowering, asked.rounds)

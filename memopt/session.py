@@ -53,9 +53,7 @@ from memopt.watch import StepWatch
 log = logging.getLogger("memopt")
 
 WORTH = 0.9  # of the seconds with a rewrite, to do without it
-SLOWED = (
-    0.02  # of a step's seconds, or of its least bytes: from there on it is worth to try whether streaming does better
-)
+SLOWED = 0.02  # of a step's seconds: less is no reason to stream in more chunks
 CORRECTIONS = 2  # times a step that broke the budget is planned again
 
 
@@ -151,12 +149,7 @@ class Session:
         """The plan without a rewrite that costs time, where the step as it was written fits and is faster."""
         written = planned.result
         fits = written.plain is not None and written.baseline_peak <= self.request.budget
-        if (
-            self.plan_file is not None
-            or not fits
-            or planned.chunks
-            or written.baseline_seconds > WORTH * written.step_seconds
-        ):
+        if self.plan_file is not None or not fits or written.baseline_seconds > WORTH * written.step_seconds:
             return planned
         best = planned
         for name in (lever.lever for lever in written.rewrites):
@@ -352,19 +345,9 @@ class Session:
         loss_only = self.gradients == "loss" and all(found.loss_only for found in self.surveys.values())
         names, exact, rewrites = tensor_names(self.model), self.request.exact, self.request.without(left_out)
         return lower(
-            module,
-            inputs,
-            names,
-            transform,
-            lowering,
-            False,
-            loss_only,
-            self.seen,
-            exact,
-            rewrites,
-            updates=updates,
+            module, inputs, names, transform, lowering, False, loss_only, self.seen, exact, rewrites, updates=updates,
             chunks=chunks,
-        )
+        )  # fmt: skip
 
     def early(self, mine: Sequence[tuple[Planned, str]]) -> Updates:
         """What the backward of the graph is to update by its plan, and how."""
@@ -440,5 +423,5 @@ def _better(one: PlanResult, other: PlanResult) -> bool:
     if one.infeasible != other.infeasible:
         return other.infeasible
     if one.infeasible:
-        return one.plan.peak < (1 - SLOWED) * other.plan.peak
+        return one.plan.peak < other.plan.peak
     return one.step_seconds < (1 - SLOWED) * other.step_seconds

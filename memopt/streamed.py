@@ -245,7 +245,7 @@ def _add(graph: fx.Graph, total: fx.Node, gradient: fx.Node) -> None:
             into = graph.call_function(ATEN.t.default, (total,))
             into.meta["val"] = total.meta["val"].t()
         same = source.meta["val"].dtype == total.meta["val"].dtype
-        if source.target is ATEN.mm.default and same:  # its own tensor is then read by nobody, and never made
+        if source.target is ATEN.mm.default and same:  # the product goes right into the sum
             added = graph.call_function(ATEN.addmm_.default, (into, *source.args))
         else:
             added = graph.call_function(ATEN.add_.Tensor, (into, source))
@@ -320,8 +320,10 @@ def drawing(seed: Tensor | None, first: int) -> Iterator[None]:
     if seed is None:
         yield
         return
+    at = seed.device.index or 0
+    generator = torch.cuda.default_generators[at] if seed.is_cuda else torch.default_generator
     with torch.random.fork_rng([seed.device] if seed.is_cuda else []):
-        torch.manual_seed(int(seed) + first)
+        generator.manual_seed(int(seed) + first)  # of this device alone: torch.manual_seed would seed others too
         yield
 
 
