@@ -18,6 +18,7 @@ from memopt.planfile import load_plan
 from memopt.plans import MeasuredStep
 from memopt.refusal import Refused
 from memopt.report import WayOut
+from memopt.runtime.disk import DiskRates, Pool
 
 SMALL = ("--batch", "2", "--seq", "32", "--lowering", "eager")
 
@@ -60,7 +61,11 @@ def test_plan_saves_a_plan_that_run_reuses_and_holds(tmp_path: Path) -> None:
     assert "of another model, shape or setting" in other.stderr
 
 
-def test_an_infeasible_plan_exits_3_with_floor_binding_and_ways_out_in_the_doors_own_words() -> None:
+def test_an_infeasible_plan_exits_3_with_floor_binding_and_ways_out_in_the_doors_own_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rates = DiskRates(write=1e10, read=1e10, least=1e-6)
+    monkeypatch.setattr(Pool, "rates", lambda self: rates)  # a slow folder's would be another way, or none
     words = ("plan", "llama-tiny", "--batch", "4", "--seq", "64", "--lowering", "eager")  # activations set its floor
     words += ("--passes=-stream",)
     found = answer(*words, "--budget", "2.6MB", code=3)
