@@ -23,10 +23,10 @@ demo: $(READY) ## train a Hugging Face model under a budget and compare what was
 	$(BIN)/python examples/demo.py
 
 test: $(READY) ## the tests: under fifteen minutes on two cores, no GPU
-	$(BIN)/python -m pytest -n 2 -m "not gpu and not long"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not long"
 
 test-long: $(READY) ## what `test` leaves out: the same promises on further models, and longer sweeps
-	$(BIN)/python -m pytest -n 2 -m "long and not gpu"
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m "long and not gpu"
 
 check: $(READY) ## formatting, lint and types
 	$(BIN)/ruff format --check .

@@ -80,6 +80,7 @@ def test_a_dead_worker_is_a_row_with_its_error() -> None:
         assert "budget" in worker.row["error"]
 
 
+@pytest.mark.long
 def test_the_race_from_beginning_to_end() -> None:
     """In the eager lowering, so that nothing is compiled: gradients equal to rounding, memopt within eager's bytes."""
     race = Race("llama-tiny", lambda line: None, peers=PEERS[:1])

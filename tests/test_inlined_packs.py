@@ -84,7 +84,7 @@ def least() -> int:
     return floor
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_inlined_unpacks_need_less_and_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     import memopt.inductor  # noqa: F401  # registers what is taken away
 

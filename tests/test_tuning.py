@@ -15,7 +15,7 @@ from memopt.workbench import Asked, bench
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vit-tiny", "resnet-tiny"])
+@pytest.mark.parametrize("name", ["vit-tiny", pytest.param("resnet-tiny", marks=pytest.mark.long)])
 def test_saved_values_are_foreseen_as_the_forward_lays_them_out(name: str) -> None:
     """Inductor turns a convolution's input and weight to channels-last and saves those, not what it was given."""
     made = bench(load(name), 16, 0, "fp32", "sgd", "cpu")

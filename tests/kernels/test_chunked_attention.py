@@ -153,6 +153,14 @@ def test_it_is_an_operation_as_torch_wants_it() -> None:
     torch.library.opcheck(OP.default, arguments)
 
 
+def scratch_of_products(q: Tensor, k: Tensor, v: Tensor) -> int:
+    """Bytes that the library takes inside the largest product of a chunk: none in fp32; in bf16 by the processor."""
+    rows = kernel.rows_of(q.shape[1], q.shape[2], k.shape[2])
+    p = torch.zeros(q.shape[1], rows, k.shape[2], dtype=q.dtype)
+    pairs = (q[0, :, :rows], k[0].mT), (p, v[0]), (p.mT, q[0, :, :rows])
+    return max(measure(lambda: torch.bmm(a, b), resident=[]).peak_bytes - (a @ b).nbytes for a, b in pairs)  # noqa: B023
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("extra", ["", "cap", "dropout", "bias", "distances"])
 def test_what_it_takes_inside_itself_is_bounded(
@@ -176,9 +184,10 @@ def test_what_it_takes_inside_itself_is_bounded(
     )
     made = (v.nbytes, q.nbytes + k.nbytes + v.nbytes + sum(term.nbytes for term in terms))
     declared = kernel.workspace_bytes(q, k, v, terms, far, False, bool(cap), seed is not None)
+    scratch = scratch_of_products(q, k, v)
     for call, outputs, most in zip(calls, made, declared, strict=True):
         found = measure(call, resident=[]).peak_bytes - outputs
-        assert 0.5 * most <= found <= most
+        assert 0.5 * most <= found <= most + scratch
         assert most < 4 * 256 * 256 * 4 or extra == "bias"
 
 

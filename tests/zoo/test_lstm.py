@@ -151,7 +151,8 @@ def test_autocast_casts_what_goes_into_a_layer(data: bool) -> None:
     assert "memopt.lstm_layer.default" in assert_exact(model)
 
 
-@pytest.mark.parametrize("cell", [nn.GRU, pytest.param(nn.RNN, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("cell", [nn.GRU, nn.RNN])
 def test_other_cells_keep_the_dropout_between_layers(cell: Callable[..., nn.Module]) -> None:
     model = net(cell=cell, num_layers=3, dropout=0.5, bidirectional=True)
     assert any("bernoulli" in op or "dropout" in op or op == "draw" for op in assert_exact(model))

@@ -89,7 +89,7 @@ def tied(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("change", [halved_bits, half_frozen, tied])
+@pytest.mark.parametrize("change", [pytest.param(halved_bits, marks=pytest.mark.long), half_frozen, tied])
 def test_a_changed_llama_is_held(change: Callable[[nn.Module], nn.Module]) -> None:
     model, inputs = built()
     held(change(model), [inputs])
