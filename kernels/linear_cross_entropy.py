@@ -1,60 +1,26 @@
-"""Cross-entropy of a linear layer's outputs (logits) of which only a chunk exists at a time.
+"""Cross-entropy of a linear layer's outputs (logits) of which only a chunk exists at a time (kernels/logits.py).
 
-    logits = hidden weight^T + bias                     hidden (N, H), weight (V, H), bias (V), targets (N) integers
     loss_n = lse(logits_n) - (1 - e) logits_n[target_n] - e / V sum(logits_n)       e: label smoothing; ignored rows: 0
     d loss_n / d logits_n = softmax(logits_n) - (1 - e) onehot(target_n) - e / V
 
 The gradients of hidden, weight and bias are made in the forward, where the chunk is at hand, and scaled in the backward
-by what arrives there, as Liger-Kernel does (arXiv:2410.10989; 1, or a power of two, costs no rounding); the idea of
-never holding the logits is Cut Cross-Entropy's (arXiv:2411.09009). The weight's gradient would be made first thing in
-the backward anyway.
-
-fp32 is chunked by rows: three products, as many as without chunks. Below fp32 the weight's gradient would be rounded
-once a chunk, or be summed in twice its bytes; there chunks are of the vocabulary, whose gradients are whole, and the
-logits are made twice (four products). Logits are rounded to the weight's type and then computed with in fp32, as a
-model does that calls `logits.float()`.
+by what arrives there, as Liger-Kernel does (arXiv:2410.10989; 1, or a power of two, costs no rounding). The weight's
+gradient would be made first thing in the backward anyway. fp32 takes three products, as many as without chunks; below
+it the logits are made twice (four products).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-CHUNK = 16 << 20  # bytes of a chunk's logits, where that is at least LEAST rows
-LEAST = 256  # rows (or words): with fewer, products wait for memory
-WHOLE = 4  # chunks up to which a step streams without smaller chunks here
-FEWEST = 16  # where a smaller chunk was asked for
+from memopt.kernels import logits
+from memopt.kernels.logits import Gradients
+
 MEAN, SUM = 1, 2  # torch's numbers of reductions
-Gradients = tuple[Tensor, Tensor, Tensor]  # of hidden, weight, bias; empty where not wanted
-
-
-def chunk_size(count: int, across: int, chunk: int) -> int:
-    """How many of `count` rows (or words) a chunk of so many bytes takes whose other side is `across` long, in fp32."""
-    least = LEAST if chunk >= CHUNK else max(FEWEST, LEAST * chunk // CHUNK)
-    return min(count, max(least, chunk // (4 * across)))
-
-
-def chunk_bytes(chunks: int) -> int:
-    """Bytes of a chunk's logits in a step that streams in so many chunks: the budget is then what counts."""
-    return CHUNK if chunks <= WHOLE else CHUNK * WHOLE // chunks
-
-
-BLOCK = 512  # rows of the hidden state's gradient that are added to at once
-SMALL = 64  # bytes a row that stands for what is of rows alone: targets, sums, losses
-
-
-def workspace_bytes(rows: int, words: int, width: int, itemsize: int, chunk: int = CHUNK) -> int:
-    """At most what the operation takes inside itself: a chunk of logits, and what is of rows; below fp32 the chunk in
-    both types, and of the hidden state's gradient what rounding takes off, and a block of rows in both types."""
-    if itemsize >= 4:
-        return itemsize * chunk_size(rows, words, chunk) * words + SMALL * rows
-    both = (4 + itemsize) * rows * chunk_size(words, rows, chunk)
-    return both + width * (itemsize * rows + (4 + itemsize) * min(rows, BLOCK)) + SMALL * rows
-
 
 SCHEMA = (  # written out: what torch infers from annotations differs by version
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor targets, int ignore_index, float smoothing, int reduction, "
@@ -83,7 +49,7 @@ def linear_cross_entropy(
     count = valid.sum()
     weights = valid / count.clamp(min=1) if reduction == MEAN else valid.to(torch.float32)
     places = torch.where(valid, targets, 0)
-    run = _by_rows if hidden.dtype in (torch.float32, torch.float64) else _by_words
+    run = _by_rows if logits.is_whole(hidden.dtype) else _by_words
     loss, gradients = run(hidden, weight, bias, places, weights, smoothing, wanted, chunk)
     loss = loss * count.clamp(min=1) / count if reduction == MEAN else loss  # NaN where all are ignored, as in torch
     return (loss.to(dtype), *gradients)
@@ -93,14 +59,7 @@ def linear_cross_entropy(
 def _(
     hidden: Tensor, weight: Tensor, bias: Any, targets: Any, i: Any, s: Any, r: Any, dtype: Any, wanted: Any, chunk: int
 ) -> Any:
-    return (hidden.new_empty((), dtype=dtype), *_empty(hidden, weight, wanted))
-
-
-def _empty(hidden: Tensor, weight: Tensor, wanted: list[bool]) -> Gradients:
-    shapes = hidden.shape, weight.shape, weight.shape[:1]
-    makers = hidden, weight, weight
-    made = [m.new_empty(shape if yes else (0,)) for m, shape, yes in zip(makers, shapes, wanted, strict=True)]
-    return made[0], made[1], made[2]
+    return (hidden.new_empty((), dtype=dtype), *logits.empty(hidden, weight, wanted))
 
 
 def _saved(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -125,48 +84,32 @@ def _flops(hidden: Tensor, weight: Tensor, *rest: Any, out_val: Any = None, **_:
     return int(2 * products * hidden.numel() * weight.shape[0])
 
 
-def _chunks(count: int, size: int) -> Iterator[slice]:
-    return (slice(at, min(at + size, count)) for at in range(0, count, size))
-
-
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """In fp32 at least, rounded to the inputs' type first. A tensor of its own."""
-    made = torch.nn.functional.linear(hidden, weight, bias)
-    return made if made.dtype is torch.float64 else made.to(torch.float32)
-
-
 def _by_rows(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, places: Tensor, weights: Tensor, smoothing: float,
     wanted: list[bool], chunk: int,
 ) -> tuple[Tensor, Gradients]:  # fmt: skip
     """Weighted sum of the losses and its gradients, some rows at a time. weights: (N,), 0 where ignored."""
-    by_hidden, by_weight, by_bias = _empty(hidden, weight, wanted)
-    by_weight.zero_(), by_bias.zero_()
     loss = hidden.new_zeros((), dtype=torch.float64)
-    for rows in _chunks(len(hidden), chunk_size(len(hidden), len(weight), chunk)):
-        logits = _logits(hidden[rows], weight, bias)
-        loss += _slopes(logits, places[rows], weights[rows], smoothing)
-        if wanted[0]:
-            torch.mm(logits, weight, out=by_hidden[rows])
-        if wanted[1]:
-            by_weight.addmm_(logits.t(), hidden[rows])
-        if wanted[2]:
-            by_bias += logits.sum(0)
-        del logits  # before the next are made
-    return loss, (by_hidden, by_weight, by_bias)
+
+    def slopes(rows: slice) -> Tensor:
+        made = logits.made(hidden[rows], weight, bias)
+        loss.add_(_slopes(made, places[rows], weights[rows], smoothing))
+        return made
+
+    return loss, logits.by_rows(hidden, weight, wanted, chunk, slopes)
 
 
-def _slopes(logits: Tensor, places: Tensor, weights: Tensor, smoothing: float) -> Tensor:
+def _slopes(made: Tensor, places: Tensor, weights: Tensor, smoothing: float) -> Tensor:
     """Sum of the rows' losses; the logits become their gradients, in place."""
-    words = logits.shape[1]
-    right = logits.gather(1, places[:, None])[:, 0]
-    mean = logits.mean(1) if smoothing else right
-    top = logits.amax(1, keepdim=True)
-    total = logits.sub_(top).exp_().sum(1, keepdim=True)
+    words = made.shape[1]
+    right = made.gather(1, places[:, None])[:, 0]
+    mean = made.mean(1) if smoothing else right
+    top = made.amax(1, keepdim=True)
+    total = made.sub_(top).exp_().sum(1, keepdim=True)
     losses = (total.log() + top)[:, 0] - (1 - smoothing) * right - smoothing * mean
-    logits.div_(total).sub_(smoothing / words)
-    logits.scatter_add_(1, places[:, None], logits.new_full((len(logits), 1), smoothing - 1.0))
-    logits.mul_(weights[:, None])
+    made.div_(total).sub_(smoothing / words)
+    made.scatter_add_(1, places[:, None], made.new_full((len(made), 1), smoothing - 1.0))
+    made.mul_(weights[:, None])
     return _dot(losses, weights)
 
 
@@ -180,57 +123,30 @@ def _by_words(
     wanted: list[bool], chunk: int,
 ) -> tuple[Tensor, Gradients]:  # fmt: skip
     """Weighted sum of the losses and its gradients, some words of the vocabulary at a time, each twice."""
-    parts = list(_chunks(len(weight), chunk_size(len(weight), len(hidden), chunk)))
-    lse, chosen = _normalisers(hidden, weight, bias, places, smoothing, parts)
-    loss = _dot(lse - chosen, weights)
-    by_hidden, by_weight, by_bias = _empty(hidden, weight, wanted)
-    rest = torch.zeros_like(by_hidden)  # what rounding takes off the sum so far
-    by_hidden.zero_()
-    for words in parts if any(wanted) else ():
-        slopes = _logits(hidden, weight[words], None if bias is None else bias[words])
-        slopes.sub_(lse[:, None]).exp_().sub_(smoothing / len(weight))
-        inside, at = _inside(places, words)
-        slopes.scatter_add_(1, at[:, None], torch.where(inside, smoothing - 1.0, 0.0)[:, None])
-        rounded = slopes.mul_(weights[:, None]).to(hidden.dtype)
-        if wanted[2]:
-            by_bias[words] = slopes.sum(0)
-        del slopes
-        if wanted[1]:
-            torch.mm(rounded.t(), hidden, out=by_weight[words])
-        if wanted[0]:
-            _add(by_hidden, rest, rounded, weight[words])
-        del rounded
-    return loss, (by_hidden, by_weight, by_bias)
+    lse, chosen = _normalisers(hidden, weight, bias, places, smoothing, chunk)
 
+    def slopes(words: slice) -> Tensor:
+        made = logits.made(hidden, weight[words], logits.part(bias, words))
+        made.sub_(lse[:, None]).exp_().sub_(smoothing / len(weight))
+        within, at = logits.inside(places, words)
+        made.scatter_add_(1, at[:, None], torch.where(within, smoothing - 1.0, 0.0)[:, None])
+        return made.mul_(weights[:, None])
 
-def _add(total: Tensor, rest: Tensor, slopes: Tensor, weight: Tensor) -> None:
-    """total + rest += slopes weight, in twice the digits of their type, some rows at a time."""
-    for rows in _chunks(len(total), BLOCK):
-        new = (slopes[rows] @ weight).to(torch.float32)
-        new.add_(total[rows]).add_(rest[rows])
-        total[rows] = new
-        rest[rows] = new.sub_(total[rows])
+    return _dot(lse - chosen, weights), logits.by_words(hidden, weight, wanted, chunk, slopes)
 
 
 def _normalisers(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, places: Tensor, smoothing: float, parts: list[slice]
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, places: Tensor, smoothing: float, chunk: int
 ) -> tuple[Tensor, Tensor]:
     """Log of each row's sum of exponentials, and what of its logits the loss takes off: (N,) each, fp32."""
     lse = hidden.new_full((len(hidden),), float("-inf"), dtype=torch.float32)
     chosen = torch.zeros_like(lse)
-    for words in parts:
-        logits = _logits(hidden, weight[words], None if bias is None else bias[words])
-        inside, at = _inside(places, words)
-        right = logits.gather(1, at[:, None])[:, 0]
-        chosen += torch.where(inside, (1 - smoothing) * right, 0)
-        chosen += logits.sum(1) * (smoothing / len(weight)) if smoothing else 0
-        top = logits.amax(1)
-        lse = torch.logaddexp(lse, logits.sub_(top[:, None]).exp_().sum(1).log_() + top)
-        del logits
+    for words in logits.word_chunks(hidden, weight, chunk):
+        made = logits.made(hidden, weight[words], logits.part(bias, words))
+        within, at = logits.inside(places, words)
+        right = made.gather(1, at[:, None])[:, 0]
+        chosen += torch.where(within, (1 - smoothing) * right, 0)
+        chosen += made.sum(1) * (smoothing / len(weight)) if smoothing else 0
+        lse = logits.joined(lse, made)
+        del made
     return lse, chosen
-
-
-def _inside(places: Tensor, words: slice) -> tuple[Tensor, Tensor]:
-    """Which targets lie in these words, and where there; 0 for the others."""
-    inside = (places >= words.start) & (places < words.stop)
-    return inside, torch.where(inside, places - words.start, 0)

@@ -33,13 +33,17 @@ ALIASES = {
 class Later:
     """An output that is made when it is read: a linear layer's, of the hidden state that the graph returns instead.
 
-    weight, bias: numbers of the graph's inputs (None: no bias). shape, dtype: of the output.
+    weight, bias: numbers of the graph's inputs (None: no bias). shape, dtype: of the output. within: what the layer
+    computes in. It is scale times the layer's output, or cap tanh of that where cap is not 0.
     """
 
     weight: int
     bias: int | None
     shape: tuple[int, ...]
     dtype: torch.dtype
+    within: torch.dtype
+    scale: float = 1.0
+    cap: float = 0.0
 
 
 @dataclass(frozen=True)

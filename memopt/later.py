@@ -30,9 +30,13 @@ KNOWN = {  # what is answered without making anything
 
 
 class LaterTensor(torch.Tensor):
-    """linear(hidden, weight, bias), made at first use. Raises MemoptError if weight or bias changed before that."""
+    """A linear layer's output, perhaps scaled and capped, made at first use.
+
+    Raises MemoptError if weight or bias changed before that.
+    """
 
     inputs: tuple[Tensor, Tensor, Tensor | None]
+    later: Later
     versions: tuple[int, ...]
     made: Tensor | None
 
@@ -41,7 +45,8 @@ class LaterTensor(torch.Tensor):
         new: LaterTensor = torch.Tensor._make_wrapper_subclass(
             cls, later.shape, dtype=later.dtype, device=hidden.device
         )
-        new.inputs, new.versions, new.made = (hidden, weight, bias), _versions(weight, bias), None
+        new.inputs, new.later, new.made = (hidden, weight, bias), later, None
+        new.versions = _versions(weight, bias)
         return new
 
     def tensor(self) -> Tensor:
@@ -50,10 +55,14 @@ class LaterTensor(torch.Tensor):
             hidden, weight, bias = self.inputs
             if _versions(weight, bias) != self.versions:
                 raise MemoptError(GONE)
-            dtype = self.dtype
+            dtype = self.later.within
             own = (weight.to(dtype), None if bias is None else bias.to(dtype))
-            self.made = F.linear(hidden.to(dtype), *own)
+            self.made = self._bent(F.linear(hidden.to(dtype), *own)).to(self.later.dtype)
         return self.made
+
+    def _bent(self, logits: Tensor) -> Tensor:
+        logits = logits if self.later.scale == 1.0 else logits * self.later.scale
+        return logits.tanh() * self.later.cap if self.later.cap else logits
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -10,7 +10,9 @@ from torch import fx
 import memopt.kernels.chunked_attention
 import memopt.kernels.fewbit  # noqa: F401  # for what importing does
 import memopt.kernels.fp8  # noqa: F401
-import memopt.kernels.linear_cross_entropy
+import memopt.kernels.linear_cross_entropy  # noqa: F401
+import memopt.kernels.linear_statistics  # noqa: F401
+import memopt.kernels.logits
 import memopt.kernels.narrow  # noqa: F401
 import memopt.kernels.pack_bits  # noqa: F401
 import memopt.kernels.quantise  # noqa: F401
@@ -26,12 +28,17 @@ def overload(name: str) -> torch._ops.OpOverload:
 
 
 def _loss_workspace(node: fx.Node) -> int:
-    hidden, weight = (arg.meta["val"] for arg in node.all_input_nodes[:2])
-    size, chunk = memopt.kernels.linear_cross_entropy.workspace_bytes, int(node.args[-1])  # type: ignore[arg-type]
-    return size(hint(hidden.shape[0]), hint(weight.shape[0]), hint(weight.shape[1]), hidden.element_size(), chunk)
+    args: Any = node.args
+    backward = node.target is torch.ops.memopt.linear_statistics_backward.default
+    hidden, weight = (arg.meta["val"] for arg in (args[3:5] if backward else args[:2]))
+    size, capped = memopt.kernels.logits.workspace_bytes, int(backward and bool(args[9]))
+    sizes = hint(hidden.shape[0]), hint(weight.shape[0]), hint(weight.shape[1])
+    return size(*sizes, hidden.element_size(), int(args[-1]), capped)
 
 
 WORKSPACES[torch.ops.memopt.linear_cross_entropy.default] = _loss_workspace
+WORKSPACES[torch.ops.memopt.linear_statistics.default] = _loss_workspace
+WORKSPACES[torch.ops.memopt.linear_statistics_backward.default] = _loss_workspace
 
 
 def _attention_workspace(node: fx.Node) -> int:

@@ -25,11 +25,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import register_flop_formula
 
+import memopt.operations  # noqa: F401  # registers those named below
 from memopt.algebra.axes import ATEN, EXPANDS, REGROUPS, shape_of
 from memopt.algebra.rows import Known, Place, Rows
 from memopt.facts import WORKSPACES
 from memopt.kernels.codec import LIBRARY
-from memopt.kernels.linear_cross_entropy import chunk_bytes
+from memopt.kernels.logits import chunk_bytes
 from memopt.program import Program, copied, photograph
 from memopt.runtime.executor import Executor
 from memopt.timeline import timeline
@@ -377,6 +378,8 @@ IN_CHUNKS: dict[Any, Callable[[int], int]] = {
     STREAMED: int,
     STREAMED_BACKWARD: int,
     torch.ops.memopt.linear_cross_entropy.default: chunk_bytes,
+    torch.ops.memopt.linear_statistics.default: chunk_bytes,
+    torch.ops.memopt.linear_statistics_backward.default: chunk_bytes,
 }
 
 

@@ -1,225 +1,314 @@
-"""A linear layer whose outputs only a cross-entropy reads becomes one operation that never holds those logits.
+"""A linear layer whose outputs only losses read becomes one operation that never holds those logits.
 
-Found on the normalised forward: cross_entropy_loss of a product with a weight, with casts, reshapes and slices of rows
-between them. Logits that the model also returns, detached, are made when somebody reads them (memopt/later.py).
+One cross-entropy to one number, of the products themselves, makes its gradients in the forward
+(kernels/linear_cross_entropy.py). Whatever else is made of each row's sum of exponentials and of the logit of one word
+reads those instead (kernels/linear_statistics.py): losses of each row, weighted classes, z-loss, log-probabilities of
+chosen words, soft caps. Logits that the model also returns, detached, are made when somebody reads them
+(memopt/later.py).
 """
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-import memopt.kernels.linear_cross_entropy as kernel
+import memopt.kernels.linear_cross_entropy as whole
+from memopt.algebra.heads import (
+    ATEN,
+    LOSSES,
+    NORMALISED,
+    SHAPES,
+    SLICES,
+    Found,
+    Head,
+    Path,
+    Reader,
+    Refused,
+    found_at,
+    head_of,
+)
 from memopt.facts import source_line
 from memopt.forward import Forward, Later, trained
+from memopt.kernels import logits
 from memopt.passbase import Numerics, Rewrite, Site
 
-ATEN = torch.ops.aten
-CASTS = (ATEN.to.dtype, ATEN.to.dtype_layout, ATEN._to_copy.default, ATEN.to.device)
-SAME = (ATEN.contiguous.default, ATEN.alias.default, ATEN.clone.default)
-SHAPES = (ATEN.view.default, ATEN.reshape.default, ATEN._unsafe_view.default, ATEN.flatten.using_ints)
-TURNS = (ATEN.t.default, ATEN.transpose.int, ATEN.permute.default, ATEN.numpy_T.default)
 LOGITS = 3  # tensors of their size that exist at once where a loss is made of logits and differentiated
-DEFAULTS: dict[str, Any] = {"weight": None, "reduction": kernel.MEAN, "ignore_index": -100, "label_smoothing": 0.0}
-
-
-class Refused(Exception):
-    """Why a place is left alone."""
-
-
-@dataclass(frozen=True)
-class Head:
-    """The product that makes the logits: hidden (..., H), weight (V, H), bias (V). node: makes them."""
-
-    node: fx.Node
-    hidden: fx.Node
-    weight: fx.Node
-    bias: fx.Node | None
+BEGIN = (LOSSES[0], ATEN.logsumexp.default, NORMALISED)
 
 
 def linear_cross_entropy(forward: Forward) -> tuple[Site, ...]:
     """Rewrite every place that gains by it and can be; name those that cannot."""
-    found = [_site(forward, loss) for loss in forward.calls(ATEN.cross_entropy_loss.default)]
-    return tuple(site for site in found if site is not None)
+    sites: list[Site | None] = []
+    seen: set[fx.Node] = set()  # a head is looked at once, for the first that reads it
+    for node in forward.calls(*BEGIN):
+        if node not in seen:
+            sites.append(_site(forward, node, seen))
+    return tuple(site for site in sites if site is not None)
 
 
-def _site(forward: Forward, loss: fx.Node) -> Site | None:
-    where = source_line(loss)
+def _site(forward: Forward, begin: fx.Node, seen: set[fx.Node]) -> Site | None:
+    where = source_line(begin)
     try:
-        head, between = _head(loss)
-        if not _gains(loss, head):
-            return None
-        options = _options(loss)
-        beside = _returned(forward, head, between[0] if between else loss)
+        head = head_of(begin)
+    except Refused as why:
+        return Site(where, refused=str(why)) if begin.target is LOSSES[0] else None
+    if head.node in seen or not _gains(head):
+        return None
+    seen.add(head.node)
+    read: Tensor = begin.args[0].meta["val"]  # type: ignore[union-attr]
+    try:
+        found = found_at(head)
+        losses = [_loss(reader) for reader in found.readers]
+        if found.returned and not all(_given(node) for node in (head.weight, head.bias)):
+            raise Refused("logits are returned, and the weight is no parameter")
     except Refused as why:
         return Site(where, refused=str(why))
-    read: Tensor = loss.args[0].meta["val"]  # type: ignore[union-attr]
-    _replace(forward, loss, head, between, options)
-    _postpone(forward, head, beside)
+    seen.update(found.nodes)
+    _replace(forward, found.head, losses)
+    _postpone(forward, found)
+    _erase(forward, found.nodes)
     return Site(where, read.numel() * read.element_size())
 
 
-def _gains(loss: fx.Node, head: Head) -> bool:
+def _gains(head: Head) -> bool:
     """Whether the operation takes less than logits do: as log-softmax, and as its gradient and what that is made of.
 
     It takes a chunk of them and makes the hidden state's gradient early. A classifier of a few classes gains nothing.
     """
-    read: Tensor = loss.args[0].meta["val"]  # type: ignore[union-attr]
+    made: Tensor = head.node.meta["val"]
     words, width = head.weight.meta["val"].shape
-    rows, itemsize = read.numel() // words, head.node.meta["val"].element_size()
-    takes = kernel.workspace_bytes(rows, words, width, itemsize) + rows * width * itemsize
-    return bool(takes < LOGITS * read.numel() * loss.meta["val"].element_size())  # of autocast: fp32
+    rows, itemsize = made.numel() // words, made.element_size()
+    takes = logits.workspace_bytes(rows, words, width, itemsize, logits.CHUNK) + rows * width * itemsize
+    return bool(takes < LOGITS * made.numel() * 4)  # losses compute in fp32
 
 
-def _options(loss: fx.Node) -> tuple[int, float, int]:
-    """(ignore_index, label smoothing, reduction) of the loss. Refused where the operation has no such loss."""
-    names = ("self", "target", "weight", "reduction", "ignore_index", "label_smoothing")
-    given: dict[str, Any] = {**DEFAULTS, **dict(zip(names, loss.args, strict=False)), **loss.kwargs}
-    if given["weight"] is not None:
-        raise Refused("classes have weights")
-    if given["reduction"] not in (kernel.MEAN, kernel.SUM):
-        raise Refused("the loss is not reduced to one number")
+@dataclass(frozen=True)
+class Loss:
+    """What a reader makes of each row. targets: of the row's words; None where only the sum of exponentials is read."""
+
+    reader: Reader
+    targets: fx.Node | None = None
+    ignored: int | None = None
+    weight: fx.Node | None = None
+    reduction: int = 0
+    smoothing: float = 0.0
+
+    @property
+    def picks(self) -> tuple[fx.Node, int | None] | None:
+        """Which words are chosen; None for none."""
+        return None if self.targets is None else (self.targets, self.ignored)
+
+    @property
+    def at_once(self) -> bool:
+        """Whether its gradients can be made in the forward: one number, of the products themselves."""
+        one = self.reader.node.target is LOSSES[0] and self.reduction in (whole.MEAN, whole.SUM)
+        return one and self.weight is None and not self.reader.path.bent
+
+
+def _loss(reader: Reader) -> Loss:
+    """What the reader makes. Refused where that is more than can be made of sums and chosen words."""
+    node, args = reader.node, reader.node.args
+    if node.target is ATEN.logsumexp.default:
+        return Loss(reader)
+    if node.target is ATEN.gather.default:
+        return Loss(reader, args[2])  # type: ignore[arg-type]
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    defaults = {argument.name: argument.default_value for argument in node.target._schema.arguments}  # type: ignore[union-attr]
+    given: dict[str, Any] = {**defaults, **dict(zip(names, args, strict=False)), **node.kwargs}
+    smoothing = given.get("label_smoothing", 0.0)
+    if given["weight"] is not None and smoothing:
+        raise Refused("classes have weights, and labels are smoothed")
     if given["target"].meta["val"].is_floating_point() or given["self"].meta["val"].dim() != 2:
         raise Refused("targets are probabilities, or logits are no matrix")
-    return given["ignore_index"], given["label_smoothing"], given["reduction"]
-
-
-def _head(loss: fx.Node) -> tuple[Head, list[fx.Node]]:
-    """The product behind the loss, and the nodes between them, in order."""
-    between: list[fx.Node] = []
-    node = loss.args[0]
-    while isinstance(node, fx.Node):
-        if (head := _product(node)) is not None:
-            return head, between
-        if not _passes(node):
-            raise Refused(f"{node.target} stands between the product and the loss")
-        if any(user is not loss and user not in between for user in node.users):
-            raise Refused("logits are read by more than the loss")
-        between.insert(0, node)
-        node = node.args[0]
-    raise Refused("what the loss reads is no product with a weight")
-
-
-def _passes(node: fx.Node) -> bool:
-    """Whether the node leaves words where they are: a cast, a copy, a reshape or slice of rows."""
-    if node.target in CASTS or node.target in SAME:
-        return True
-    read, made = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
-    if node.target in SHAPES:
-        return bool(made.shape[-1] == read.shape[-1])
-    return node.target is ATEN.slice.Tensor and _dim(node) % read.dim() != read.dim() - 1
-
-
-def _dim(node: fx.Node) -> int:
-    dim = node.args[1] if len(node.args) > 1 else 0
-    assert isinstance(dim, int)
-    return dim
-
-
-def _product(node: fx.Node) -> Head | None:
-    """The node as a product of rows with a (V, H) weight, if it is one."""
-    args: tuple[Any, ...] = node.args
-    if node.target is ATEN.linear.default:
-        return Head(node, args[0], args[1], args[2] if len(args) > 2 else None)
-    if node.target in (ATEN.mm.default, ATEN.matmul.default) and (turned := _turned(args[1])) is not None:
-        return Head(node, args[0], turned, None)
-    if node.target is ATEN.addmm.default and not node.kwargs and (turned := _turned(args[2])) is not None:
-        return Head(node, args[1], turned, args[0]) if args[0].meta["val"].dim() == 1 else None
-    return None
-
-
-def _turned(node: fx.Node) -> fx.Node | None:
-    """What this is the transpose of, if it is a matrix's."""
-    if node.target in TURNS and node.meta["val"].dim() == 2:
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        return source if source.meta["val"].shape != node.meta["val"].shape or node.target is ATEN.t.default else None
-    return None
-
-
-def _returned(forward: Forward, head: Head, first: fx.Node) -> list[int]:
-    """Outputs that are the logits, detached. Refused where somebody else reads them."""
-    returned: list[Any] = list(forward.graph.output_node().args[0])  # type: ignore[arg-type]
-    others = [user for user in head.node.users if user is not first]
-    for user in others:
-        if user.target is not ATEN.detach.default or any(reader.op != "output" for reader in user.users):
-            raise Refused("logits are read by more than the loss")
-    beside = [at for at, node in enumerate(returned) if node in others]
-    if beside and not all(_given(node) for node in (head.weight, head.bias)):
-        raise Refused("logits are returned, and the weight is no parameter")
-    return beside
+    return Loss(reader, given["target"], given["ignore_index"], given["weight"], given["reduction"], smoothing)
 
 
 def _given(node: fx.Node | None) -> bool:
     return node is None or node.op == "placeholder"
 
 
-def _replace(
-    forward: Forward, loss: fx.Node, head: Head, between: list[fx.Node], options: tuple[int, float, int]
-) -> None:
-    """The loss by the one operation, on the rows that reach it."""
-    dtype = head.node.meta["val"].dtype  # autocast computes in another type than the parameters'
-    graph = forward.graph
-    with graph.inserting_before(loss):
-        rows = _cast(forward, _rows(forward, head, between), dtype)
-        weight, bias = _cast(forward, head.weight, dtype), head.bias and _cast(forward, head.bias, dtype)
+def _replace(forward: Forward, head: Head, losses: list[Loss]) -> None:
+    """Every reader by what is made without logits."""
+    order = {node: at for at, node in enumerate(forward.graph.nodes)}
+    losses = sorted(losses, key=lambda loss: order[loss.reader.node])
+    if len(losses) == 1 and losses[0].at_once:
+        _at_once(forward, head, losses[0])
+    else:
+        for group in _groups(losses, order):
+            _by_statistics(forward, head, group)
+
+
+def _erase(forward: Forward, nodes: frozenset[fx.Node]) -> None:
+    """What was made of the logits, and them."""
+    for node in reversed(forward.graph.nodes):
+        if node in nodes and not node.users:
+            forward.graph.erase_node(node)
+
+
+def _at_once(forward: Forward, head: Head, loss: Loss) -> None:
+    node = loss.reader.node
+    with forward.graph.inserting_before(node):
+        rows, weight, bias = _operands(forward, head, loss.reader.path)
         wanted = [trained(head.hidden), trained(head.weight), head.bias is not None and trained(head.bias)]
         args = (
-            rows,
-            weight,
-            bias,
-            loss.args[1],
-            *options,
-            loss.meta["val"].dtype,
-            wanted,
-            kernel.chunk_bytes(forward.chunks),
-        )
-        both = forward.new(torch.ops.memopt.linear_cross_entropy.default, args, loss)
-        new = graph.call_function(operator.getitem, (both, 0))
-        new.meta = {**loss.meta, "val": both.meta["val"][0]}
-    loss.replace_all_uses_with(new)
-    for node in (loss, *reversed(between)):
-        graph.erase_node(node)
+            rows, weight, bias, loss.targets, loss.ignored, loss.smoothing, loss.reduction, node.meta["val"].dtype,
+            wanted, logits.chunk_bytes(forward.chunks),
+        )  # fmt: skip
+        both = forward.new(torch.ops.memopt.linear_cross_entropy.default, args, node)
+        new = forward.graph.call_function(operator.getitem, (both, 0))
+        new.meta = {**node.meta, "val": both.meta["val"][0]}
+    node.replace_all_uses_with(new)
+
+
+def _groups(losses: list[Loss], order: dict[fx.Node, int]) -> list[list[Loss]]:
+    """Losses that are made of one set of sums: of the same rows, bent alike, with one set of targets, which are there
+    when the first of them runs."""
+    groups: list[list[Loss]] = []
+    for loss in losses:
+        for group in groups:
+            first, path = group[0].reader, loss.reader.path
+            alike = (path.rows(), path.scale, path.cap) == (first.path.rows(), first.path.scale, first.path.cap)
+            mine, theirs = loss.picks, next((each.picks for each in group if each.picks is not None), None)
+            early = loss.targets is None or order[loss.targets] < order[first.node]
+            if alike and (mine is None or mine == theirs or (theirs is None and early)):
+                group.append(loss)
+                break
+        else:
+            groups.append([loss])
+    return groups
+
+
+class Maker:
+    """Makes nodes at the graph's insertion point, with the source line of one."""
+
+    def __init__(self, forward: Forward, like: fx.Node) -> None:
+        self.forward, self.like = forward, like
+
+    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return self.forward.new(target, args, self.like, **kwargs)
+
+
+def _by_statistics(forward: Forward, head: Head, losses: list[Loss]) -> None:
+    """The losses of sums of exponentials and chosen logits, which one operation makes for all of them."""
+    first = losses[0].reader
+    chosen = next((loss for loss in losses if loss.targets is not None), losses[0])
+    with forward.graph.inserting_before(first.node):
+        new = Maker(forward, first.node)
+        places = None if chosen.targets is None else _places(new, chosen)
+        args = (*_operands(forward, head, first.path), places, first.path.scale, first.path.cap)
+        summed = any(loss.smoothing for loss in losses)
+        chunk = logits.chunk_bytes(forward.chunks)
+        several = new(torch.ops.memopt.linear_statistics.default, *args, summed, chunk)
+        made = [forward.graph.call_function(operator.getitem, (several, at)) for at in range(3)]
+        for at, node in enumerate(made):
+            node.meta = {**several.meta, "val": several.meta["val"][at]}
+    for loss in losses:
+        node = loss.reader.node
+        with forward.graph.inserting_before(node):
+            new = Maker(forward, node)
+            value = _made(new, head, loss, made)
+            if value.meta["val"].dtype != node.meta["val"].dtype:
+                value = new(ATEN.to.dtype, value, node.meta["val"].dtype)
+            if value.meta["val"].shape != node.meta["val"].shape:
+                value = new(ATEN.reshape.default, value, list(node.meta["val"].shape))
+        node.replace_all_uses_with(value)
+    for node in reversed(made):
+        if not node.users:
+            forward.graph.erase_node(node)
+
+
+def _places(new: Maker, loss: Loss) -> fx.Node:
+    """(N,) targets, the first word's where the row is ignored."""
+    assert loss.targets is not None
+    flat = loss.targets
+    if flat.meta["val"].dim() != 1:
+        flat = new(ATEN.reshape.default, flat, [-1])
+    if loss.ignored is None:
+        return flat
+    return new(ATEN.masked_fill.Scalar, flat, new(ATEN.eq.Scalar, flat, loss.ignored), 0)
+
+
+def _made(new: Maker, head: Head, loss: Loss, made: list[fx.Node]) -> fx.Node:
+    """What the loss is, of (lse, chosen, total)."""
+    lse, chosen, total = made
+    if loss.targets is None:
+        return lse
+    if loss.ignored is None:
+        return new(ATEN.sub.Tensor, chosen, lse) if loss.reader.path.normalised else chosen
+    kept = chosen
+    if loss.smoothing:
+        words = head.weight.meta["val"].shape[0]
+        kept = new(ATEN.mul.Tensor, chosen, 1.0 - loss.smoothing)
+        kept = new(ATEN.add.Tensor, kept, new(ATEN.mul.Tensor, total, loss.smoothing / words))
+    each = new(ATEN.sub.Tensor, lse, kept)
+    ignored = new(ATEN.eq.Scalar, loss.targets, loss.ignored)
+    weights = None
+    if loss.weight is not None:
+        weights = new(ATEN.index_select.default, loss.weight, 0, _places(new, loss))
+        weights = new(ATEN.masked_fill.Scalar, weights, ignored, 0)
+        each = new(ATEN.mul.Tensor, each, weights)
+    each = new(ATEN.masked_fill.Scalar, each, ignored, 0)
+    if loss.reduction == 0:
+        return each
+    summed = new(ATEN.sum.default, each)
+    if loss.reduction == whole.SUM:
+        return summed
+    count = new(ATEN.sum.default, new(ATEN.logical_not.default, ignored) if weights is None else weights)
+    return new(ATEN.div.Tensor, summed, count)
+
+
+def _operands(forward: Forward, head: Head, path: Path) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+    """(N, H), (V, H) and (V) of what the product multiplies, in the type it computes in."""
+    dtype = head.node.meta["val"].dtype
+    rows = _cast(forward, _rows(forward, head, path.nodes), dtype)
+    return rows, _cast(forward, head.weight, dtype), head.bias and _cast(forward, head.bias, dtype)
 
 
 def _cast(forward: Forward, node: fx.Node, dtype: torch.dtype) -> fx.Node:
     return node if node.meta["val"].dtype == dtype else forward.new(ATEN.to.dtype, (node, dtype), node)
 
 
-def _rows(forward: Forward, head: Head, between: list[fx.Node]) -> fx.Node:
+def _rows(forward: Forward, head: Head, between: Iterable[fx.Node]) -> fx.Node:
     """The hidden state with the reshapes and slices done that the logits went through: (N, H)."""
     rows, width = head.hidden, head.hidden.meta["val"].shape[-1]
     for node in between:
         if node.target in SHAPES:
             rows = forward.new(ATEN.reshape.default, (rows, [*node.meta["val"].shape[:-1], width]), rows)
-        elif node.target is ATEN.slice.Tensor:
-            rows = forward.new(ATEN.slice.Tensor, (rows, *node.args[1:]), rows)
-    return rows
+        elif node.target in SLICES:
+            rows = forward.new(node.target, (rows, *node.args[1:]), rows)
+    if rows.meta["val"].dim() == 2:
+        return rows
+    return forward.new(ATEN.reshape.default, (rows, [-1, width]), rows)
 
 
-def _postpone(forward: Forward, head: Head, beside: list[int]) -> None:
+def _postpone(forward: Forward, found: Found) -> None:
     """Have the graph return the hidden state for logits that somebody may read later, and forget the logits."""
-    output, inputs = forward.graph.output_node(), forward.graph.find_nodes(op="placeholder")
+    head, output = found.head, forward.graph.output_node()
+    inputs = forward.graph.find_nodes(op="placeholder")
     returned: list[Any] = list(output.args[0])  # type: ignore[arg-type]
-    for at in beside:
-        logits, value = returned[at], head.node.meta["val"]
-        with forward.graph.inserting_before(logits):
-            returned[at] = forward.new(ATEN.detach.default, (head.hidden,), logits)
-        bias = None if head.bias is None else inputs.index(head.bias)
-        forward.later[at] = Later(inputs.index(head.weight), bias, tuple(value.shape), value.dtype)
-    old = list(head.node.users)
+    ends = {node: path for node, path in found.returned}
+    for at, node in enumerate(returned):
+        if node in ends:
+            value, path = node.meta["val"], ends[node]
+            with forward.graph.inserting_before(node):
+                returned[at] = forward.new(ATEN.detach.default, (head.hidden,), node)
+            bias = None if head.bias is None else inputs.index(head.bias)
+            forward.later[at] = Later(
+                inputs.index(head.weight), bias, tuple(value.shape), value.dtype, head.node.meta["val"].dtype,
+                path.scale, path.cap,
+            )  # fmt: skip
     output.args = (tuple(returned),)
-    for node in (*old, head.node):
-        forward.graph.erase_node(node)
 
 
 @dataclass(frozen=True)
 class LinearCrossEntropy(Rewrite):
     """Never hold logits. Assumes: a gradient reaches the loss alone, which AOTAutograd's differentiation keeps."""
 
-    name, numerics, begins_at = "linear_cross_entropy", Numerics.REORDERED, ("cross_entropy",)
+    name, numerics = "linear_cross_entropy", Numerics.REORDERED
+    begins_at = ("cross_entropy", "logsumexp", "log_softmax")
     run = staticmethod(linear_cross_entropy)

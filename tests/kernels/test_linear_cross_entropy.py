@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from memopt.kernels import linear_cross_entropy as kernel
+from memopt.kernels import logits
 from memopt.runtime.measure import measure
 
 OPTIONS: list[dict[str, Any]] = [
@@ -24,9 +25,9 @@ REDUCTIONS = {"mean": kernel.MEAN, "sum": kernel.SUM}
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "CHUNK", 0)
-    monkeypatch.setattr(kernel, "LEAST", 5)
-    monkeypatch.setattr(kernel, "BLOCK", 10)
+    monkeypatch.setattr(logits, "CHUNK", 0)
+    monkeypatch.setattr(logits, "LEAST", 5)
+    monkeypatch.setattr(logits, "BLOCK", 10)
 
 
 def drawn(rows: int, width: int, words: int, biased: bool) -> list[Tensor]:
@@ -49,7 +50,7 @@ def chunked(given: list[Tensor], targets: Tensor, options: dict[str, Any]) -> li
     dtype = torch.promote_types(given[0].dtype, torch.float32)
     loss = torch.ops.memopt.linear_cross_entropy(
         inputs[0], inputs[1], bias, targets, options.get("ignore_index", -100), options.get("label_smoothing", 0.0),
-        REDUCTIONS[options.get("reduction", "mean")], dtype, [True, True, bias is not None], kernel.CHUNK,
+        REDUCTIONS[options.get("reduction", "mean")], dtype, [True, True, bias is not None], logits.CHUNK,
     )[0]  # fmt: skip
     return [loss.detach(), *torch.autograd.grad(loss * 2.0, inputs)]
 
@@ -81,7 +82,7 @@ def test_only_what_is_wanted_is_made() -> None:
     made = {}
     for wanted in ([True, False, False], [False, True, False], [False, False, False]):
         _, *made[tuple(wanted)] = torch.ops.memopt.linear_cross_entropy(
-            hidden, weight, None, targets, -100, 0.0, kernel.MEAN, torch.float32, wanted, kernel.CHUNK
+            hidden, weight, None, targets, -100, 0.0, kernel.MEAN, torch.float32, wanted, logits.CHUNK
         )
         assert [g.numel() > 0 for g in made[tuple(wanted)]] == wanted
 
@@ -99,7 +100,7 @@ def test_the_operation_is_sound(dtype: torch.dtype) -> None:
         kernel.SUM,
         torch.float32,
         [True, True, True],
-        kernel.CHUNK,
+        logits.CHUNK,
     )
     torch.library.opcheck(torch.ops.memopt.linear_cross_entropy.default, args)
 
@@ -113,11 +114,11 @@ def test_all_rows_ignored_gives_what_torch_gives() -> None:
     assert all(torch.equal(a, b) for a, b in zip(plain[1:], ours[1:], strict=True))
 
 
-@pytest.mark.parametrize("chunk", [kernel.CHUNK, kernel.chunk_bytes(16)])
+@pytest.mark.parametrize("chunk", [logits.CHUNK, logits.chunk_bytes(16)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_its_workspace_is_bounded(dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernel, "LEAST", 64)
-    monkeypatch.setattr(kernel, "BLOCK", 100)
+    monkeypatch.setattr(logits, "LEAST", 64)
+    monkeypatch.setattr(logits, "BLOCK", 100)
     hidden, weight = torch.randn(300, 32, dtype=dtype), torch.randn(500, 32, dtype=dtype)
     args = (
         hidden,
@@ -133,7 +134,7 @@ def test_its_workspace_is_bounded(dtype: torch.dtype, chunk: int, monkeypatch: p
     )
     outputs = 4 + hidden.nbytes + weight.nbytes
     found = measure(lambda: torch.ops.memopt.linear_cross_entropy(*args), resident=[]).peak_bytes - outputs
-    most = kernel.workspace_bytes(300, 500, 32, hidden.element_size(), chunk)
+    most = logits.workspace_bytes(300, 500, 32, hidden.element_size(), chunk)
     assert 0.8 * most <= found <= most
 
 
@@ -150,7 +151,7 @@ def test_its_operations_are_counted(dtype: torch.dtype, products: int) -> None:
         kernel.MEAN,
         dtype,
         [True, True, False],
-        kernel.CHUNK,
+        logits.CHUNK,
     )
     with FlopCounterMode(display=False) as counter:
         torch.ops.memopt.linear_cross_entropy(*args)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import memopt
-from memopt.kernels import linear_cross_entropy as kernel
+from memopt.kernels import logits as kernel
 from memopt.later import LaterTensor
 from memopt.models import from_preset
 from memopt.presets import PRESETS
@@ -54,6 +54,59 @@ def both(h: Tensor, head: nn.Linear, ids: Tensor) -> Any:
     return F.cross_entropy(logits.flatten(0, 1), ids.flatten()), logits
 
 
+def weighted(h: Tensor, head: nn.Linear, ids: Tensor) -> Tensor:
+    weights = torch.linspace(0.5, 2.0, 40)
+    return F.cross_entropy(head(h).flatten(0, 1), ids.flatten(), weight=weights, ignore_index=7)
+
+
+def unreduced(h: Tensor, head: nn.Linear, ids: Tensor) -> Tensor:
+    each = F.cross_entropy(head(h).flatten(0, 1), ids.flatten(), reduction="none", label_smoothing=0.1, ignore_index=3)
+    return each.square().sum()
+
+
+def with_z(h: Tensor, head: nn.Linear, ids: Tensor) -> Tensor:
+    logits = head(h).float()
+    loss = F.cross_entropy(logits.view(-1, 40), ids.view(-1))
+    return loss + 1e-2 * logits.logsumexp(-1).square().mean()
+
+
+def z_first(h: Tensor, head: nn.Linear, ids: Tensor) -> Tensor:
+    logits = head(h)
+    z = torch.logsumexp(logits, dim=2, keepdim=True).square().sum()
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="sum") + z / 30
+
+
+def capped(h: Tensor, head: nn.Linear, ids: Tensor) -> Any:
+    """As Gemma 2."""
+    logits = torch.tanh(head(h) / 0.5) * 0.5
+    return F.cross_entropy(logits.float().view(-1, 40), ids.view(-1)), logits
+
+
+def tempered(h: Tensor, head: nn.Linear, ids: Tensor) -> Tensor:
+    return F.cross_entropy((0.7 * head(h) / 0.3).flatten(0, 1), ids.flatten())
+
+
+def preferred(h: Tensor, head: nn.Linear, ids: Tensor) -> Tensor:
+    """Log-probabilities of the words, as DPO has them."""
+    each = head(h).log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+    return -F.logsigmoid(each.sum(-1)).mean()
+
+
+def selected(h: Tensor, head: nn.Linear, ids: Tensor) -> Tensor:
+    """The same from logits, as TRL has it."""
+    logits = head(h)
+    each = logits.gather(-1, ids[..., None])[..., 0] - torch.logsumexp(logits, -1)
+    return (each * torch.linspace(-1, 1, 6)).mean()
+
+
+def in_two(h: Tensor, head: nn.Linear, ids: Tensor) -> Tensor:
+    return F.nll_loss(F.log_softmax(head(h).view(-1, 40), dim=-1), ids.view(-1))
+
+
+def last_position(h: Tensor, head: nn.Linear, ids: Tensor) -> Tensor:
+    return F.cross_entropy(head(h)[:, -1], ids[:, -1], reduction="none").sum()
+
+
 IDS = torch.arange(30).view(5, 6)
 
 
@@ -70,7 +123,13 @@ def close(found: list[Tensor], want: list[Tensor], rounding: float) -> bool:
     return all((a.double() - b.double()).norm() <= rounding * (1e-3 + b.double().norm()) for a, b in pairs)
 
 
-@pytest.mark.parametrize("loss", [flat, shifted, multiplied, both])
+AT_ONCE = (flat, shifted, multiplied, both)
+BY_STATISTICS = (
+    weighted, unreduced, with_z, z_first, capped, tempered, preferred, selected, in_two, last_position,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("loss", [*AT_ONCE, *BY_STATISTICS])
 @pytest.mark.parametrize(("bias", "tied", "frozen"), [(True, False, ()), (False, True, ()), (True, False, ("head",)),
                                                       (True, False, ("embed", "body"))])  # fmt: skip
 def test_every_head_is_found(loss: Any, bias: bool, tied: bool, frozen: tuple[str, ...]) -> None:
@@ -82,9 +141,13 @@ def test_every_head_is_found(loss: Any, bias: bool, tied: bool, frozen: tuple[st
     memopt.compile(model, "1GB", lowering="eager")
     assert close(gradients(model), want, 1e-5)
     (lever,) = [lever for lever in model.memopt.plan.levers if lever.lever == "linear_cross_entropy"]
-    rows = 25 if loss is shifted else 30
+    rows = {shifted: 25, last_position: 5}.get(loss, 30)
     assert (lever.numerics, lever.bytes, lever.count) == ("reordered", 4 * rows * 40, 1)
-    assert not [step for step in model.memopt.plan.before.steps if "log_softmax" in step.op]
+    steps = [step.op for step in model.memopt.plan.before.steps]
+    assert not [op for op in steps if "log_softmax" in op or "tanh" in op]
+    assert ("memopt.linear_cross_entropy.default" in steps) is (loss in AT_ONCE)
+    products = 2 if loss in (z_first,) else 1  # its rows are others
+    assert steps.count("memopt.linear_statistics.default") == (0 if loss in AT_ONCE else products)
     assert model.memopt.plan.baseline_peak > model.memopt.plan.peak
 
 
@@ -99,9 +162,10 @@ def test_under_autocast_the_product_is_in_its_type() -> None:
     assert "bfloat16[30, 8]" in steps[0].key
 
 
-def test_logits_are_made_when_they_are_read() -> None:
+@pytest.mark.parametrize("head", [both, capped])
+def test_logits_are_made_when_they_are_read(head: Any) -> None:
     torch.manual_seed(0)
-    model = Head(both)
+    model = Head(head)
     want = model(IDS)[1].detach()
     memopt.compile(model, "1GB", lowering="eager")
     loss, logits = model(IDS)
@@ -128,12 +192,16 @@ def test_logits_read_after_the_update_are_refused_and_carry_no_gradient() -> Non
         logits.sum().backward()
 
 
-def weighted(h: Tensor, head: nn.Linear, ids: Tensor) -> Tensor:
-    return F.cross_entropy(head(h).flatten(0, 1), ids.flatten(), weight=torch.ones(40))
+def smoothed(h: Tensor, head: nn.Linear, ids: Tensor) -> Tensor:
+    return F.cross_entropy(head(h).flatten(0, 1), ids.flatten(), weight=torch.ones(40), label_smoothing=0.1)
 
 
-def unreduced(h: Tensor, head: nn.Linear, ids: Tensor) -> Tensor:
-    return F.cross_entropy(head(h).flatten(0, 1), ids.flatten(), reduction="none").square().sum()
+def soft(h: Tensor, head: nn.Linear, ids: Tensor) -> Tensor:
+    return F.cross_entropy(head(h).flatten(0, 1), torch.full((30, 40), 1 / 40))
+
+
+def all_words(h: Tensor, head: nn.Linear, ids: Tensor) -> Tensor:
+    return head(h).log_softmax(-1).square().mean()
 
 
 def read_twice(h: Tensor, head: nn.Linear, ids: Tensor) -> Tensor:
@@ -142,7 +210,7 @@ def read_twice(h: Tensor, head: nn.Linear, ids: Tensor) -> Tensor:
 
 
 def bent(h: Tensor, head: nn.Linear, ids: Tensor) -> Tensor:
-    return F.cross_entropy(head(h).flatten(0, 1).tanh(), ids.flatten())
+    return F.cross_entropy(head(h).flatten(0, 1).relu(), ids.flatten())
 
 
 def no_product(h: Tensor, head: nn.Linear, ids: Tensor) -> Tensor:
@@ -151,8 +219,8 @@ def no_product(h: Tensor, head: nn.Linear, ids: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("loss", "why"),
-    [(weighted, "weights"), (unreduced, "reduced"), (read_twice, "more than the loss"), (bent, "tanh"),
-     (no_product, "between")],
+    [(smoothed, "weights"), (soft, "probabilities"), (read_twice, "more than the loss"), (bent, "relu"),
+     (all_words, "more than the loss"), (no_product, "between")],
 )  # fmt: skip
 def test_what_is_left_alone_says_why(loss: Any, why: str) -> None:
     torch.manual_seed(0)
