@@ -21,7 +21,8 @@ from memopt.passbase import Rewrite, Site
 
 Found = dict[str, tuple[Site, ...]]  # rewrite's name -> the places it looked at
 IDLE = {"dtype", "layout", "device"}  # arguments of a cast that ask for no copy
-SAME = ("stack_trace", "nn_module_stack", "seq_nr")  # what a new node says of where it comes from
+OFF = "gradients_off"  # in a node's meta, where it runs without gradients
+SAME = ("stack_trace", "nn_module_stack", "seq_nr", OFF)  # what a new node says of where it comes from
 ALIASES = {
     **{"multiply": "mul", "subtract": "sub", "divide": "div", "true_divide": "div", "negative": "neg"},
     **{"less": "lt", "less_equal": "le", "greater": "gt", "greater_equal": "ge", "not_equal": "ne", "absolute": "abs"},
@@ -76,20 +77,23 @@ class Forward:
         return node
 
 
-def trained(node: fx.Node) -> bool:
-    """Whether an input that wants a gradient lies behind the node, as far as a gradient goes."""
+def trained(node: fx.Node, switched_on: bool = False) -> bool:
+    """Whether an input that wants a gradient lies behind the node, as far as a gradient goes. switched_on: as it would
+    be if gradients were nowhere switched off."""
     seen, waiting = {node}, [node]
     while waiting:
         each = waiting.pop()
         if each.op == "placeholder" and each.meta["example_value"].requires_grad:
             return True
-        new = [read for read in each.all_input_nodes if read not in seen and _differentiable(each)]
+        new = [read for read in each.all_input_nodes if read not in seen and _differentiable(each, switched_on)]
         seen.update(new)
         waiting.extend(new)
     return False
 
 
-def _differentiable(node: fx.Node) -> bool:
+def _differentiable(node: fx.Node, switched_on: bool) -> bool:
+    if node.meta.get(OFF) and not switched_on:
+        return False
     value = node.meta.get("val")
     floats = not isinstance(value, torch.Tensor) or value.is_floating_point() or value.is_complex()
     return floats and node.target is not torch.ops.aten.detach.default
@@ -137,9 +141,20 @@ def forward_of(module: fx.GraphModule) -> Forward:
     traced.meta.update(module.meta)
     for new, old in zip(traced.graph.find_nodes(op="placeholder"), holders, strict=True):
         new.meta = {**old.meta, **new.meta}
+    _mark_switched_off(traced.graph)
     _one_spelling(traced.graph)
     _drop_idle_casts(traced.graph)
+    _drop_idle_broadcasts(traced.graph)
     return Forward(traced)
+
+
+def _mark_switched_off(graph: fx.Graph) -> None:
+    off = False
+    for node in graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            off = not node.args[0]
+        elif off:
+            node.meta[OFF] = True
 
 
 def _one_spelling(graph: fx.Graph) -> None:
@@ -195,6 +210,19 @@ def _drop_idle_casts(graph: fx.Graph) -> None:
             if len(node.args) < 3 and set(node.kwargs) <= IDLE and _kind(node) == _kind(node.all_input_nodes[0]):
                 node.replace_all_uses_with(node.all_input_nodes[0])
                 graph.erase_node(node)
+
+
+def _drop_idle_broadcasts(graph: fx.Graph) -> None:
+    """Tensors broadcast together that have the one shape already, as losses of two tensors do."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.broadcast_tensors.default):
+        sources: Any = node.args[0]
+        for user in list(node.users):
+            source = sources[user.args[1]]
+            if user.meta["val"].shape == source.meta["val"].shape:
+                user.replace_all_uses_with(source)
+                graph.erase_node(user)
+        if not node.users:
+            graph.erase_node(node)
 
 
 def _kind(node: fx.Node) -> tuple[Any, ...]:

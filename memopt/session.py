@@ -7,84 +7,45 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
-from memopt.accuracy import Accuracy
-from memopt.capture import Capture, Survey, survey, tensor_names
-from memopt.dumps import PLANNED, dump_program, plan_made
+from memopt.capture import Capture, Survey, tensor_names
+from memopt.dumps import PLANNED, dump_program
 from memopt.early import Updates, anchors
 from memopt.errors import BudgetError
 from memopt.hosts import without_full_mask
 from memopt.lowering import Transform, lower, signature
-from memopt.noise import LOSSY, Noise
 from memopt.optim.stepper import Stepper
-from memopt.pipeline import (
-    Costs,
-    Planned,
-    Progress,
-    make_plan,
-    optimizer_phase,
-    prepare,
-    silent,
-    step_graph,
-)
-from memopt.planfile import PlanFile
-from memopt.profiling import measured_costs
+from memopt.pipeline import Planned, prepare
+from memopt.planning import Planner
 from memopt.program import Program, copied
-from memopt.recurrent import fused_cells
-from memopt.refusal import Refused, Spelling, hopeless, infeasible
 from memopt.report import PlanResult
-from memopt.request import Request
-from memopt.reused import chunks_of, identity
-from memopt.rewrites import rewritten_levers
 from memopt.runtime.resident import resident_tensors
-from memopt.seams import parts_of
 from memopt.shapes import input_key
-from memopt.smaller import Call
-from memopt.streams import LADDER, in_chunks, streams
-from memopt.table import to_text
-from memopt.timeline import peak
 from memopt.units import format_size
 from memopt.watch import StepWatch
 
 log = logging.getLogger("memopt")
 
-WORTH = 0.9  # of the seconds with a rewrite, to do without it
-SLOWED = 0.02  # of a step's seconds: less is no reason to stream in more chunks
 CORRECTIONS = 2  # times a step that broke the budget is planned again
 
 
 @dataclass
-class Session:
-    """State behind one compiled model. request: what was asked; its budget is already in bytes.
+class Session(Planner):
+    """State behind one compiled model. plans: by what `input_key` gives; current: the key of the latest step.
 
-    measure: price operations by running each once on this device; False where nothing may be allocated. advise: find
-    the ways out of a refusal, which takes further plans; spelling: how they are written. missed: bytes by which real
-    steps exceeded what was predicted of them; corrections: how often that led to another plan. plans, surveys: by what
-    `input_key` gives; current: the key of the latest step.
+    corrections: how often a step that broke the budget led to another plan.
     """
 
-    model: nn.Module
-    request: Request
-    gradients: str = "loss"
-    plan_file: PlanFile | None = None
-    progress: Progress = silent
-    measure: bool = True
     plans: dict[Any, Planned] = field(default_factory=dict)
-    surveys: dict[Any, Survey] = field(default_factory=dict)
     current: Any = None
     outputs_held: bool = True
-    refused: PlanResult | None = None
     inputs: Any = ()
-    advise: bool = True
-    spelling: Spelling = field(default_factory=Spelling)
-    missed: int = 0
     corrections: int = 0
     turns: dict[str, int] = field(default_factory=dict)
-    accuracy: Accuracy = field(default_factory=Accuracy)
 
     def __post_init__(self) -> None:
         self.watch = StepWatch(self.resident, self.request.device.kind)
@@ -103,159 +64,6 @@ class Session:
             self.plans[key] = self.chosen(key, (tuple(args), dict(kwargs)))
         self.current = key
         return self.plans[key]
-
-    def chosen(self, key: Any, call: Call) -> Planned:
-        """The plan in the lowering asked for; where none of its holds the budget and the choice was left to us, in the
-        spare one, unless that is hopeless. Raises BudgetError with the lowest floor of those tried."""
-        tried: list[tuple[Planned, Survey]] = []
-        for lowering in self.request.lowerings:
-            started = time.perf_counter()
-            found, left_out = self.matching(key, call, lowering)
-            if self.plan_file is not None and lowering != self.request.lowerings[-1] and not self.saved_of(found):
-                continue
-            request = replace(self.request, lowering=lowering)
-            planned = replace(self.tried(found, request, time.perf_counter() - started, call), left_out=left_out)
-            planned, found = self.streamed(key, call, planned, found)
-            tried.append((planned, found))
-            if not planned.result.infeasible:
-                planned = self.faster(key, call, planned)
-                return self.adopted(planned.instead_of(tried[0][0].result) if len(tried) > 1 else planned)
-            if hopeless(planned.result):
-                break
-        self.refuse(*min(tried, key=lambda pair: pair[0].result.plan.peak), call)
-
-    def streamed(self, key: Any, call: Call, planned: Planned, found: Survey) -> tuple[Planned, Survey]:
-        """The best plan with what streams in so many chunks or so many, where no plan without fits: one that fits,
-        and fast; if none does, the one that takes least."""
-        permitted = any(rewrite.costly for rewrite in self.request.rewrites)
-        if self.plan_file is not None or not permitted or not planned.result.infeasible or hopeless(planned.result):
-            return planned, found
-        started = time.perf_counter()
-        base = self.surveyed(key, call, planned.lowering, planned.left_out, LADDER[0])
-        request, least = replace(self.request, lowering=planned.lowering), planned.result
-        best: Survey | None = None
-        for other in [in_chunks(base, chunks) for chunks in LADDER] if streams(base) else []:
-            rough = make_plan(other, request, self.costs(other), 0.0, self.progress).result
-            if not _better(rough, least):
-                break
-            best, least = other, rough
-        if best is None:
-            return planned, found
-        self.surveys[key, planned.lowering, planned.left_out, best.chunks] = best
-        made = replace(self.tried(best, request, time.perf_counter() - started, call), left_out=planned.left_out)
-        return (made, best) if _better(made.result, planned.result) else (planned, found)
-
-    def faster(self, key: Any, call: Call, planned: Planned) -> Planned:
-        """The plan without a rewrite that costs time, where the step as it was written fits and is faster."""
-        written = planned.result
-        fits = written.plain is not None and written.baseline_peak <= self.request.budget
-        if self.plan_file is not None or not fits or written.baseline_seconds > WORTH * written.step_seconds:
-            return planned
-        best = planned
-        for name in (lever.lever for lever in written.rewrites):
-            started, left_out = time.perf_counter(), frozenset({name})
-            found = self.surveyed(key, call, planned.lowering, left_out)
-            request = replace(self.request, lowering=planned.lowering, off=self.request.off | left_out)
-            other = self.tried(found, request, time.perf_counter() - started, call)
-            if not other.result.infeasible and other.result.step_seconds <= WORTH * best.result.step_seconds:
-                best = replace(other, left_out=left_out).noted(f"does without {name}: it takes time, and there is room")
-        return best
-
-    def matching(self, key: Any, call: Call, lowering: str) -> tuple[Survey, frozenset[str]]:
-        """The survey in this lowering, and the rewrites left out of it: those that a saved plan did without."""
-        chunks = 0 if self.plan_file is None else chunks_of(self.plan_file)
-        found = self.surveyed(key, call, lowering, chunks=chunks)
-        rewritten = () if self.plan_file is None or self.saved_of(found) else rewritten_levers(found)
-        for left_out in (frozenset({each.lever}) for each in rewritten):
-            other = self.surveyed(key, call, lowering, left_out)
-            if self.saved_of(other):
-                return other, left_out
-        return found, frozenset()
-
-    def surveyed(
-        self, key: Any, call: Call, lowering: str, left_out: frozenset[str] = frozenset(), chunks: int = 0
-    ) -> Survey:
-        """The survey of these inputs in this lowering, made once. Raises CaptureError."""
-        known = (key, lowering, left_out, chunks)
-        if known not in self.surveys:
-            self.progress("capture", None)
-            self.surveys[known] = self.capture(call, lowering=lowering, left_out=left_out, chunks=chunks)
-        return self.surveys[known]
-
-    def capture(
-        self,
-        call: Call,
-        exact: bool | None = None,
-        lowering: str = "",
-        beside: bool = True,
-        left_out: frozenset[str] = frozenset(),
-        chunks: int = 0,
-    ) -> Survey:
-        """Every graph of the step for these inputs. exact, lowering: if left out as requested. beside, chunks: as in
-        `survey`. left_out: rewrites to do without. Raises CaptureError."""
-        lowering = lowering or self.request.lowering
-        exact = self.request.exact if exact is None else exact
-        clean, rewrites = prepare(lowering, self.request.off), self.request.without(left_out)
-        return survey(self.model, *call, clean, lowering, self.gradients, exact, rewrites, beside, chunks)
-
-    def saved_of(self, found: Survey) -> bool:
-        """Whether the saved plan is of this survey's graphs."""
-        return self.plan_file is not None and self.plan_file.identity.get("graph") == identity(found)["graph"]
-
-    def adopt(self, found: Survey, lowering: str) -> Planned:
-        """Price and plan a survey by itself. Raises BudgetError."""
-        planned = self.tried(found, replace(self.request, lowering=lowering), 0.0)
-        if planned.result.infeasible:
-            self.refuse(planned, found)
-        return self.adopted(planned)
-
-    def adopted(self, planned: Planned) -> Planned:
-        plan_made(lambda: to_text(planned.result), planned.result.to_json)
-        return planned
-
-    def refuse(self, planned: Planned, found: Survey, call: Call | None = None) -> NoReturn:
-        """Raise BudgetError for this plan."""
-        self.refused = self.advised(planned, found, call)
-        raise infeasible(self.refused)
-
-    def tried(self, found: Survey, request: Request, capture_seconds: float, call: Call | None = None) -> Planned:
-        """The plan of a survey, perhaps infeasible. call: inputs the step may be tried on."""
-        costs = self.costs(found)
-        seen = self.measure and bool(set(LOSSY) - request.off) and self.short(found, costs)
-        probe = self.accuracy.probe(found, call, request) if seen else None
-        make = partial(self.planned, found, request, costs, capture_seconds)
-        return self.accuracy.held(make, probe, request.max_grad_error).missing(self.missed)
-
-    def short(self, found: Survey, costs: Costs) -> bool:
-        """Whether the step as it is takes more than the budget."""
-        whole = step_graph(found, parts_of(found), self.request, optimizer_phase(found, self.request), costs)
-        return peak(whole, self.request.device.allocator_block) > self.request.budget - self.missed
-
-    def planned(self, found: Survey, request: Request, costs: Costs, capture_seconds: float, noise: Noise) -> Planned:
-        """The plan within the budget less what real steps were seen to take beyond theirs."""
-        request = replace(request, budget=max(request.budget - self.missed, 1))
-        planned = make_plan(found, request, costs, capture_seconds, self.progress, self.plan_file, noise)
-        if request.lowering == "inductor" and self.measure:
-            from memopt.tuning import tuned  # loads Inductor
-
-            runs = tuple(zip((capture.program for capture in found.captures), parts_of(found), strict=True))
-            planned = tuned(planned, runs, request.time_limit, request.device.kind)
-        return planned
-
-    def advised(self, planned: Planned, found: Survey, call: Call | None) -> PlanResult:
-        """The refused result with its ways out, unless nobody will read them."""
-        result, request = planned.result, replace(self.request, lowering=planned.lowering)
-        if not self.advise:
-            return result
-        self.progress("ways out", None)
-        # beside: nobody asks what a way out is without memopt
-        capture = partial(self.capture, lowering=planned.lowering, beside=False)
-        reordered = partial(capture, exact=False) if any(fused_cells(c.program.graph) for c in found.captures) else None
-        eager = partial(self.capture, lowering="eager", beside=False) if planned.lowering == "inductor" else None
-        refused = Refused(
-            result, found, request, self.costs, call, capture, reordered, eager, self.spelling, self.accuracy.used
-        )
-        return replace(result, ways_out=refused.ways_out())
 
     def step(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """A training step begins: have its plan ready and watch it. True if plans were made anew.
@@ -299,11 +107,6 @@ class Session:
         finally:
             self.advise = advise
         return True
-
-    def costs(self, found: Survey) -> Costs:
-        """Seconds and workspaces of the operations on this device; none when it is not here."""
-        programs = [capture.program for capture in found.captures]
-        return measured_costs(programs, self.request.device, self.measure, found.lowering)
 
     def resident(self) -> Iterable[torch.Tensor]:
         """What is alive before a step: the model, gradients being accumulated, optimizer state, the inputs."""
@@ -416,12 +219,3 @@ class Session:
         changed = planned.applied(prepared, planned.remakes(place), planned.fences)
         dump_program(PLANNED, changed)
         return changed
-
-
-def _better(one: PlanResult, other: PlanResult) -> bool:
-    """Whether a plan fits where the other does not, is faster if both do, takes less if neither."""
-    if one.infeasible != other.infeasible:
-        return other.infeasible
-    if one.infeasible:
-        return one.plan.peak < other.plan.peak
-    return one.step_seconds < (1 - SLOWED) * other.step_seconds

@@ -27,7 +27,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 import memopt.operations  # noqa: F401  # registers those named below
 from memopt.algebra.axes import ATEN, EXPANDS, REGROUPS, shape_of
-from memopt.algebra.rows import Known, Place, Rows
+from memopt.algebra.rows import Found, Place, Rows, Summed
 from memopt.facts import WORKSPACES
 from memopt.kernels.codec import LIBRARY
 from memopt.kernels.logits import chunk_bytes
@@ -60,13 +60,13 @@ class Like:
 class Region:
     """graph: placeholders for what is read by rows, then for what is read whole; returns its outputs.
 
-    places: where the rows of its nodes are. wanted: which of the inputs get a gradient. autocast: (device type, dtype)
-    if it was captured under autocast.
+    places: where the rows of its nodes are, or that they are summed up. wanted: which of the inputs get a gradient.
+    autocast: (device type, dtype) if it was captured under autocast.
     """
 
     graph: fx.Graph
     count: int
-    places: Known
+    places: Found
     rows: tuple[Like, ...]
     whole: tuple[Like, ...]
     outputs: tuple[Like, ...]
@@ -84,10 +84,11 @@ class Region:
 
     @cached_property
     def row_places(self) -> tuple[Place, ...]:
-        return tuple(self.places[holder] for holder in self.holders[: len(self.rows)])
+        places = (self.places[holder] for holder in self.holders[: len(self.rows)])
+        return tuple(place for place in places if isinstance(place, Place))
 
     @cached_property
-    def output_places(self) -> tuple[Place, ...]:
+    def output_places(self) -> tuple[Place | Summed, ...]:
         returned: Any = self.graph.output_node().args[0]
         return tuple(self.places[node] for node in returned)
 
@@ -105,7 +106,9 @@ class Region:
         graph, sizes = copied(self.graph), Rows(self.count)
         for node, old in zip(list(graph.nodes), list(self.graph.nodes), strict=True):
             if node.target in REGROUPS | EXPANDS:
-                shape = list(sizes.resized(shape_of(old), self.places[old], count))
+                place = self.places[old]
+                assert isinstance(place, Place)
+                shape = list(sizes.resized(shape_of(old), place, count))
                 node.target = ATEN.expand.default if node.target in EXPANDS else ATEN.reshape.default
                 node.args, node.kwargs = (node.args[0], shape), {}
         return fx.GraphModule({}, graph)
@@ -118,6 +121,13 @@ def part(x: Tensor, place: Place, count: int, first: int, end: int) -> Tensor:
         return x.narrow(place.dim, first, end - first).contiguous()
     apart: Tensor = x.unflatten(place.dim, (outer, count, place.inner))
     return apart.narrow(place.dim + 1, first, end - first).flatten(place.dim, place.dim + 2).contiguous()
+
+
+def above(gradient: Tensor, place: Place | Summed, count: int, first: int, end: int) -> Tensor:
+    """What a chunk of rows gets of an output's gradient: its rows; of a sum all of it, of a mean its share."""
+    if isinstance(place, Place):
+        return part(gradient, place, count, first, end)
+    return gradient * ((end - first) / count) if place.mean else gradient
 
 
 def put(into: Tensor, place: Place, count: int, first: int, value: Tensor) -> None:
@@ -183,9 +193,8 @@ def _traced(region: Region, count: int, given: tuple[bool, ...] | None) -> Chunk
         module.graph.eliminate_dead_code()
         module.recompile()
     if given is not None:
-        pairs += [
-            pair for pair, has in zip(zip(region.outputs, region.output_places, strict=True), given, strict=True) if has
-        ]
+        outputs = zip(region.outputs, region.output_places, given, strict=True)
+        pairs += [(x, place) for x, place, has in outputs if has and isinstance(place, Place)]
     held, flops = _figures(module)
     return Chunk(module, Executor(module), held + sum(_copied(region, *pair, count) for pair in pairs), flops)
 
@@ -204,7 +213,7 @@ def _joint(
 ) -> fx.GraphModule:
     """(rows, whole, gradients, sums) -> gradients of rows; those of what is read whole are added to the sums."""
     pairs = zip(region.outputs, region.output_places, given, strict=True)
-    gradients = [part(x.fake(), place, region.count, 0, count) for x, place, has in pairs if has]
+    gradients = [above(x.fake(), place, region.count, 0, count) for x, place, has in pairs if has]
     sums = [
         x.new_empty(x.shape, dtype=sum_type(x)) for x, yes in zip(whole, region.wanted[len(rows) :], strict=True) if yes
     ]
@@ -280,8 +289,11 @@ def forward(
         with drawing(seed, first):
             found = list(chunk(region, end - first, None).run([*parts, *whole]))
         for into, place in zip(made, region.output_places, strict=True):
-            put(into, place, region.count, first, found.pop(0))
-    return made
+            if isinstance(place, Place):
+                put(into, place, region.count, first, found.pop(0))
+            else:
+                into.add_(found.pop(0), alpha=(end - first) / region.count if place.mean else 1)
+    return [total.to(like.dtype) for total, like in zip(made, region.outputs, strict=True)]
 
 
 def backward(
@@ -301,10 +313,10 @@ def backward(
     known = [(g, place) for g, place in zip(gradients, region.output_places, strict=True) if g is not None]
     for first, end in region.chunks(chunks):
         parts = [part(x, place, region.count, first, end) for x, place in zip(rows, region.row_places, strict=True)]
-        above = [part(g, place, region.count, first, end) for g, place in known]
+        slopes = [above(g, place, region.count, first, end) for g, place in known]
         with drawing(seed, first):
-            found = list(chunk(region, end - first, given).run([*parts, *whole, *above, *sums]))
-        del parts, above
+            found = list(chunk(region, end - first, given).run([*parts, *whole, *slopes, *sums]))
+        del parts, slopes
         for into, place in zip(made, places, strict=True):
             if (value := found.pop(0)) is not None:
                 put(into, place, region.count, first, value)
@@ -329,7 +341,12 @@ def drawing(seed: Tensor | None, first: int) -> Iterator[None]:
 
 
 def _fresh(region: Region) -> list[Tensor]:
-    return [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in region.outputs]
+    """Room for the outputs; sums begin at nothing, and are made in fp32 at least."""
+    made = []
+    for x, place in zip(region.outputs, region.output_places, strict=True):
+        room = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        made.append(room if isinstance(place, Place) else torch.zeros_like(room, dtype=sum_type(room)))
+    return made
 
 
 LIBRARY.define("streamed(Tensor[] rows, Tensor[] whole, Tensor? seed, str region, int chunks) -> Tensor[]")

@@ -1,7 +1,8 @@
 """Norms, MLPs and heads run a few rows at a time, in forward, recomputation and backward.
 
-What lies between two narrow places of the rows' way (memopt/algebra/regions.py) becomes one operation that holds a
-chunk of its inside at a time (memopt/streamed.py). It costs the inside's forward once more, as recomputing it does.
+What lies between two narrow places of the rows' way (memopt/algebra/regions.py), or between one and a sum over the rows
+(a loss that compares two models' logits, say), becomes one operation that holds a chunk of its inside at a time
+(memopt/streamed.py). It costs the inside's forward once more, as recomputing it does.
 How many chunks is the planner's choice (`Forward.chunks`); it proposes none where the step does as well without.
 """
 
@@ -14,7 +15,7 @@ import torch
 from torch import fx
 
 from memopt.algebra.axes import ATEN
-from memopt.algebra.regions import Stretch, stretches
+from memopt.algebra.regions import Stretch, settle, stretches
 from memopt.facts import source_line
 from memopt.forward import Forward, trained
 from memopt.passbase import Numerics, Rewrite, Site
@@ -27,6 +28,7 @@ def run(forward: Forward) -> tuple[Site, ...]:
     """Every stretch that pays."""
     if cast := [node for node in forward.graph.nodes if "_enter_autocast" in str(node.target)]:
         return (Site(source_line(cast[0]), refused="the forward switches autocast on or off within itself"),)
+    settle(forward.graph)
     return tuple(_site(forward, found) for found in list(stretches(forward.graph)))
 
 

@@ -15,7 +15,7 @@ import hypothesis
 import pytest
 import torch
 
-from memopt import pipeline, session
+from memopt import pipeline, planning
 from memopt.edit import edit
 from memopt.errors import VerifyError
 from memopt.graph import StepGraph, verify
@@ -48,7 +48,7 @@ def verification() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def rewritten_whatever_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rewrites stay, however their times turn out on this machine; tests of that choice set it themselves."""
-    monkeypatch.setattr(session, "WORTH", 0.0)
+    monkeypatch.setattr(planning, "WORTH", 0.0)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from torch import nn
 
 import memopt
 from memopt.backend import memopt_backend
+from memopt.kernels.codec import relative_error
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -63,7 +64,7 @@ def test_the_step_is_bit_identical_under_a_budget_that_binds() -> None:
 def test_each_shape_gets_a_plan(lowering: str, dynamic: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where Dynamo would trace symbolic sizes, after the second shape or at once, bytes are planned for real ones."""
     peaks: list[int] = []
-    monkeypatch.setattr("memopt.session.plan_made", lambda text, plan: peaks.append(plan()["predicted"]["peak_bytes"]))
+    monkeypatch.setattr("memopt.planning.plan_made", lambda text, plan: peaks.append(plan()["predicted"]["peak_bytes"]))
     model = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8))
     options = {"lowering": lowering, "budget": "1GB"}
     step = torch.compile(model, backend="memopt", dynamic=dynamic, options=options)
@@ -75,6 +76,7 @@ def test_each_shape_gets_a_plan(lowering: str, dynamic: bool | None, monkeypatch
 
 
 def test_a_refusal_arrives_as_itself_with_its_figures() -> None:
+    relative_error.cache_clear()  # found out anew, while Dynamo traces
     with pytest.raises(memopt.BudgetError, match="the least this step can run in") as caught:
         compiled(built(), budget="10KB")(torch.randn(512, 64))
     assert caught.value.budget_bytes == 10_000

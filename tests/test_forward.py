@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 import memopt
 from memopt import api, capture, rewrites
 from memopt.errors import VerifyError
-from memopt.forward import Forward, Rewritten, rewritten
+from memopt.forward import Forward, Rewritten, forward_of, rewritten
 from memopt.passbase import Numerics, Rewrite, Site
 
 ATEN = torch.ops.aten
@@ -126,3 +126,9 @@ def test_of_a_large_step_the_baseline_is_the_rewritten_one_and_says_so(monkeypat
     plan = memopt.plan(Doubling(), (torch.randn(4, 8),), budget="1GB", lowering="eager")
     assert plan.plain is None
     assert any('"without memopt" has them as well' in note for note in plan.notes)
+
+
+def test_what_has_the_one_shape_already_is_not_broadcast() -> None:
+    for other, left in ((torch.randn(3, 4), 0), (torch.randn(4), 1)):
+        module = traced(lambda x, y: torch.add(*torch.broadcast_tensors(x, y)), torch.randn(3, 4), other)
+        assert len(Forward(forward_of(module).module).calls(ATEN.broadcast_tensors.default)) == left

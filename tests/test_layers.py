@@ -21,8 +21,8 @@ LEVELS = {
     2: "program facts listing unwrapped passbase operations forward algebra kernels solvers",
     3: "passes blame capture frames hosts optim runtime streamed streams lowering fences inductor relay compose seams "
     "outputs recurrent models workload factory nets text fakes prices noise applied later early trained shapes",
-    4: "pipeline dumps refusal smaller profiling tuning session report table planfile html chart page formula carry "
-    "sizing attach watch probe accuracy rewrites remarks reused request",
+    4: "pipeline dumps refusal smaller profiling tuning planning session report table planfile html chart page formula "
+    "carry sizing attach watch probe accuracy rewrites remarks reused request",
     5: "api workbench",
     6: "cli options __main__ backend integrations",
 }

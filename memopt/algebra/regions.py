@@ -17,9 +17,9 @@ from torch import Tensor, fx
 
 from memopt.algebra.axes import ATEN, PERMUTES, REGROUPS, shape_of
 from memopt.algebra.contraction import contraction
-from memopt.algebra.rows import Across, Known, Place, Rows
+from memopt.algebra.rows import Across, Found, Known, Place, Rows, Summed
 from memopt.facts import is_getitem
-from memopt.forward import is_view, written
+from memopt.forward import OFF, is_view, trained, written
 
 WIDER = 2  # times as long as its input is a row that a wide product makes
 REACH = 96  # nodes before and behind it that are looked at
@@ -34,7 +34,7 @@ class Stretch:
 
     nodes: tuple[fx.Node, ...]
     rows: Rows
-    known: Known
+    known: Found
 
     @property
     def read(self) -> tuple[fx.Node, ...]:
@@ -58,14 +58,18 @@ class Stretch:
                 return found
         return None
 
-    def places(self) -> Known:
+    def places(self) -> Found:
         """Of all nodes and of what is read by rows."""
         return {n: self.known[n] for n in self.nodes} | {arg: p for arg in self.read if (p := self._place(arg))}
 
     @property
     def consistent(self) -> bool:
-        """Whether nothing is read both by rows and whole, or by rows that are elsewhere."""
+        """Whether nothing is read both by rows and whole, or by rows that are elsewhere, or before it is summed up."""
         inside = set(self.nodes)
+        for node in self.nodes:
+            read = self.rows.read(node, self.known[node])
+            if any(arg in inside and read.get(arg) != self.known[arg] for arg in node.all_input_nodes):
+                return False
         for arg in self.read:
             users = [user for user in arg.users if user in inside]
             if len({self.rows.read(user, self.known[user]).get(arg) for user in users}) > 1:
@@ -85,13 +89,17 @@ class Stretch:
 
     @property
     def border_bytes(self) -> int:
-        return sum(_bytes(node) for node in (*self.by_rows, *self.returned))
+        """Of what enters and leaves. The graph's own inputs are there anyway; what gets no gradient would be saved too,
+        to be compared with."""
+        entering = [node for node in self.by_rows if trained(node) and node.op != "placeholder"]
+        return sum(_bytes(node) for node in (*entering, *self.returned))
 
 
 def stretches(graph: fx.Graph) -> Iterator[Stretch]:
     """Those that pay, in order, none of them in another."""
     taken: set[fx.Node] = set()
-    grown: dict[fx.Node, tuple[Rows, Known, list[fx.Node]]] = {}
+    switched = _switched(graph)
+    grown: dict[fx.Node, tuple[Rows, Found, list[fx.Node]]] = {}
     for seed in list(graph.nodes):
         if seed in taken or (start := _wide(seed)) is None:
             continue
@@ -102,10 +110,37 @@ def stretches(graph: fx.Graph) -> Iterator[Stretch]:
             grown |= dict.fromkeys(members, (rows, known, members))
         if seed not in grown:
             continue
-        found = _around(seed, *grown[seed], taken)
+        found = _around(seed, *grown[seed], taken, switched)
         if found is not None:
             taken |= set(found.nodes)
             yield found
+
+
+def settle(graph: fx.Graph) -> None:
+    """Move wide products, and what is made of them in their size, down to what reads them first: the head of a model
+    whose logits are compared with another's stands before that other model."""
+    switched = _switched(graph)
+    wide: set[fx.Node] = set()
+    for node in graph.nodes:
+        made_of = [arg for arg in node.all_input_nodes if arg in wide and _bytes(arg) <= _bytes(node)]
+        if (made_of or _wide(node) is not None) and _movable(node):
+            wide.add(node)
+    for node in reversed(list(graph.nodes)):
+        if node in wide and node.users:
+            first = node.next
+            while first not in node.users:
+                first = first.next
+            if switched.get(node) in (None, OFF in first.meta):
+                first.prepend(node)
+
+
+def _movable(node: fx.Node) -> bool:
+    """Whether it does not matter when the node runs, but for gradients switched on or off."""
+    target: Any = node.target
+    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
+        return False
+    unwritten = not any(written(each) for each in (node, *node.all_input_nodes))
+    return unwritten and not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
 
 
 def _wide(node: fx.Node) -> tuple[Place, int] | None:
@@ -139,9 +174,9 @@ def _split(x: fx.Node, shape: tuple[int, ...]) -> tuple[Place, int] | None:
     return Rows(whole[dim]).regrouped(Place(dim), whole, shape), whole[dim]
 
 
-def _grown(rows: Rows, seed: fx.Node, place: Place) -> tuple[Known, set[fx.Node]]:
+def _grown(rows: Rows, seed: fx.Node, place: Place) -> tuple[Found, set[fx.Node]]:
     """Where rows are, of all nodes that are connected to the seed by rows; those of them that are rowwise."""
-    known: Known = {seed: place}
+    known: Found = {seed: place}
     inside: set[fx.Node] = set()
     waiting = [seed]
     while waiting:
@@ -158,7 +193,7 @@ def _grown(rows: Rows, seed: fx.Node, place: Place) -> tuple[Known, set[fx.Node]
     return known, inside
 
 
-def _read(rows: Rows, node: fx.Node, place: Place) -> Known | None:
+def _read(rows: Rows, node: fx.Node, place: Place | Summed) -> Known | None:
     if (
         node.op != "call_function"
         or written(node)
@@ -171,7 +206,7 @@ def _read(rows: Rows, node: fx.Node, place: Place) -> Known | None:
         return None
 
 
-def _made(rows: Rows, node: fx.Node, known: Known) -> Place | None:
+def _made(rows: Rows, node: fx.Node, known: Found) -> Place | Summed | None:
     if node.op != "call_function":
         return None
     try:
@@ -180,17 +215,31 @@ def _made(rows: Rows, node: fx.Node, known: Known) -> Place | None:
         return None
 
 
-def _around(seed: fx.Node, rows: Rows, known: Known, members: list[fx.Node], taken: set[fx.Node]) -> Stretch | None:
+def _switched(graph: fx.Graph) -> dict[fx.Node, bool]:
+    """Whether gradients are off, of the nodes for which it matters; nothing where they are never off."""
+    if not any(OFF in node.meta for node in graph.nodes):
+        return {}
+    return {node: OFF in node.meta for node in graph.nodes if trained(node, switched_on=True)}
+
+
+def _around(
+    seed: fx.Node, rows: Rows, known: Found, members: list[fx.Node], taken: set[fx.Node], switched: dict[fx.Node, bool]
+) -> Stretch | None:
     """The stretch around a product; None if it does not pay."""
     here, width = members.index(seed), _widths(members)
     before, behind = [here], [here]
+
+    def stops(at: int, nodes: Sequence[fx.Node]) -> bool:
+        under = {switched[node] for node in nodes if node in switched}
+        return members[at] in taken or len(under) > 1 or not _convex(nodes)
+
     for at in range(here - 1, max(-1, here - REACH), -1):
-        if members[at] in taken or not _convex(members[at : here + 1]):
+        if stops(at, members[at : here + 1]):
             break
         before.append(at)
     first = _narrow(before, [width[at] for at in before], 1.0)
     for at in range(here + 1, min(len(members), here + REACH)):
-        if members[at] in taken or not _convex(members[first : at + 1]):
+        if stops(at, members[first : at + 1]):
             break
         behind.append(at)
     last = _narrow(behind, [width[at + 1] for at in behind], NARROW)  # what all layers read ends with the last of them

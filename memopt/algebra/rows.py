@@ -2,8 +2,8 @@
 
 A row is what stands at one number of an axis, say a position of a sequence. A node is rowwise where each row of its
 result is made of the same row of some arguments and of other arguments as a whole: products with a weight, what is
-pointwise, norms and reductions within a row. Attention is not, nor is a sum over the rows. Such nodes may run on a few
-rows at a time.
+pointwise, norms and reductions within a row. Attention is not. Such nodes may run on a few rows at a time. A sum or
+mean over the rows may as well, if what a few rows give is added up; then nothing else may read it among them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,11 @@ REDUCTIONS = frozenset({
 })  # fmt: skip
 POINTWISE = frozenset({ATEN.where.ScalarOther, ATEN.where.ScalarSelf, ATEN.where.Scalar, ATEN.masked_fill.Tensor})
 POINTWISE |= {ATEN.dropout.default, ATEN.silu.default, ATEN.detach.default, ATEN.zeros_like.default}
-LOSSES = {ATEN.mse_loss.default: 2, ATEN.kl_div.default: 2, ATEN.l1_loss.default: 2}  # which argument is the reduction
+LOSSES = frozenset({ATEN.mse_loss.default, ATEN.kl_div.default, ATEN.l1_loss.default})
+LOSSES |= {ATEN.smooth_l1_loss.default, ATEN.huber_loss.default}
+MEANS = frozenset({ATEN.mean.default, ATEN.mean.dim})
+SUMS = frozenset({ATEN.sum.default, ATEN.sum.dim_IntList})
+MEAN = 1  # torch's number of that reduction
 
 
 class Across(Exception):  # no error: what is asked is not so
@@ -45,7 +49,16 @@ class Place:
     inner: int = 1
 
 
+@dataclass(frozen=True)
+class Summed:
+    """A sum over the rows, which lie there in what is summed; or their mean."""
+
+    at: Place
+    mean: bool
+
+
 Known = dict[fx.Node, Place]
+Found = dict[fx.Node, Place | Summed]
 
 
 @dataclass(frozen=True)
@@ -54,12 +67,14 @@ class Rows:
 
     count: int
 
-    def read(self, node: fx.Node, place: Place) -> Known:
+    def read(self, node: fx.Node, place: Place | Summed) -> Known:
         """Where the rows of the node's arguments are, given those of its result; arguments left out are read whole.
 
         For a node that makes several tensors, all of them have their rows there. Raises Across.
         """
         target: Any = node.target
+        if isinstance(place, Summed):
+            return dict.fromkeys(_summed(node), place.at)
         if is_getitem(node) or target in CASTS | COPIES:
             return {node.args[0]: place}  # type: ignore[dict-item]
         if not isinstance(target, torch._ops.OpOverload):
@@ -105,14 +120,19 @@ class Rows:
         self._kept(place, shape_of(node), {_dim(node) % len(shape_of(node))})
         return dict.fromkeys(parts, place)
 
-    def made(self, node: fx.Node, known: Known) -> Place | None:
+    def made(self, node: fx.Node, known: Found) -> Place | Summed | None:
         """Where the rows of the node's result are, given those of arguments; None if it reads no rows.
 
         Arguments that nobody knows of may have rows as well. Raises Across.
         """
-        told = {arg: known[arg] for arg in node.all_input_nodes if arg in known}
+        told: Known = {}
+        for arg in node.all_input_nodes:
+            if isinstance(place := known.get(arg), Place):
+                told[arg] = place
         if not told:
             return None
+        if (summed := self._sum(node, told)) is not None:
+            return summed
         for place in self._candidates(node, {each.inner for each in told.values()}):
             try:
                 read = self.read(node, place)
@@ -121,6 +141,18 @@ class Rows:
             if all(read.get(arg) == at for arg, at in told.items()):
                 return place
         raise Across
+
+    def _sum(self, node: fx.Node, told: Known) -> Summed | None:
+        """What the node makes if it sums over the rows of all that it reads, which lie alike."""
+        places, over = set(told.values()), _summed(node)
+        if not over or len(places) > 1 or not set(told) <= set(over):
+            return None
+        (place,) = places
+        dims = _argument(node, "dim") if node.target in (ATEN.mean.dim, ATEN.sum.dim_IntList) else None
+        rank = len(shape_of(over[0]))
+        if dims and place.dim not in {dim % rank for dim in dims}:
+            return None
+        return Summed(place, node.target in MEANS or (node.target in LOSSES and _argument(node, "reduction") == MEAN))
 
     def _candidates(self, node: fx.Node, inner: set[int]) -> Iterator[Place]:
         value = node.meta.get("val")
@@ -194,6 +226,15 @@ RULES: tuple[tuple[frozenset[Any], Callable[[Rows, fx.Node, Place], Known]], ...
 )
 
 
+def _summed(node: fx.Node) -> tuple[fx.Node, ...]:
+    """What the node sums over more than each row's own, element by element; nothing if it does no such thing."""
+    args: Any = node.args
+    if node.target in MEANS | SUMS:
+        return (args[0],)
+    alike = node.target in LOSSES and shape_of(args[0]) == shape_of(args[1])
+    return (args[0], args[1]) if alike and _argument(node, "reduction") else ()
+
+
 def _divisors(*bounds: int) -> Iterator[int]:
     return (n for n in range(1, max(bounds) + 1) if all(bound % n == 0 for bound in bounds if bound))
 
@@ -201,8 +242,7 @@ def _divisors(*bounds: int) -> Iterator[int]:
 def _pointwise(node: fx.Node) -> bool:
     target: Any = node.target
     if target in LOSSES:
-        at = LOSSES[target]
-        return bool(len(node.args) > at and node.args[at] == 0)
+        return not _argument(node, "reduction")
     return bool(torch.Tag.pointwise in target.tags or target in POINTWISE)
 
 

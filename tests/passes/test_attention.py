@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 import memopt
 import memopt.kernels.chunked_attention as chunked
-from memopt import session
+from memopt import planning
 from memopt.forward import Forward, rewritten
 from memopt.passes.attention import Attention
 from memopt.planfile import save_plan
@@ -398,7 +398,7 @@ def test_a_rewrite_that_takes_time_is_done_without_where_there_is_room(
     worth: float, does_without: set[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The plan says so, its step runs without it, and a saved plan is found again."""
-    monkeypatch.setattr(session, "WORTH", worth)
+    monkeypatch.setattr(planning, "WORTH", worth)
     options: dict[str, Any] = {"lowering": "eager", "passes": "-linear_cross_entropy"}
     model, batch = hugging_face("llama", layers=1)
     result = memopt.plan(model, batch, budget="1GB", **options)
@@ -413,7 +413,7 @@ def test_a_rewrite_that_takes_time_is_done_without_where_there_is_room(
 
 
 def test_a_budget_without_room_has_it_whatever_time_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(session, "WORTH", 1e9)
+    monkeypatch.setattr(planning, "WORTH", 1e9)
     options: dict[str, Any] = {"lowering": "eager", "passes": "-linear_cross_entropy,-recompute"}
     model, batch = hugging_face("llama", layers=1)
     plain = memopt.plan(model, batch, budget="1GB", **options)
