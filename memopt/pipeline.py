@@ -42,7 +42,7 @@ from memopt.seams import parts_of
 from memopt.solvers import solve
 from memopt.solvers.moments import solve_overlapped
 from memopt.timeline import peak
-from memopt.trained import affordable, candidates, hindrance, libraries, unread, update_phase
+from memopt.trained import affordable, candidates, hindrance, libraries, trained_names, unread, update_phase
 from memopt.units import format_size
 
 Progress = Callable[[str, float | None], None]
@@ -210,16 +210,25 @@ class _Maker:
     def __post_init__(self) -> None:
         self.started = time.perf_counter()
         self.parts = parts_of(self.survey)
+        self.phases: dict[tuple[frozenset[str], Update], OptimizerPhase] = {}
+
+    def phase(self, update: Update, survey: Survey | None = None) -> OptimizerPhase:
+        """The optimizer's steps, watched once for each way to update: with many parameters that takes seconds."""
+        survey = survey or self.survey
+        known = (trained_names(survey), update)
+        if known not in self.phases:
+            self.phases[known] = optimizer_phase(survey, self.request, update)
+        return self.phases[known]
 
     def step(self, update: Update) -> tuple[OptimizerPhase, StepGraph]:
-        phase = optimizer_phase(self.survey, self.request, update)
+        phase = self.phase(update)
         return phase, step_graph(self.survey, self.parts, self.request, phase, self.costs)
 
     def exact(self) -> Planned:
         """The plan with the optimizer's own arithmetic: at once, in portions, or by consent in backward."""
         phase, whole = self.step(WHOLE)
         request, device = self.request, self.request.device
-        portion = affordable(whole, self.survey, request.optimizer, device.kind, request.budget, device.allocator_block)
+        portion = affordable(whole, self.phase, request.optimizer, request.budget, device.allocator_block)
         planned = _planned(self, WHOLE, phase, whole) if portion is None else self.planned(Update(portion))
         backward = planned.result.infeasible and request.update == "backward"
         return self.in_backward(planned) if backward else planned
@@ -275,7 +284,7 @@ def _planned(make: _Maker, update: Update, phase: OptimizerPhase, whole: StepGra
     problem = replace(problem, remakes=tuple(r for r in offers if plan_file or problem.allows((r,))))
     plan = reused(problem, plan_file, survey) if plan_file else _solved(problem, request, make.progress)
     after = edit(graph, plan.chosen)
-    plain, plain_seconds = _as_written(survey, request, update, costs)
+    plain, plain_seconds = _as_written(make, update)
     result = PlanResult(
         model=request.model,
         device=request.device.name,
@@ -320,14 +329,13 @@ def step_graph(
     return with_workspaces(with_inputs(graph, [*unread(survey), *libraries(costs.libraries)]), costs.workspaces)
 
 
-def _as_written(
-    survey: Survey, request: Request, update: Update, costs: Costs
-) -> tuple[StepGraph | None, Mapping[str, float]]:
+def _as_written(make: _Maker, update: Update) -> tuple[StepGraph | None, Mapping[str, float]]:
     """The step as the user wrote it, and its seconds; None where neither its forward nor its update is another one."""
-    plain = survey.plain or (None if update == WHOLE else survey)
+    request, costs = make.request, make.costs
+    plain = make.survey.plain or (None if update == WHOLE else make.survey)
     if plain is None:
         return None, {}
-    phase = optimizer_phase(plain, request)
+    phase = make.phase(WHOLE, plain)
     contracted, seconds = _contracted(step_graph(plain, parts_of(plain), request, phase, costs), request, costs)
     return contracted.graph, seconds
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
-from memopt.capture import Capture, Survey
+from memopt.capture import Survey
 from memopt.facts import storage_bytes
 from memopt.graph import TANGENTS, StepGraph, Storage, TensorInfo
 from memopt.joints import Part
@@ -24,22 +24,22 @@ def update_phase(
     survey: Survey, optimizer: torch.optim.Optimizer | None, kind: str, update: Update = WHOLE
 ) -> OptimizerPhase:
     """The optimizer's steps over the parameters that get a gradient. kind: of the device, "cpu" or "cuda"."""
-    trained = _trained(survey.captures)
+    trained = trained_names(survey)
     if optimizer is not None and update.state:
         optimizer = planned_as(optimizer, update.state)
     params = [(name, p) for name, p in survey.model.named_parameters() if name in trained]
     return photograph_optimizer(params, optimizer, foreach=True if kind == "cuda" else None, update=update)
 
 
-def _trained(captures: Sequence[Capture]) -> set[str]:
+def trained_names(survey: Survey) -> frozenset[str]:
     """Names of the parameters that get a gradient."""
     found: set[str] = set()
-    for program in (capture.program for capture in captures):
+    for program in (capture.program for capture in survey.captures):
         holders = [n for n in program.graph.find_nodes(op="placeholder") if program.kinds.get(n.name) != "tangent"]
         for holder, gradient in zip(holders, program.outputs[1], strict=False):
             if gradient is not None and program.kinds.get(holder.name) == "parameter":
                 found.add(program.name(holder))
-    return found
+    return frozenset(found)
 
 
 def unread(survey: Survey) -> Iterable[tuple[TensorInfo, Storage]]:
@@ -62,20 +62,22 @@ def libraries(nbytes: int) -> Iterable[tuple[TensorInfo, Storage]]:
 
 
 def affordable(
-    whole: StepGraph, survey: Survey, optimizer: torch.optim.Optimizer | None, kind: str, budget: int, block: int
-) -> int | None:
+    whole: StepGraph, phase: Callable[[Update], OptimizerPhase], optimizer: torch.optim.Optimizer | None, budget: int,
+    block: int,
+) -> int | None:  # fmt: skip
     """Bytes of parameters to update together within the budget: None, all, where that fits or cannot be changed, else
-    the largest portions that fit, or take least. whole: the step with the optimizer's own step."""
+    the largest portions that fit, or take least. whole: the step with the optimizer's own step. phase: the optimizer's
+    steps, updating so."""
     taken = phase_peaks(whole, block).get("optimizer", 0)
     if optimizer is None or not separate(optimizer) or taken <= budget:
         return None
-    beside = taken - peak(update_phase(survey, optimizer, kind).graph(), block)
+    beside = taken - peak(phase(WHOLE).graph(), block)
     sizes = nbytes([p for group in optimizer.param_groups for p in group["params"]])
     best: tuple[int, int | None] = (taken, None)
     least = lasting(whole) > budget  # no portions fit: those that take least are the finest
     for halved in range(FINEST if least else 1, FINEST + 1):
         portion = max(1, sizes >> halved)
-        needs = beside + peak(update_phase(survey, optimizer, kind, Update(portion)).graph(), block)
+        needs = beside + peak(phase(Update(portion)).graph(), block)
         if needs >= best[0]:
             break
         best = (needs, portion)

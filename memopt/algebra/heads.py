@@ -158,7 +158,7 @@ def _reads_words(node: fx.Node, path: Path) -> bool:
 def _keeps_words(node: fx.Node) -> bool:
     """Whether the node leaves words where they are: a cast, a copy, a reshape or slice of rows."""
     if node.target in CASTS or node.target in SAME:
-        return True
+        return bool(node.meta["val"].is_floating_point())
     if node.target in SHAPES:
         return bool(node.meta["val"].shape[-1] == _read(node).shape[-1])
     return node.target in SLICES and not _last(node, node.args[1] if len(node.args) > 1 else 0)

@@ -64,8 +64,11 @@ class Stretch:
 
     @property
     def consistent(self) -> bool:
-        """Whether nothing is read both by rows and whole, or by rows that are elsewhere, or before it is summed up."""
+        """Whether nothing is read both by rows and whole, or by rows that are elsewhere, or before it is summed up, and
+        nothing that is read is written into."""
         inside = set(self.nodes)
+        if not all(map(_constant, self.read)):
+            return False
         for node in self.nodes:
             read = self.rows.read(node, self.known[node])
             if any(arg in inside and read.get(arg) != self.known[arg] for arg in node.all_input_nodes):
@@ -139,8 +142,13 @@ def _movable(node: fx.Node) -> bool:
     target: Any = node.target
     if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
         return False
-    unwritten = not any(written(each) for each in (node, *node.all_input_nodes))
+    unwritten = all(map(_constant, (node, *node.all_input_nodes)))
     return unwritten and not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
+
+
+def _constant(node: fx.Node) -> bool:
+    """Whether the node's tensor has one value: nothing writes into it or into what it is a view of."""
+    return not written(node) and (not _shares(node) or _constant(node.args[0]))  # type: ignore[arg-type]
 
 
 def _wide(node: fx.Node) -> tuple[Place, int] | None:

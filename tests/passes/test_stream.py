@@ -170,6 +170,26 @@ def test_what_is_read_before_it_is_summed_up_ends_a_stretch() -> None:
     assert far(gradients(model, x, 5), [g.double() for g in gradients(model, x, 0)]) < 1e-5
 
 
+class Counting(Mixed):
+    """A stretch reads what is written into behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = nn.Buffer(torch.ones(WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layers[0](self.into(x) + self.seen[:WIDTH])
+        self.seen.add_(1.0)
+        return self.layers[1](y + torch.softmax(y, 1) + self.seen).square().mean()
+
+
+def test_what_is_written_into_is_read_where_it_was() -> None:
+    torch.manual_seed(0)
+    model, x = Counting(), torch.randn(2, SEQ, WIDTH)
+    twin = copy.deepcopy(model)
+    assert far(gradients(model, x, 3), [g.double() for g in gradients(twin, x, 0)]) < 1e-5
+
+
 class Within(Mixed):
     """Autocast inside the forward."""
 
