@@ -4,7 +4,8 @@
     d loss_n / d logits_n = softmax(logits_n) - (1 - e) onehot(target_n) - e / V
 
 The gradients of hidden, weight and bias are made in the forward, where the chunk is at hand, and scaled in the backward
-by what arrives there, as Liger-Kernel does (arXiv:2410.10989; 1, or a power of two, costs no rounding). The weight's
+by what arrives there, as Liger-Kernel does (arXiv:2410.10989; 1, or a power of two, costs no rounding, but for numbers
+as small as only fp16 rounds to zero: the pass leaves fp16 to kernels/linear_statistics.py). The weight's
 gradient would be made first thing in the backward anyway. fp32 takes three products, as many as without chunks; below
 it the logits are made twice (four products).
 """
@@ -47,7 +48,9 @@ def linear_cross_entropy(
     """
     valid = targets != ignore_index
     count = valid.sum()
-    weights = valid / count.clamp(min=1) if reduction == MEAN else valid.to(torch.float32)
+    weights = valid.to(torch.promote_types(hidden.dtype, torch.float32))
+    weights = weights / count.clamp(min=1) if reduction == MEAN else weights
+    logits.check_targets(targets, valid, len(weight))
     places = torch.where(valid, targets, 0)
     run = _by_rows if logits.is_whole(hidden.dtype) else _by_words
     loss, gradients = run(hidden, weight, bias, places, weights, smoothing, wanted, chunk)

@@ -77,6 +77,8 @@ def _forward(
     lse = hidden.new_full((len(hidden),), -torch.inf, dtype=dtype)
     chosen = hidden.new_zeros(len(hidden) if targets is not None else 0, dtype=dtype)
     total = hidden.new_zeros(len(hidden) if summed else 0, dtype=dtype)
+    if targets is not None:
+        logits.check_targets(targets, torch.ones_like(targets, dtype=torch.bool), len(weight))
     whole = slice(0, len(weight)), slice(0, len(hidden))
     rowwise = logits.is_whole(hidden.dtype)
     for each in (logits.row_chunks if rowwise else logits.word_chunks)(hidden, weight, chunk):

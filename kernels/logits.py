@@ -83,6 +83,12 @@ def inside(places: Tensor, words: slice) -> tuple[Tensor, Tensor]:
     return within, torch.where(within, places - words.start, 0)
 
 
+def check_targets(targets: Tensor, valid: Tensor, words: int) -> None:
+    """Raise RuntimeError (on a GPU: its assertion) where a target that counts is none of the words."""
+    known = (targets >= 0) & (targets < words)
+    torch._assert_async((known | ~valid).all(), f"a target is out of bounds: words are 0 to {words - 1}")
+
+
 def empty(hidden: Tensor, weight: Tensor, wanted: list[bool]) -> Gradients:
     """Room for the gradients."""
     shapes = hidden.shape, weight.shape, weight.shape[:1]
@@ -138,4 +144,5 @@ def _add(total: Tensor, rest: Tensor, slopes: Tensor, weight: Tensor) -> None:
 def joined(lse: Tensor, logits: Tensor) -> Tensor:
     """Log of each row's sum of exponentials, so far and of these logits, which are lost. (N,)"""
     top = logits.amax(1)
+    top = torch.where(top == -torch.inf, 0, top)  # words that are all hidden add nothing
     return torch.logaddexp(lse, logits.sub_(top[:, None]).exp_().sum(1).log_() + top)

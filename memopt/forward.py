@@ -8,7 +8,7 @@ what rewrites leave. Where no rewrite finds a place, Dynamo's own graph goes on,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,12 +17,13 @@ from torch import fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from memopt.errors import VerifyError
+from memopt.facts import is_getitem
 from memopt.passbase import Rewrite, Site
 
 Found = dict[str, tuple[Site, ...]]  # rewrite's name -> the places it looked at
 IDLE = {"dtype", "layout", "device"}  # arguments of a cast that ask for no copy
 OFF = "gradients_off"  # in a node's meta, where it runs without gradients
-SAME = ("stack_trace", "nn_module_stack", "seq_nr", OFF)  # what a new node says of where it comes from
+SAME = ("stack_trace", "nn_module_stack", "seq_nr")  # what a new node says of where it comes from
 ALIASES = {
     **{"multiply": "mul", "subtract": "sub", "divide": "div", "true_divide": "div", "negative": "neg"},
     **{"less": "lt", "less_equal": "le", "greater": "gt", "greater_equal": "ge", "not_equal": "ne", "absolute": "abs"},
@@ -35,7 +36,7 @@ class Later:
     """An output that is made when it is read: a linear layer's, of the hidden state that the graph returns instead.
 
     weight, bias: numbers of the graph's inputs (None: no bias). shape, dtype: of the output. within: what the layer
-    computes in. It is scale times the layer's output, or cap tanh of that where cap is not 0.
+    computes in. It is scale times the layer's output, or cap tanh of that where cap is not 0, in bent_in.
     """
 
     weight: int
@@ -45,6 +46,7 @@ class Later:
     within: torch.dtype
     scale: float = 1.0
     cap: float = 0.0
+    bent_in: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -85,13 +87,25 @@ def trained(node: fx.Node, switched_on: bool = False) -> bool:
         each = waiting.pop()
         if each.op == "placeholder" and each.meta["example_value"].requires_grad:
             return True
-        new = [read for read in each.all_input_nodes if read not in seen and _differentiable(each, switched_on)]
+        behind = each.all_input_nodes if gives_gradient(each, switched_on) else []
+        behind = [*behind, *(read for writer in _writers(each) for read in writer.all_input_nodes)]
+        new = [read for read in dict.fromkeys(behind) if read not in seen]
         seen.update(new)
         waiting.extend(new)
     return False
 
 
-def _differentiable(node: fx.Node, switched_on: bool) -> bool:
+def _writers(node: fx.Node) -> Iterator[fx.Node]:
+    """What writes into the node's tensor, or into a view of it."""
+    for user in node.users:
+        if _writes(user, node):
+            yield user
+        if is_view(user) and user.args[0] is node:
+            yield from _writers(user)
+
+
+def gives_gradient(node: fx.Node, switched_on: bool = False) -> bool:
+    """Whether a gradient that reaches the node goes on to what it reads."""
     if node.meta.get(OFF) and not switched_on:
         return False
     value = node.meta.get("val")
@@ -117,11 +131,12 @@ def rewritten(module: fx.GraphModule, rewrites: Iterable[type[Rewrite]], chunks:
     if not wanted or not _traceable(module):
         return Rewritten(module)
     forward = replace(forward_of(module), chunks=chunks)
-    before = _interface(forward)
+    before, bare = _interface(forward), _bare(forward)
     found: Found = {}
     for rewrite in wanted:
         found[rewrite.name] = rewrite.run(forward)
-        _verified(rewrite.name, forward, before)
+        mark_switched_off(forward.graph)
+        _verified(rewrite.name, forward, before, bare)
     if not any(site.rewritten for sites in found.values() for site in sites):
         return Rewritten(module, found)
     forward.module.recompile()
@@ -141,16 +156,18 @@ def forward_of(module: fx.GraphModule) -> Forward:
     traced.meta.update(module.meta)
     for new, old in zip(traced.graph.find_nodes(op="placeholder"), holders, strict=True):
         new.meta = {**old.meta, **new.meta}
-    _mark_switched_off(traced.graph)
+    mark_switched_off(traced.graph)
     _one_spelling(traced.graph)
     _drop_idle_casts(traced.graph)
     _drop_idle_broadcasts(traced.graph)
     return Forward(traced)
 
 
-def _mark_switched_off(graph: fx.Graph) -> None:
+def mark_switched_off(graph: fx.Graph) -> None:
+    """Say of each node whether it runs without gradients, where it stands now."""
     off = False
     for node in graph.nodes:
+        node.meta.pop(OFF, None)
         if node.target is torch._C._set_grad_enabled:
             off = not node.args[0]
         elif off:
@@ -190,17 +207,33 @@ def _functional(node: fx.Node) -> Any:
 def is_view(node: Any) -> bool:
     """Whether the node's tensor may share the memory of its first argument."""
     target = node.target
-    return isinstance(target, torch._ops.OpOverload) and any(each.alias_info for each in target._schema.returns)
+    return is_getitem(node) or (
+        isinstance(target, torch._ops.OpOverload) and any(each.alias_info for each in target._schema.returns)
+    )
 
 
 def written(node: fx.Node) -> bool:
     """Whether something writes into the node's tensor, or into a view of it: its value depends on when it is read."""
-    readers = [user for user in node.users if user.args and user.args[0] is node]
-    return any(_writes(user) or (is_view(user) and written(user)) for user in readers)
+    return any(True for _ in _writers(node))
 
 
-def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+def constant(node: fx.Node) -> bool:
+    """Whether the node's tensor has one value: nothing writes into it or into what it is a view of."""
+    return not written(node) and (not is_view(node) or constant(node.args[0]))  # type: ignore[arg-type]
+
+
+def _writes(node: fx.Node, into: fx.Node) -> bool:
+    """Whether the node writes into a tensor that it is given."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+        return False
+    given: dict[int | str, Any] = dict(enumerate(node.args))
+    given.update(node.kwargs)
+    for at, argument in enumerate(target._schema.arguments):
+        value = given.get(at, given.get(argument.name))
+        if argument.is_write and into in (value if isinstance(value, (list, tuple)) else [value]):
+            return True
+    return False
 
 
 def _drop_idle_casts(graph: fx.Graph) -> None:
@@ -266,7 +299,12 @@ def _interface(forward: Forward) -> list[Any]:
     return [made.get(at, each) for at, each in enumerate(given)]
 
 
-def _verified(name: str, forward: Forward, before: list[Any]) -> None:
+def _bare(forward: Forward) -> frozenset[fx.Node]:
+    """Nodes without a fake value: those that make nothing."""
+    return frozenset(node for node in forward.graph.nodes if "val" not in node.meta and node.op != "output")
+
+
+def _verified(name: str, forward: Forward, before: list[Any], known: frozenset[fx.Node]) -> None:
     """Raise VerifyError for a graph that does not hold together, or returns something else than before."""
     try:
         forward.graph.lint()
@@ -274,9 +312,8 @@ def _verified(name: str, forward: Forward, before: list[Any]) -> None:
         raise VerifyError(f"the rewrite {name!r} broke the forward: {error}") from error
     if _interface(forward) != before:
         raise VerifyError(f"the rewrite {name!r} changed shapes or dtypes of what the forward returns")
-    bare = next((node.name for node in forward.graph.nodes if "val" not in node.meta and node.op != "output"), None)
-    if bare is not None:
-        raise VerifyError(f"the rewrite {name!r} left {bare} without its fake value")
+    if bare := _bare(forward) - known:
+        raise VerifyError(f"the rewrite {name!r} left {min(node.name for node in bare)} without its fake value")
 
 
 def joined(several: Iterable[Mapping[str, tuple[Site, ...]]]) -> Found:

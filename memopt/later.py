@@ -32,7 +32,7 @@ KNOWN = {  # what is answered without making anything
 class LaterTensor(torch.Tensor):
     """A linear layer's output, perhaps scaled and capped, made at first use.
 
-    Raises MemoptError if weight or bias changed before that.
+    Raises MemoptError if what it is made of changed before that.
     """
 
     inputs: tuple[Tensor, Tensor, Tensor | None]
@@ -46,14 +46,14 @@ class LaterTensor(torch.Tensor):
             cls, later.shape, dtype=later.dtype, device=hidden.device
         )
         new.inputs, new.later, new.made = (hidden, weight, bias), later, None
-        new.versions = _versions(weight, bias)
+        new.versions = _versions(hidden, weight, bias)
         return new
 
     def tensor(self) -> Tensor:
         """The tensor itself."""
         if self.made is None:
             hidden, weight, bias = self.inputs
-            if _versions(weight, bias) != self.versions:
+            if _versions(hidden, weight, bias) != self.versions:
                 raise MemoptError(GONE)
             dtype = self.later.within
             own = (weight.to(dtype), None if bias is None else bias.to(dtype))
@@ -61,6 +61,7 @@ class LaterTensor(torch.Tensor):
         return self.made
 
     def _bent(self, logits: Tensor) -> Tensor:
+        logits = logits.to(self.later.bent_in or logits.dtype)
         logits = logits if self.later.scale == 1.0 else logits * self.later.scale
         return logits.tanh() * self.later.cap if self.later.cap else logits
 

@@ -90,7 +90,7 @@ class Planner:
         request, least = replace(self.request, lowering=planned.lowering), planned.result
         best: Survey | None = None
         for other in [in_chunks(base, chunks) for chunks in LADDER] if streams(base) else []:
-            rough = make_plan(other, request, self.costs(other), 0.0, self.progress).result
+            rough = make_plan(other, replace(request, quick=True), self.costs(other), 0.0, self.progress).result
             if not _better(rough, least):
                 break
             best, least = other, rough

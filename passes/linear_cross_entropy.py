@@ -33,7 +33,7 @@ from memopt.algebra.heads import (
     head_of,
 )
 from memopt.facts import source_line
-from memopt.forward import Forward, Later, trained
+from memopt.forward import Forward, Later, constant, gives_gradient, trained
 from memopt.kernels import logits
 from memopt.passbase import Numerics, Rewrite, Site
 
@@ -64,6 +64,8 @@ def _site(forward: Forward, begin: fx.Node, seen: set[fx.Node]) -> Site | None:
     try:
         found = found_at(head)
         losses = [_loss(reader) for reader in found.readers]
+        if not all(constant(loss.targets) for loss in losses if loss.targets is not None):
+            raise Refused("targets are written into")
         if found.returned and not all(_given(node) for node in (head.weight, head.bias)):
             raise Refused("logits are returned, and the weight is no parameter")
     except Refused as why:
@@ -136,7 +138,8 @@ def _replace(forward: Forward, head: Head, losses: list[Loss]) -> None:
     """Every reader by what is made without logits."""
     order = {node: at for at, node in enumerate(forward.graph.nodes)}
     losses = sorted(losses, key=lambda loss: order[loss.reader.node])
-    if len(losses) == 1 and losses[0].at_once:
+    scaled = head.node.meta["val"].dtype is torch.float16  # losses are scaled so that gradients are not rounded to zero
+    if len(losses) == 1 and losses[0].at_once and not scaled:
         _at_once(forward, head, losses[0])
     else:
         for group in _groups(losses, order):
@@ -154,7 +157,8 @@ def _at_once(forward: Forward, head: Head, loss: Loss) -> None:
     node = loss.reader.node
     with forward.graph.inserting_before(node):
         rows, weight, bias = _operands(forward, head, loss.reader.path)
-        wanted = [trained(head.hidden), trained(head.weight), head.bias is not None and trained(head.bias)]
+        given = head.hidden, head.weight, head.bias
+        wanted = [each is not None and gives_gradient(node) and trained(each) for each in given]
         args = (
             rows, weight, bias, loss.targets, loss.ignored, loss.smoothing, loss.reduction, node.meta["val"].dtype,
             wanted, logits.chunk_bytes(forward.chunks),
@@ -300,14 +304,14 @@ def _postpone(forward: Forward, found: Found) -> None:
             bias = None if head.bias is None else inputs.index(head.bias)
             forward.later[at] = Later(
                 inputs.index(head.weight), bias, tuple(value.shape), value.dtype, head.node.meta["val"].dtype,
-                path.scale, path.cap,
+                path.scale, path.cap, path.bent_in,
             )  # fmt: skip
     output.args = (tuple(returned),)
 
 
 @dataclass(frozen=True)
 class LinearCrossEntropy(Rewrite):
-    """Never hold logits. Assumes: a gradient reaches the loss alone, which AOTAutograd's differentiation keeps."""
+    """Never hold logits. Assumes of one that is made in the forward, gradients too: a gradient reaches it alone."""
 
     name, numerics = "linear_cross_entropy", Numerics.REORDERED
     begins_at = ("cross_entropy", "logsumexp", "log_softmax")

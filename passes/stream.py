@@ -17,7 +17,7 @@ from torch import fx
 from memopt.algebra.axes import ATEN
 from memopt.algebra.regions import Stretch, settle, stretches
 from memopt.facts import source_line
-from memopt.forward import Forward, trained
+from memopt.forward import Forward, gives_gradient, trained
 from memopt.passbase import Numerics, Rewrite, Site
 from memopt.streamed import REGIONS, STREAMED, Like, Region
 
@@ -52,13 +52,25 @@ def _region(found: Stretch) -> Region:
     rows, whole, outputs = (
         tuple(Like.of(node.meta["val"]) for node in nodes) for nodes in (found.by_rows, found.whole, found.returned)
     )
-    wanted = tuple(map(_wanted, (*found.by_rows, *found.whole)))
-    random = any(node.target is ATEN.dropout.default and node.args[2] and node.args[1] for node in found.nodes)
+    wanted = tuple(_wanted(node, found) for node in (*found.by_rows, *found.whole))
+    random = any(map(_draws, found.nodes))
     return Region(graph, found.rows.count, places, rows, whole, outputs, wanted, random, _autocast(found))
 
 
-def _wanted(node: fx.Node) -> bool:
-    return bool(node.meta["val"].is_floating_point() and trained(node))
+def _wanted(node: fx.Node, found: Stretch) -> bool:
+    """Whether what is read gets a gradient from what is made of it."""
+    reached = {node}
+    for each in found.nodes:
+        if gives_gradient(each) and any(arg in reached for arg in each.all_input_nodes):
+            reached.add(each)
+    leaves = any(each in reached for each in found.returned)
+    return bool(leaves and node.meta["val"].is_floating_point() and trained(node))
+
+
+def _draws(node: fx.Node) -> bool:
+    if node.target is ATEN.dropout.default:
+        return bool(node.args[2] and node.args[1])
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _autocast(found: Stretch) -> tuple[str, torch.dtype] | None:
@@ -68,7 +80,7 @@ def _autocast(found: Stretch) -> tuple[str, torch.dtype] | None:
 
 def _replace(forward: Forward, found: Stretch, region: Region) -> None:
     graph, last = forward.graph, found.nodes[-1]
-    inside, later = set(found.nodes), _readers(found)
+    inside, later = set(found.nodes), found.between
     with graph.inserting_before(last.next):
         seed = None
         if region.random:
@@ -85,17 +97,6 @@ def _replace(forward: Forward, found: Stretch, region: Region) -> None:
         end = node
     for node in reversed(found.nodes):
         graph.erase_node(node)
-
-
-def _readers(found: Stretch) -> list[fx.Node]:
-    """What stands between the stretch's nodes and depends on them: it moves behind the operation."""
-    inside, node = set(found.nodes), found.nodes[0]
-    later: dict[fx.Node, None] = {}
-    while node is not found.nodes[-1]:
-        if node not in inside and any(arg in inside or arg in later for arg in node.all_input_nodes):
-            later[node] = None
-        node = node.next
-    return list(later)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from memopt.forward import OFF, constant
+
 ATEN = torch.ops.aten
 CASTS = (ATEN.to.dtype, ATEN.to.dtype_layout, ATEN._to_copy.default, ATEN.to.device)
 SAME = (ATEN.contiguous.default, ATEN.alias.default, ATEN.clone.default)
@@ -42,13 +44,14 @@ class Head:
 
 @dataclass(frozen=True)
 class Path:
-    """From the product to what reads it. nodes: in order. Logits are scale x, or cap tanh(scale x) where cap is not 0;
-    normalised: log-probabilities are read instead of them."""
+    """From the product to what reads it. nodes: in order. Logits are scale x, or cap tanh(scale x) where cap is not 0,
+    computed in bent_in; normalised: log-probabilities are read instead of them."""
 
     nodes: tuple[fx.Node, ...] = ()
     scale: float = 1.0
     cap: float = 0.0
     normalised: bool = False
+    bent_in: torch.dtype | None = None
 
     def to(self, node: fx.Node) -> Path | None:
         """The path one node further; None if that is no longer one of logits."""
@@ -59,10 +62,11 @@ class Path:
             return None
         if node.target is NORMALISED and _last(node, node.args[1]):
             return replace(longer, normalised=True)
+        bent = replace(longer, bent_in=self.bent_in or node.meta["val"].dtype)
         if node.target is ATEN.tanh.default:
-            return None if self.cap else replace(longer, cap=1.0)
+            return None if self.cap else replace(bent, cap=1.0)
         if (number := _number(node)) is not None:
-            return replace(longer, cap=self.cap * number) if self.cap else replace(longer, scale=self.scale * number)
+            return replace(bent, cap=self.cap * number) if self.cap else replace(bent, scale=self.scale * number)
         return None
 
     @property
@@ -128,7 +132,12 @@ def found_at(head: Head) -> Found:
             readers.append(Reader(node, path))
         else:
             raise Refused(MORE)
-    return Found(head, tuple(readers), tuple(returned), frozenset({head.node, *(node for node, *_ in below)}))
+    nodes = frozenset({head.node, *(node for node, *_ in below)})
+    if len({OFF in node.meta for node in nodes}) > 1:
+        raise Refused("gradients are switched off for some of what reads the logits, and not for all")
+    if not all(constant(node) for node in (*nodes, head.hidden, head.weight, head.bias) if node is not None):
+        raise Refused("it reads a tensor that is written into")
+    return Found(head, tuple(readers), tuple(returned), nodes)
 
 
 def _below(node: fx.Node, path: Path) -> Iterator[tuple[fx.Node, Path, bool]]:
@@ -158,7 +167,7 @@ def _reads_words(node: fx.Node, path: Path) -> bool:
 def _keeps_words(node: fx.Node) -> bool:
     """Whether the node leaves words where they are: a cast, a copy, a reshape or slice of rows."""
     if node.target in CASTS or node.target in SAME:
-        return bool(node.meta["val"].is_floating_point())
+        return bool(node.meta["val"].is_floating_point() and node.meta["val"].device == _read(node).device)
     if node.target in SHAPES:
         return bool(node.meta["val"].shape[-1] == _read(node).shape[-1])
     return node.target in SLICES and not _last(node, node.args[1] if len(node.args) > 1 else 0)
@@ -193,7 +202,7 @@ def _number(node: fx.Node) -> float | None:
 def _product(node: fx.Node) -> Head | None:
     """The node as a product of rows with a (V, H) weight, if it is one."""
     args: tuple[Any, ...] = node.args
-    if node.target is ATEN.linear.default:
+    if node.target is ATEN.linear.default and args[1].meta["val"].dim() == 2:
         return Head(node, args[0], args[1], args[2] if len(args) > 2 else None)
     if node.target in (ATEN.mm.default, ATEN.matmul.default) and (turned := _turned(args[1])) is not None:
         return Head(node, args[0], turned, None)

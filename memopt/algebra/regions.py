@@ -15,17 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from memopt.algebra.axes import ATEN, PERMUTES, REGROUPS, shape_of
+from memopt.algebra.axes import ATEN, CASTS, PERMUTES, REGROUPS, shape_of
 from memopt.algebra.contraction import contraction
-from memopt.algebra.rows import Across, Found, Known, Place, Rows, Summed
+from memopt.algebra.rows import WITHIN, Across, Found, Known, Place, Rows, Summed
 from memopt.facts import is_getitem
-from memopt.forward import OFF, is_view, trained, written
+from memopt.forward import OFF, constant, is_view, mark_switched_off, trained, written
 
 WIDER = 2  # times as long as its input is a row that a wide product makes
 REACH = 96  # nodes before and behind it that are looked at
 GAIN = 2  # times what enters and leaves a region, of what is held inside
 NARROW = 1.5  # times the narrowest place within reach: near enough to it
 FEWEST = 64  # rows that are worth splitting
+COUNTING = frozenset({ATEN.batch_norm.default, ATEN.instance_norm.default})  # write statistics, which no schema says
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class Stretch:
         """Whether nothing is read both by rows and whole, or by rows that are elsewhere, or before it is summed up, and
         nothing that is read is written into."""
         inside = set(self.nodes)
-        if not all(map(_constant, self.read)):
+        if not all(map(constant, self.read)):
             return False
         for node in self.nodes:
             read = self.rows.read(node, self.known[node])
@@ -78,6 +79,23 @@ class Stretch:
             if len({self.rows.read(user, self.known[user]).get(arg) for user in users}) > 1:
                 return False
         return True
+
+    @property
+    def between(self) -> tuple[fx.Node, ...]:
+        """What stands between the stretch's nodes and depends on them: it runs behind them."""
+        inside, node = set(self.nodes), self.nodes[0]
+        later: dict[fx.Node, None] = {}
+        while node is not self.nodes[-1]:
+            if node not in inside and any(arg in inside or arg in later for arg in node.all_input_nodes):
+                later[node] = None
+            node = node.next
+        return tuple(later)
+
+    @property
+    def separable(self) -> bool:
+        """Whether what stands between may as well run behind."""
+        off = OFF in self.nodes[-1].meta
+        return all(_pure(node) and (OFF in node.meta) is off for node in self.between)
 
     @property
     def returned(self) -> tuple[fx.Node, ...]:
@@ -101,7 +119,6 @@ class Stretch:
 def stretches(graph: fx.Graph) -> Iterator[Stretch]:
     """Those that pay, in order, none of them in another."""
     taken: set[fx.Node] = set()
-    switched = _switched(graph)
     grown: dict[fx.Node, tuple[Rows, Found, list[fx.Node]]] = {}
     for seed in list(graph.nodes):
         if seed in taken or (start := _wide(seed)) is None:
@@ -113,7 +130,7 @@ def stretches(graph: fx.Graph) -> Iterator[Stretch]:
             grown |= dict.fromkeys(members, (rows, known, members))
         if seed not in grown:
             continue
-        found = _around(seed, *grown[seed], taken, switched)
+        found = _around(seed, *grown[seed], taken)
         if found is not None:
             taken |= set(found.nodes)
             yield found
@@ -122,7 +139,6 @@ def stretches(graph: fx.Graph) -> Iterator[Stretch]:
 def settle(graph: fx.Graph) -> None:
     """Move wide products, and what is made of them in their size, down to what reads them first: the head of a model
     whose logits are compared with another's stands before that other model."""
-    switched = _switched(graph)
     wide: set[fx.Node] = set()
     for node in graph.nodes:
         made_of = [arg for arg in node.all_input_nodes if arg in wide and _bytes(arg) <= _bytes(node)]
@@ -133,22 +149,28 @@ def settle(graph: fx.Graph) -> None:
             first = node.next
             while first not in node.users:
                 first = first.next
-            if switched.get(node) in (None, OFF in first.meta):
+            if (OFF in node.meta) is (OFF in first.meta) or not trained(node, switched_on=True):
                 first.prepend(node)
+    mark_switched_off(graph)
 
 
 def _movable(node: fx.Node) -> bool:
-    """Whether it does not matter when the node runs, but for gradients switched on or off."""
+    """Whether it is a product, pointwise or a softmax, for which it does not matter when it runs, but for gradients
+    switched on or off."""
     target: Any = node.target
+    product = target in (ATEN.linear.default, ATEN.addmm.default) or contraction(node) is not None
+    return _pure(node) and (product or target in CASTS | REGROUPS | WITHIN or torch.Tag.pointwise in target.tags)
+
+
+def _pure(node: fx.Node) -> bool:
+    """Whether the node computes from what has one value, and does nothing else: no writing, drawing, counting."""
+    target: Any = node.target
+    if is_getitem(node):
+        return True
     if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
         return False
-    unwritten = all(map(_constant, (node, *node.all_input_nodes)))
-    return unwritten and not target._schema.is_mutable and torch.Tag.nondeterministic_seeded not in target.tags
-
-
-def _constant(node: fx.Node) -> bool:
-    """Whether the node's tensor has one value: nothing writes into it or into what it is a view of."""
-    return not written(node) and (not _shares(node) or _constant(node.args[0]))  # type: ignore[arg-type]
+    drawn = torch.Tag.nondeterministic_seeded in target.tags or target in COUNTING
+    return not drawn and not target._schema.is_mutable and all(map(constant, (node, *node.all_input_nodes)))
 
 
 def _wide(node: fx.Node) -> tuple[Place, int] | None:
@@ -223,23 +245,14 @@ def _made(rows: Rows, node: fx.Node, known: Found) -> Place | Summed | None:
         return None
 
 
-def _switched(graph: fx.Graph) -> dict[fx.Node, bool]:
-    """Whether gradients are off, of the nodes for which it matters; nothing where they are never off."""
-    if not any(OFF in node.meta for node in graph.nodes):
-        return {}
-    return {node: OFF in node.meta for node in graph.nodes if trained(node, switched_on=True)}
-
-
-def _around(
-    seed: fx.Node, rows: Rows, known: Found, members: list[fx.Node], taken: set[fx.Node], switched: dict[fx.Node, bool]
-) -> Stretch | None:
+def _around(seed: fx.Node, rows: Rows, known: Found, members: list[fx.Node], taken: set[fx.Node]) -> Stretch | None:
     """The stretch around a product; None if it does not pay."""
     here, width = members.index(seed), _widths(members)
     before, behind = [here], [here]
 
     def stops(at: int, nodes: Sequence[fx.Node]) -> bool:
-        under = {switched[node] for node in nodes if node in switched}
-        return members[at] in taken or len(under) > 1 or not _convex(nodes)
+        switched = (OFF in members[at].meta) is not (OFF in seed.meta)
+        return members[at] in taken or switched or not _convex(nodes)
 
     for at in range(here - 1, max(-1, here - REACH), -1):
         if stops(at, members[at : here + 1]):
@@ -253,7 +266,9 @@ def _around(
     last = _narrow(behind, [width[at + 1] for at in behind], NARROW)  # what all layers read ends with the last of them
     found = Stretch(tuple(members[first : last + 1]), rows, known)
     single = all(isinstance(node.meta["val"], Tensor) for node in (*found.returned, *found.read))
-    if not single or not found.consistent or found.inside_bytes < GAIN * found.border_bytes:
+    if not single or not found.returned or not found.consistent or not found.separable:
+        return None
+    if found.inside_bytes < GAIN * found.border_bytes:
         return None
     return found
 

@@ -125,3 +125,14 @@ def test_its_operations_are_counted() -> None:
         assert counter.get_total_flops() == 2 * 7 * 4 * 9
         lse.sum().backward()
     assert counter.get_total_flops() == 4 * 2 * 7 * 4 * 9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hidden_words_add_nothing_and_unknown_ones_are_refused(dtype: torch.dtype) -> None:
+    hidden, weight, bias = (t.to(dtype) for t in drawn(7, 4, 20, True))
+    bias[10:] = -torch.inf  # whole chunks of a padded vocabulary
+    lse, _, _ = OP(hidden, weight, bias, None, 1.0, 0.0, False, 0)
+    assert torch.allclose(lse, F.linear(hidden, weight, bias).float().logsumexp(1), rtol=1e-3)
+    for target in (-1, 20):
+        with pytest.raises(RuntimeError, match="out of bounds: words are 0 to 19"):
+            OP(hidden, weight, bias, torch.full((7,), target), 1.0, 0.0, False, 0)

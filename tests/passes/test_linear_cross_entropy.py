@@ -151,6 +151,68 @@ def test_every_head_is_found(loss: Any, bias: bool, tied: bool, frozen: tuple[st
     assert model.memopt.plan.baseline_peak > model.memopt.plan.peak
 
 
+def referred(h: Tensor, head: nn.Linear, ids: Tensor) -> Tensor:
+    """DPO with the same head for the reference."""
+    chosen = [logits.log_softmax(-1).gather(-1, ids[..., None]) for logits in (head(h),)]
+    with torch.no_grad():
+        chosen.append(head(0.9 * h).log_softmax(-1).gather(-1, ids[..., None]))
+    return -F.logsigmoid((chosen[0] - chosen[1]).sum((1, 2))).mean()
+
+
+def test_a_head_without_gradients_gets_none() -> None:
+    torch.manual_seed(0)
+    model = Head(referred)
+    want = gradients(copy.deepcopy(model))
+    memopt.compile(model, "1GB", lowering="eager")
+    assert close(gradients(model), want, 1e-5)
+    steps = [step.op for step in model.memopt.plan.before.steps]
+    assert steps.count("memopt.linear_statistics.default") == 2
+    assert steps.count("memopt.linear_statistics_backward.default") == 1
+
+
+def test_a_scaled_loss_in_half_precision_keeps_small_gradients() -> None:
+    """Of words that are no target, which unscaled are below what fp16 can say."""
+    torch.manual_seed(0)
+    model = Many().half()
+    want = copy.deepcopy(model).double()
+    ids = torch.randint(20, (4096,))
+    memopt.compile(model, "1GB", lowering="eager")
+    for each in (model, want):
+        (each(ids).double() * 2.0**16).backward()
+    found, exact = (each.head.weight.grad[20:].double() for each in (model, want))
+    assert (found - exact).norm() <= 1e-2 * exact.norm()
+
+
+class Many(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(20, 8), nn.Linear(8, 4000)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.cross_entropy(
+            self.head(self.embed(ids)).to(torch.promote_types(self.head.weight.dtype, torch.float32)), ids
+        )
+
+
+def test_prompts_written_into_a_view_are_trained() -> None:
+    class Prompted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.prompt, self.body, self.head = nn.Parameter(torch.randn(3, 8)), nn.Linear(8, 8), nn.Linear(8, 40)
+            self.body.requires_grad_(False), self.head.requires_grad_(False)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            h = torch.zeros(5, 6, 8)
+            h[:, :3] = self.prompt
+            return F.cross_entropy(self.head(torch.tanh(self.body(h))).flatten(0, 1), ids.flatten())
+
+    torch.manual_seed(0)
+    model = Prompted()
+    want = gradients(copy.deepcopy(model))
+    memopt.compile(model, "1GB", lowering="eager")
+    assert close(gradients(model), want, 1e-5)
+
+
 def test_under_autocast_the_product_is_in_its_type() -> None:
     torch.manual_seed(0)
     model = Head(flat)
@@ -192,6 +254,28 @@ def test_logits_read_after_the_update_are_refused_and_carry_no_gradient() -> Non
         logits.sum().backward()
 
 
+def watched(h: Tensor, head: nn.Linear, ids: Tensor) -> Tensor:
+    """Perplexity, logged."""
+    logits = head(h).flatten(0, 1)
+    with torch.no_grad():
+        perplexity = F.cross_entropy(logits, ids.flatten()).exp()
+    return F.cross_entropy(logits, ids.flatten()) * perplexity
+
+
+def without_gradients(h: Tensor, head: nn.Linear, ids: Tensor) -> Tensor:
+    with torch.no_grad():
+        logits = head(h).flatten(0, 1)
+    return F.cross_entropy(logits, ids.flatten()) * h.square().mean()
+
+
+def overwritten(h: Tensor, head: nn.Linear, ids: Tensor) -> Tensor:
+    targets = ids.flatten().clone()
+    logits = head(h).flatten(0, 1)
+    z = logits.logsumexp(-1).square().mean()
+    targets[:10] = 3
+    return F.cross_entropy(logits, targets) + z
+
+
 def smoothed(h: Tensor, head: nn.Linear, ids: Tensor) -> Tensor:
     return F.cross_entropy(head(h).flatten(0, 1), ids.flatten(), weight=torch.ones(40), label_smoothing=0.1)
 
@@ -220,7 +304,8 @@ def no_product(h: Tensor, head: nn.Linear, ids: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("loss", "why"),
     [(smoothed, "weights"), (soft, "probabilities"), (read_twice, "more than the loss"), (bent, "relu"),
-     (all_words, "more than the loss"), (no_product, "between")],
+     (all_words, "more than the loss"), (no_product, "between"), (watched, "switched off"),
+     (without_gradients, "switched off"), (overwritten, "written into")],
 )  # fmt: skip
 def test_what_is_left_alone_says_why(loss: Any, why: str) -> None:
     torch.manual_seed(0)

@@ -190,6 +190,76 @@ def test_what_is_written_into_is_read_where_it_was() -> None:
     assert far(gradients(model, x, 3), [g.double() for g in gradients(twin, x, 0)]) < 1e-5
 
 
+class Detached(nn.Module):
+    """A target network, compared with behind a detach; and products nobody reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(WIDTH, 4 * WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.b(x + 1)
+        return nn.functional.mse_loss(self.a(x), self.b(x).detach()) + ((self.a(x) > self.b(x)).sum() * 1e-3)
+
+
+class Watched(nn.Module):
+    """A stretch whose last sum is taken without gradients; one whose norm is read within without gradients."""
+
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.a, self.norm, self.inside = nn.Linear(WIDTH, 4 * WIDTH), nn.LayerNorm(WIDTH), inside
+        self.down = nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = self.norm(x)
+        if self.inside:
+            with torch.no_grad():
+                seen = n.cumsum(1)
+            y = x + self.down(nn.functional.gelu(self.a(n)))
+            return (y.cumsum(1) * seen).square().mean() / 1e3
+        loss = self.a(x * 2).square().mean()
+        with torch.no_grad():
+            seen = self.a(x * 3).square().mean()
+        return loss * (1 + seen) + n.mean() + self.down.bias.sum()
+
+
+class Overwritten(Gated):
+    """What is made of a stretch's norm is written into a buffer that is read before the stretch ends."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        seen = torch.ones_like(x)
+        y = self.norm(x)
+        seen[:, :5] = torch.softmax(y, 1)[:, :5].detach()
+        z = seen * 2
+        y = x + self.down(nn.functional.silu(self.gate(y)) * self.up(y))
+        return (y * z).square().mean()
+
+
+class Normed(Mixed):
+    """Two batches go through one batch norm, in order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(4 * WIDTH)
+        self.wide = nn.Linear(WIDTH, 4 * WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.bn(self.wide(x[0])), self.bn(self.wide(2 * x[1] + 1))
+        return super().forward(x) + (b * b).mean() + a.mean()
+
+
+@pytest.mark.parametrize("made", [Detached, lambda: Watched(True), lambda: Watched(False), Overwritten, Normed])
+def test_what_must_not_move_or_be_differentiated_is_not(made: Any) -> None:
+    """The loss, which parameters get a gradient, these, and buffers."""
+    torch.manual_seed(0)
+    model, x = made(), torch.randn(2, SEQ, WIDTH)
+    twin = copy.deepcopy(model)
+    found, want = gradients(model, x, 4), [g.double() for g in gradients(twin, x, 0)]
+    assert [p.grad is None for p in model.parameters()] == [p.grad is None for p in twin.parameters()]
+    assert max(float((a - b).norm() - 1e-4 * b.norm()) for a, b in zip(found, want, strict=True)) < 1e-6
+    assert all(map(torch.allclose, model.buffers(), twin.buffers()))
+
+
 class Within(Mixed):
     """Autocast inside the forward."""
 
