@@ -8,6 +8,7 @@ scaled_dot_product_attention where that takes no square mask, and memopt's chunk
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ from memopt.algebra.masks import pieces
 from memopt.algebra.placing import placed, whole
 from memopt.algebra.terms import Maker, Terms
 from memopt.facts import source_line
-from memopt.forward import Forward, written
+from memopt.forward import OFF, Forward, constant
 from memopt.passbase import Numerics, Rewrite, Site
 
 FEW = 1 << 13  # scores of a sample: held as they are, they cost less than a call for each sample
@@ -62,6 +63,8 @@ def _site(forward: Forward, softmax: fx.Node, rows: dict[tuple[int, int], Distan
     try:
         found = attended(softmax)
         layout = _layout(found)
+        if len({OFF in node.meta for node in _between(found)}) > 1:
+            raise Refused("gradients are switched off for a part of it")
         with forward.graph.inserting_before(found.out.node):
             _replace(forward, found, layout, rows)
     except Refused as why:
@@ -70,6 +73,19 @@ def _site(forward: Forward, softmax: fx.Node, rows: dict[tuple[int, int], Distan
         return Site(source, refused="its dimensions are merged so that they cannot be told apart")
     value = softmax.meta["val"]
     return Site(source, value.numel() * value.element_size())
+
+
+def _between(found: Attended) -> Iterator[fx.Node]:
+    """What computes it of queries, keys, values, masks and biases."""
+    pieces = (piece.node for piece in found.scores.pieces)
+    seen = {found.queries.node, found.keys.node, found.values.node, *pieces}
+    waiting = [found.out.node]
+    while waiting:
+        node = waiting.pop()
+        if node not in seen and node.op == "call_function":
+            yield node
+            waiting.extend(node.all_input_nodes)
+        seen.add(node)
 
 
 def _layout(found: Attended) -> Layout:
@@ -97,7 +113,9 @@ def _replace(forward: Forward, found: Attended, layout: Layout, rows: dict[tuple
     parts = [each for piece in found.scores.pieces for each in pieces(axes, piece)]
     terms = Maker(forward, like, axes, layout.scores, distances).terms(parts)
     q, k, v = _operands(forward, found, layout)
-    if any(map(written, (found.queries.node, found.keys.node, found.values.node, *(piece.node for piece in parts)))):
+    if not all(
+        map(constant, (found.queries.node, found.keys.node, found.values.node, *(piece.node for piece in parts)))
+    ):
         raise Refused("it reads a tensor that is written into")
     call = _whole(forward, found, terms, (q, k, v))
     if call is None:

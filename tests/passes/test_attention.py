@@ -283,6 +283,19 @@ def all_dropped(q: Tensor, k: Tensor, v: Tensor) -> Any:
     return torch.nn.functional.dropout((q @ k.mT).softmax(-1), 1.0) @ v
 
 
+def half_trained(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    with torch.no_grad():
+        p = (q @ k.mT * SCALE).softmax(-1)
+    return p @ v
+
+
+def written_through_its_base(q: Tensor, k: Tensor, v: Tensor) -> Any:
+    both = torch.stack([k, v])
+    out = (q @ both[0].mT).softmax(-1)
+    both[1].mul_(2.0)
+    return out @ both[1]
+
+
 def no_product(q: Tensor, k: Tensor, v: Tensor) -> Any:
     return (q.cumsum(-1) @ torch.ones(D, S)).exp().softmax(-1).cos() @ v
 
@@ -297,6 +310,8 @@ def no_product(q: Tensor, k: Tensor, v: Tensor) -> Any:
         (shifted_before_the_cap, "its scores go through aten.add.Tensor"),
         (shifted_before_a_fill, "its scores go through aten.add.Tensor"),
         (written_into, "it reads a tensor that is written into"),
+        (half_trained, "gradients are switched off for a part of it"),
+        (written_through_its_base, "it reads a tensor that is written into"),
         (all_dropped, "all of its probabilities are dropped"),
         (no_product, "its scores go through aten.exp.default"),
     ],
