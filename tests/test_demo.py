@@ -44,7 +44,7 @@ def test_the_demo_learns_under_its_budget_and_says_so(tmp_path: Path) -> None:
     assert page.read_text(encoding="utf-8").rstrip().endswith("</html>")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_budget_no_plan_holds_ends_the_demo_with_the_floor() -> None:
     done = demo("--budget", "100KB", "--layers", "1")
     assert done.returncode == 3

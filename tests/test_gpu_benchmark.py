@@ -361,7 +361,7 @@ def job_in(row: Row) -> Job:
     return Job(**{field.name: row[field.name] for field in fields(Job)} | {"budget": str(row["budget"])})
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_it_runs_from_beginning_to_end_on_cpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Eager, checkpointing and memopt at eager's peak: every row runs; the prediction is within 1 % + 1 MiB."""
     code = main(["--device", "cpu", "--bed", TINY, "--only", "eager", "--share", "--results", str(tmp_path)])

@@ -129,9 +129,12 @@ BY_STATISTICS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("loss", [*AT_ONCE, *BY_STATISTICS])
-@pytest.mark.parametrize(("bias", "tied", "frozen"), [(True, False, ()), (False, True, ()), (True, False, ("head",)),
-                                                      (True, False, ("embed", "body"))])  # fmt: skip
+CONFIGS = [(True, False, ()), (False, True, ()), (True, False, ("head",)), (True, False, ("embed", "body"))]
+CASES = [(loss, *config) for loss in AT_ONCE for config in CONFIGS]
+CASES += [(loss, *CONFIGS[at % 4]) for at, loss in enumerate((*BY_STATISTICS, *BY_STATISTICS[1:]))]
+
+
+@pytest.mark.parametrize(("loss", "bias", "tied", "frozen"), CASES)
 def test_every_head_is_found(loss: Any, bias: bool, tied: bool, frozen: tuple[str, ...]) -> None:
     torch.manual_seed(0)
     model = Head(loss, bias, tied)
@@ -339,7 +342,7 @@ def whole(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Wor
     return work.build().to(dtype).train(), work
 
 
-@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+@pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.long)])
 def test_a_language_model_never_holds_its_logits(lowering: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The peak is foreseen, under both lowerings, and lower by about the logits."""
     monkeypatch.setattr(kernel, "CHUNK", 0)

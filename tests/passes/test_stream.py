@@ -384,6 +384,7 @@ def test_a_budget_below_every_other_plan_is_held_by_streaming(lowering: str, una
         assert torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-6)  # type: ignore[arg-type]
 
 
+@pytest.mark.long
 def test_a_saved_plan_streams_again(tmp_path: Any, unadvised: None) -> None:
     torch.manual_seed(0)
     model, x = Mixed(2), torch.randn(4, 512, WIDTH)
