@@ -60,6 +60,10 @@ class Site:
         return not self.refused
 
 
+class Refused(Exception):  # no error: the place is left alone, and the message says why
+    """A place that a rewrite looked at cannot be rewritten."""
+
+
 @dataclass(frozen=True)
 class Rewrite:
     """A change of the forward before it is differentiated (memopt/forward.py). Run twice, it finds nothing the second

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 import memopt.kernels.chunked_attention  # noqa: F401  # registers the operation
-from memopt.algebra.attended import Attended, Refused, attended, dtype_of
+from memopt.algebra.attended import Attended, attended, dtype_of
 from memopt.algebra.axes import ATEN, Dim, UnlikeError
 from memopt.algebra.distances import Distances
 from memopt.algebra.masks import pieces
@@ -23,7 +23,7 @@ from memopt.algebra.placing import placed, whole
 from memopt.algebra.terms import Maker, Terms
 from memopt.facts import source_line
 from memopt.forward import OFF, Forward, constant
-from memopt.passbase import Numerics, Rewrite, Site
+from memopt.passbase import Numerics, Refused, Rewrite, Site
 
 FEW = 1 << 13  # scores of a sample: held as they are, they cost less than a call for each sample
 SEEDS = 1 << 62

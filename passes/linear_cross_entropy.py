@@ -10,7 +10,7 @@ chosen words, soft caps. Logits that the model also returns, detached, are made 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, fx
 
 import memopt.kernels.linear_cross_entropy as whole
+from memopt.algebra.axes import ATEN
 from memopt.algebra.heads import (
-    ATEN,
     LOSSES,
     NORMALISED,
     SHAPES,
@@ -28,14 +28,13 @@ from memopt.algebra.heads import (
     Head,
     Path,
     Reader,
-    Refused,
     found_at,
     head_of,
 )
 from memopt.facts import source_line
 from memopt.forward import Forward, Later, constant, gives_gradient, trained
 from memopt.kernels import logits
-from memopt.passbase import Numerics, Rewrite, Site
+from memopt.passbase import Numerics, Refused, Rewrite, Site
 
 LOGITS = 3  # tensors of their size that exist at once where a loss is made of logits and differentiated
 BEGIN = (LOSSES[0], ATEN.logsumexp.default, NORMALISED)
@@ -187,14 +186,12 @@ def _groups(losses: list[Loss], order: dict[fx.Node, int]) -> list[list[Loss]]:
     return groups
 
 
-class Maker:
-    """Makes nodes at the graph's insertion point, with the source line of one."""
+New = Callable[..., fx.Node]  # (operation, its arguments) -> a call of it at the graph's insertion point
 
-    def __init__(self, forward: Forward, like: fx.Node) -> None:
-        self.forward, self.like = forward, like
 
-    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        return self.forward.new(target, args, self.like, **kwargs)
+def _like(forward: Forward, like: fx.Node) -> New:
+    """Makes nodes with the source line of this one."""
+    return lambda target, *args: forward.new(target, args, like)
 
 
 def _by_statistics(forward: Forward, head: Head, losses: list[Loss]) -> None:
@@ -202,7 +199,7 @@ def _by_statistics(forward: Forward, head: Head, losses: list[Loss]) -> None:
     first = losses[0].reader
     chosen = next((loss for loss in losses if loss.targets is not None), losses[0])
     with forward.graph.inserting_before(first.node):
-        new = Maker(forward, first.node)
+        new = _like(forward, first.node)
         places = None if chosen.targets is None else _places(new, chosen)
         args = (*_operands(forward, head, first.path), places, first.path.scale, first.path.cap)
         summed = any(loss.smoothing for loss in losses)
@@ -214,7 +211,7 @@ def _by_statistics(forward: Forward, head: Head, losses: list[Loss]) -> None:
     for loss in losses:
         node = loss.reader.node
         with forward.graph.inserting_before(node):
-            new = Maker(forward, node)
+            new = _like(forward, node)
             value = _made(new, head, loss, made)
             if value.meta["val"].dtype != node.meta["val"].dtype:
                 value = new(ATEN.to.dtype, value, node.meta["val"].dtype)
@@ -226,7 +223,7 @@ def _by_statistics(forward: Forward, head: Head, losses: list[Loss]) -> None:
             forward.graph.erase_node(node)
 
 
-def _places(new: Maker, loss: Loss) -> fx.Node:
+def _places(new: New, loss: Loss) -> fx.Node:
     """(N,) targets, the first word's where the row is ignored."""
     assert loss.targets is not None
     flat = loss.targets
@@ -237,7 +234,7 @@ def _places(new: Maker, loss: Loss) -> fx.Node:
     return new(ATEN.masked_fill.Scalar, flat, new(ATEN.eq.Scalar, flat, loss.ignored), 0)
 
 
-def _made(new: Maker, head: Head, loss: Loss, made: list[fx.Node]) -> fx.Node:
+def _made(new: New, head: Head, loss: Loss, made: list[fx.Node]) -> fx.Node:
     """What the loss is, of (lse, chosen, total)."""
     lse, chosen, total = made
     if loss.targets is None:

@@ -14,12 +14,9 @@ from memopt.algebra.constants import number
 from memopt.algebra.contraction import Contraction, contraction
 from memopt.algebra.masks import FILLS, LOW, WHERES, Piece
 from memopt.forward import written
+from memopt.passbase import Refused
 
 VIEWS = REGROUPS | PERMUTES | CASTS | COPIES
-
-
-class Refused(Exception):  # no error: the place is left alone, and the message says why
-    """The softmax is no attention that can be rewritten."""
 
 
 @dataclass(frozen=True)

@@ -13,23 +13,17 @@ from typing import Any
 import torch
 from torch import fx
 
+from memopt.algebra.axes import ATEN, CASTS, COPIES
 from memopt.forward import OFF, constant
+from memopt.passbase import Refused
 
-ATEN = torch.ops.aten
-CASTS = (ATEN.to.dtype, ATEN.to.dtype_layout, ATEN._to_copy.default, ATEN.to.device)
-SAME = (ATEN.contiguous.default, ATEN.alias.default, ATEN.clone.default)
 SHAPES = (ATEN.view.default, ATEN.reshape.default, ATEN._unsafe_view.default, ATEN.flatten.using_ints)
 SLICES = (ATEN.slice.Tensor, ATEN.select.int)
 TURNS = (ATEN.t.default, ATEN.transpose.int, ATEN.permute.default, ATEN.numpy_T.default)
 TIMES, OVER = (ATEN.mul.Tensor, ATEN.mul.Scalar), (ATEN.div.Tensor, ATEN.div.Scalar)
 LOSSES = (ATEN.cross_entropy_loss.default, ATEN.nll_loss_nd.default, ATEN.nll_loss.default)
 NORMALISED = ATEN.log_softmax.int
-READERS = (*LOSSES, ATEN.logsumexp.default, ATEN.gather.default)
 MORE = "logits are read by more than the loss"
-
-
-class Refused(Exception):
-    """Why a place is left alone."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +85,7 @@ class Path:
 
 @dataclass(frozen=True)
 class Reader:
-    """node: one of READERS, at the end of the path."""
+    """node: makes of each row at the end of the path a loss, its sum of exponentials, or the logit of one word."""
 
     node: fx.Node
     path: Path
@@ -166,7 +160,7 @@ def _reads_words(node: fx.Node, path: Path) -> bool:
 
 def _keeps_words(node: fx.Node) -> bool:
     """Whether the node leaves words where they are: a cast, a copy, a reshape or slice of rows."""
-    if node.target in CASTS or node.target in SAME:
+    if node.target in CASTS | COPIES:
         return bool(node.meta["val"].is_floating_point() and node.meta["val"].device == _read(node).device)
     if node.target in SHAPES:
         return bool(node.meta["val"].shape[-1] == _read(node).shape[-1])

@@ -13,6 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from memopt.kernels import linear_cross_entropy as kernel
 from memopt.kernels import logits
 from memopt.runtime.measure import measure
+from tests.kernels.drawn import drawn, small_chunks  # noqa: F401  # a fixture
+
+pytestmark = pytest.mark.usefixtures("small_chunks")
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -21,19 +24,6 @@ OPTIONS: list[dict[str, Any]] = [
     {"label_smoothing": 0.2, "ignore_index": 0},
 ]
 REDUCTIONS = {"mean": kernel.MEAN, "sum": kernel.SUM}
-
-
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logits, "CHUNK", 0)
-    monkeypatch.setattr(logits, "LEAST", 5)
-    monkeypatch.setattr(logits, "BLOCK", 10)
-
-
-def drawn(rows: int, width: int, words: int, biased: bool) -> list[Tensor]:
-    torch.manual_seed(rows * words)
-    made = [torch.randn(rows, width), torch.randn(words, width)] + [torch.randn(words)] * biased
-    return [t.double().requires_grad_() for t in made]
 
 
 def whole(given: list[Tensor], targets: Tensor, options: dict[str, Any]) -> list[Tensor]:

@@ -183,7 +183,7 @@ def test_a_scaled_loss_in_half_precision_keeps_small_gradients() -> None:
     for each in (model, want):
         (each(ids).double() * 2.0**16).backward()
     found, exact = (each.head.weight.grad[20:].double() for each in (model, want))
-    assert (found - exact).norm() <= 1e-2 * exact.norm()
+    assert (found - exact).norm() <= 1e-2 * exact.norm()  # fp16 rounds by 5e-4; flushed to zero they are 0.7 off
 
 
 class Many(nn.Module):
@@ -271,6 +271,12 @@ def without_gradients(h: Tensor, head: nn.Linear, ids: Tensor) -> Tensor:
     return F.cross_entropy(logits, ids.flatten()) * h.square().mean()
 
 
+def halved_later(h: Tensor, head: nn.Linear, ids: Tensor) -> Tensor:
+    logits = F.linear(h, head.weight.detach()).flatten(0, 1)
+    h.mul_(0.5)
+    return F.cross_entropy(logits, ids.flatten())
+
+
 def overwritten(h: Tensor, head: nn.Linear, ids: Tensor) -> Tensor:
     targets = ids.flatten().clone()
     logits = head(h).flatten(0, 1)
@@ -308,7 +314,8 @@ def no_product(h: Tensor, head: nn.Linear, ids: Tensor) -> Tensor:
     ("loss", "why"),
     [(smoothed, "weights"), (soft, "probabilities"), (read_twice, "more than the loss"), (bent, "relu"),
      (all_words, "more than the loss"), (no_product, "between"), (watched, "switched off"),
-     (without_gradients, "switched off"), (overwritten, "written into")],
+     (without_gradients, "switched off"), (overwritten, "written into"),
+     (halved_later, "written into")],
 )  # fmt: skip
 def test_what_is_left_alone_says_why(loss: Any, why: str) -> None:
     torch.manual_seed(0)

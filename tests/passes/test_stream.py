@@ -256,7 +256,8 @@ def test_what_must_not_move_or_be_differentiated_is_not(made: Any) -> None:
     twin = copy.deepcopy(model)
     found, want = gradients(model, x, 4), [g.double() for g in gradients(twin, x, 0)]
     assert [p.grad is None for p in model.parameters()] == [p.grad is None for p in twin.parameters()]
-    assert max(float((a - b).norm() - 1e-4 * b.norm()) for a, b in zip(found, want, strict=True)) < 1e-6
+    near = [float((a - b).norm()) <= 1e-5 * float(b.norm()) + 1e-6 for a, b in zip(found, want, strict=True)]
+    assert all(near)  # sums in fp32; gradients that cancel are nearly nothing
     assert all(map(torch.allclose, model.buffers(), twin.buffers()))
 
 
