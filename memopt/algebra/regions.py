@@ -140,9 +140,9 @@ def settle(graph: fx.Graph) -> None:
     """Move wide products, and what is made of them in their size, down to what reads them first: the head of a model
     whose logits are compared with another's stands before that other model."""
     wide: set[fx.Node] = set()
-    for node in graph.nodes:
+    for node in filter(_movable, graph.nodes):
         made_of = [arg for arg in node.all_input_nodes if arg in wide and _bytes(arg) <= _bytes(node)]
-        if (made_of or _wide(node) is not None) and _movable(node):
+        if made_of or _wide(node) is not None:
             wide.add(node)
     for node in reversed(list(graph.nodes)):
         if node in wide and node.users:
@@ -158,8 +158,10 @@ def _movable(node: fx.Node) -> bool:
     """Whether it is a product, pointwise or a softmax, for which it does not matter when it runs, but for gradients
     switched on or off."""
     target: Any = node.target
+    if not isinstance(target, torch._ops.OpOverload) or not _pure(node):
+        return False
     product = target in (ATEN.linear.default, ATEN.addmm.default) or contraction(node) is not None
-    return _pure(node) and (product or target in CASTS | REGROUPS | WITHIN or torch.Tag.pointwise in target.tags)
+    return product or target in CASTS | REGROUPS | WITHIN or torch.Tag.pointwise in target.tags
 
 
 def _pure(node: fx.Node) -> bool:

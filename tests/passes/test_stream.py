@@ -261,6 +261,13 @@ def test_what_must_not_move_or_be_differentiated_is_not(made: Any) -> None:
     assert all(map(torch.allclose, model.buffers(), twin.buffers()))
 
 
+def test_a_wide_product_may_be_what_the_forward_returns() -> None:
+    forward = replace(forward_of(traced(nn.Linear(WIDTH, 4 * WIDTH), torch.randn(2, SEQ, WIDTH))), chunks=3)
+    before = called(forward)
+    assert run(forward) == ()
+    assert called(forward) == before
+
+
 class Within(Mixed):
     """Autocast inside the forward."""
 
