@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from memopt.algebra.axes import ATEN
-from memopt.algebra.regions import Stretch, settle, stretches
+from memopt.algebra.regions import Stretch, draws, settle, stretches
 from memopt.facts import source_line
 from memopt.forward import Forward, gives_gradient, trained
 from memopt.passbase import Numerics, Rewrite, Site
@@ -53,7 +53,7 @@ def _region(found: Stretch) -> Region:
         tuple(Like.of(node.meta["val"]) for node in nodes) for nodes in (found.by_rows, found.whole, found.returned)
     )
     wanted = tuple(_wanted(node, found) for node in (*found.by_rows, *found.whole))
-    random = any(map(_draws, found.nodes))
+    random = any(map(draws, found.nodes))
     return Region(graph, found.rows.count, places, rows, whole, outputs, wanted, random, _autocast(found))
 
 
@@ -65,12 +65,6 @@ def _wanted(node: fx.Node, found: Stretch) -> bool:
             reached.add(each)
     leaves = any(each in reached for each in found.returned)
     return bool(leaves and node.meta["val"].is_floating_point() and trained(node))
-
-
-def _draws(node: fx.Node) -> bool:
-    if node.target is ATEN.dropout.default:
-        return bool(node.args[2] and node.args[1])
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _autocast(found: Stretch) -> tuple[str, torch.dtype] | None:

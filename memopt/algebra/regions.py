@@ -171,8 +171,17 @@ def _pure(node: fx.Node) -> bool:
         return True
     if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload):
         return False
-    drawn = torch.Tag.nondeterministic_seeded in target.tags or target in COUNTING
-    return not drawn and not target._schema.is_mutable and all(map(constant, (node, *node.all_input_nodes)))
+    free = not draws(node) and target not in COUNTING and not target._schema.is_mutable
+    return free and all(map(constant, (node, *node.all_input_nodes)))
+
+
+def draws(node: fx.Node) -> bool:
+    """Whether the node uses random numbers."""
+    if node.target is ATEN.dropout.default:
+        return bool(node.args[2] and node.args[1])
+    if node.target is ATEN.scaled_dot_product_attention.default:
+        return bool(node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p"))
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _wide(node: fx.Node) -> tuple[Place, int] | None:
