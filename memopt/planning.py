@@ -69,8 +69,9 @@ class Planner:
             if self.plan_file is not None and lowering != self.request.lowerings[-1] and not self.saved_of(found):
                 continue
             request = replace(self.request, lowering=lowering)
-            planned = replace(self.tried(found, request, time.perf_counter() - started, call), left_out=left_out)
-            planned, found = self.streamed(key, call, planned, found)
+            planned = self.tried(found, request, time.perf_counter() - started, call, search=False)
+            planned, found = self.streamed(key, call, replace(planned, left_out=left_out), found)
+            planned = self.searched(found, request, planned, call)
             tried.append((planned, found))
             if not planned.result.infeasible:
                 planned = self.faster(key, call, planned)
@@ -99,6 +100,13 @@ class Planner:
         self.surveys[key, planned.lowering, planned.left_out, best.chunks] = best
         made = replace(self.tried(best, request, time.perf_counter() - started, call), left_out=planned.left_out)
         return (made, best) if _better(made.result, planned.result) else (planned, found)
+
+    def searched(self, found: Survey, request: Request, planned: Planned, call: Call) -> Planned:
+        """The plan of the least that Inductor's code can take, where none so far holds the budget. A streamed one is
+        that already; where its code takes more than that of the step as it was, the latter is searched, for minutes."""
+        if not planned.result.infeasible or found.chunks or request.lowering != "inductor" or not self.measure:
+            return planned
+        return replace(self.tried(found, request, 0.0, call), left_out=planned.left_out)
 
     def faster(self, key: Any, call: Call, planned: Planned) -> Planned:
         """The plan without a rewrite that costs time, where the step as it was written fits and is faster."""
@@ -173,12 +181,14 @@ class Planner:
         self.refused = self.advised(planned, found, call)
         raise infeasible(self.refused)
 
-    def tried(self, found: Survey, request: Request, capture_seconds: float, call: Call | None = None) -> Planned:
-        """The plan of a survey, perhaps infeasible. call: inputs the step may be tried on."""
+    def tried(
+        self, found: Survey, request: Request, capture_seconds: float, call: Call | None = None, search: bool = True
+    ) -> Planned:
+        """The plan of a survey, perhaps infeasible. call: inputs the step may be tried on. search: as in `tuned`."""
         costs = self.costs(found)
         seen = self.measure and bool(set(LOSSY) - request.off) and self.short(found, costs)
         probe = self.accuracy.probe(found, call, request) if seen else None
-        make = partial(self.planned, found, request, costs, capture_seconds)
+        make = partial(self.planned, found, request, costs, capture_seconds, search)
         return self.accuracy.held(make, probe, request.max_grad_error).missing(self.missed)
 
     def short(self, found: Survey, costs: Costs) -> bool:
@@ -186,7 +196,9 @@ class Planner:
         whole = step_graph(found, parts_of(found), self.request, optimizer_phase(found, self.request), costs)
         return peak(whole, self.request.device.allocator_block) > self.request.budget - self.missed
 
-    def planned(self, found: Survey, request: Request, costs: Costs, capture_seconds: float, noise: Noise) -> Planned:
+    def planned(
+        self, found: Survey, request: Request, costs: Costs, capture_seconds: float, search: bool, noise: Noise
+    ) -> Planned:
         """The plan within the budget less what real steps were seen to take beyond theirs."""
         request = replace(request, budget=max(request.budget - self.missed, 1))
         planned = make_plan(found, request, costs, capture_seconds, self.progress, self.plan_file, noise)
@@ -194,7 +206,7 @@ class Planner:
             from memopt.tuning import tuned  # loads Inductor
 
             runs = tuple(zip((capture.program for capture in found.captures), parts_of(found), strict=True))
-            planned = tuned(planned, runs, request.time_limit, request.device.kind)
+            planned = tuned(planned, runs, request.time_limit, request.device.kind, search)
         return planned
 
     def advised(self, planned: Planned, found: Survey, call: Call | None) -> PlanResult:

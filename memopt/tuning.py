@@ -36,8 +36,10 @@ Run = tuple[Program, Part]  # one run of a graph: its program, and what it passe
 TRIES = 5  # lowerings at most; each costs a compilation
 ABOVE = (1.0, 1.02, 1.05, 1.1, 1.18, 1.3)  # of the solver's floor: where else to look before a step is refused
 DESCENTS = 4  # times the least code found is asked for a byte less, before a step is refused with it as floor
+HOPELESS = 1.5  # times the budget: code that an infeasible plan is not lowered again for
 CLOSE = 0.015  # a plan whose peak is within this share of the budget is not worth another compilation
 FAR = 0.04  # code this share of the budget above it is held to the plan's kernels instead of planned smaller
+FARTHER = 0.15  # and this share of it above, at once as closely as can be
 
 
 @dataclass(frozen=True)
@@ -90,17 +92,21 @@ class Tuner:
         return any(t.plan.chosen == plan.chosen and t.fences is fences for t in self.tries)
 
     def approach(self) -> None:
-        """Correct the solver's budget by what the code takes; far above it, hold the kernels to the plan first."""
+        """Correct the solver's budget by what the code takes; far above it, hold the kernels to the plan first.
+
+        Not where solver and code both say that the budget is far off."""
         plan, fences = self.planned.result.plan, Fences.FREE
         if plan.solver == REUSED:
             return self.hold(plan)
         while len(self.tries) < TRIES and not self.known(plan, fences):
             made = self.lower(plan, fences)
             slack = self.budget - made.peak
+            if plan.status is Status.INFEASIBLE and made.peak > HOPELESS * self.budget:
+                break
             if slack >= 0 and (slack <= CLOSE * self.budget or not plan.chosen):
                 break
             if slack < -FAR * self.budget and plan.chosen and fences is not Fences.TIGHT:
-                fences = Fences(fences + 1)
+                fences = Fences.TIGHT if slack < -FARTHER * self.budget else Fences(fences + 1)
                 continue
             plan = self.solved(plan.peak + slack)
             if slack < 0 and self.known(plan, fences) and fences is not Fences.TIGHT:
@@ -148,16 +154,17 @@ class Tuner:
         return min(other.tries, key=lambda t: t.peak)
 
 
-def tuned(planned: Planned, runs: Sequence[Run], time_limit: float, kind: str = "cpu") -> Planned:
+def tuned(planned: Planned, runs: Sequence[Run], time_limit: float, kind: str = "cpu", search: bool = True) -> Planned:
     """The plan corrected until its code, rehearsed, holds the budget and wastes little of it.
 
     runs: the programs of the step in the order they run. kind: of device, where library calls are tried for what they
-    need. An infeasible outcome has that status, and the floor as its peak.
+    need. search: before a step is refused, for the least its code can take, which is the floor; without, the outcome is
+    the least of a few. An infeasible outcome has that status, and this as its peak.
     """
     with OpCosts(kind, seconds_limit=SECONDS) as meter:
         tuner = Tuner(planned, runs, time_limit, meter.workspace)
         tuner.approach()
-        if planned.result.plan.solver != REUSED and min(t.peak for t in tuner.tries) > tuner.budget:
+        if search and planned.result.plan.solver != REUSED and min(t.peak for t in tuner.tries) > tuner.budget:
             tuner.explore()
     return _with(planned, planned.problem, _best(tuner, tuner.budget), tuner.budget)
 
