@@ -13,6 +13,7 @@ from typing import Protocol
 from memopt.devices import Device
 from memopt.edit import HOST
 from memopt.graph import Step, StepGraph
+from memopt.tokens import moved, part_of
 
 
 class CostModel(Protocol):
@@ -89,7 +90,9 @@ class Roofline:
         value = (step.reads if packing else step.writes)[0]
         if codec.startswith(HOST):
             link = self.device.device_to_host if packing else self.device.host_to_device
-            return _tensor_bytes(graph, value) / link
+            nbytes = _tensor_bytes(graph, value)
+            gone = moved(nbytes, part_of(codec)[1])
+            return gone / link + 2 * (nbytes - gone) / self.device.memory_bandwidth  # the rest is read and written
         return prod(graph.tensors[value].shape) / self.device.codecs[codec][0 if packing else 1]
 
 

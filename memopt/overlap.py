@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from memopt.edit import DISK, HOST, Remake
 from memopt.graph import Step, Storage
+from memopt.tokens import WHOLE, part_of
 
 START, DRAIN, FETCH, ARRIVE = (f"memopt.{kind}_" for kind in ("start", "drain", "fetch", "arrive"))
 OVERLAP = "overlap"  # its name among the passes, to switch it off
@@ -19,8 +20,9 @@ PACK, UNPACK = "memopt.pack_", "memopt.unpack_"
 
 
 def moves(remake: Remake) -> bool:
-    """Whether it keeps its value elsewhere, there and back by copies."""
-    return any(resource in (DISK, HOST) for resource, _ in remake.takes)
+    """Whether it keeps its value elsewhere, all of it, there and back by copies that may go on beside other steps."""
+    copied = any(resource in (DISK, HOST) for resource, _ in remake.takes)
+    return copied and part_of(remake.pack[0].op.partition("_")[2])[1] == WHOLE
 
 
 def overlapped(remake: Remake, drained: str, fetched: str) -> Remake:

@@ -26,6 +26,7 @@ from memopt.runtime.loops import loop_cost
 from memopt.runtime.opcost import OpCost, OpCosts, called
 from memopt.runtime.opinputs import fake_arguments
 from memopt.runtime.rng import draw
+from memopt.tokens import moved, part_of
 
 CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
 SECONDS = 30.0  # time limit of measuring; operations left over are priced by the roofline
@@ -79,18 +80,25 @@ def _packing(meter: OpCosts, loops: bool, step: Step, value: TensorInfo) -> OpCo
     if codec.startswith(HOST):
         return None  # by the link's rate, which `memopt doctor --calibrate` measures
     if codec.startswith(DISK):
-        return _on_disk(step, value, disk.pool_of(codec).rates())
+        return _on_disk(meter, step, value)
     with meter:
         if loops and codec in INLINED:
             return loop_cost(meter, step, value)
         return meter.measure(called(overload(step.op), _arguments(step, value), {}))
 
 
-def _on_disk(step: Step, value: TensorInfo, known: disk.DiskRates) -> OpCost:
-    """By the rates of the folder."""
-    nbytes = prod(value.shape) * ITEMSIZE[value.dtype]
+def _on_disk(meter: OpCosts, step: Step, value: TensorInfo) -> OpCost:
+    """By the rates of the folder, and for what of the value stays by a copy of it."""
+    codec, quarters = part_of(codec_of(step))
+    known, count = disk.pool_of(codec).rates(), prod(value.shape)
     rate = known.write if step.op.startswith("memopt.pack_") else known.read
-    return OpCost(known.least + nbytes / rate, 0, 0)
+    seconds = known.least + moved(count, quarters) * ITEMSIZE[value.dtype] / rate
+    if stays := count - moved(count, quarters):
+        rest = torch.empty(stays, dtype=getattr(torch, value.dtype), device="meta")
+        with meter:
+            copied = meter.measure(called(torch.ops.aten.clone.default, (rest,), {}))
+        seconds += copied.seconds if copied is not None else 0.0
+    return OpCost(seconds, 0, 0)
 
 
 def _arguments(step: Step, value: TensorInfo) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ FOLDERS = {"memopt": ROOT / "memopt", "memopt.passes": ROOT / "passes", "memopt.
 # A module has the level of its longest listed prefix, so that one line serves a whole folder.
 LEVELS = {
     0: "graph units errors presets files calls",
-    1: "plans edit overlap cost timeline devices fusion joints",
+    1: "plans edit tokens overlap cost timeline devices fusion joints",
     2: "program facts listing unwrapped passbase operations forward algebra kernels solvers",
     3: "passes blame capture frames hosts optim runtime streamed streams lowering fences inductor relay compose seams "
     "outputs recurrent models workload factory nets text fakes prices noise applied later early trained shapes",

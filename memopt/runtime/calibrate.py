@@ -17,7 +17,7 @@ from memopt.files import write_atomic
 from memopt.kernels.codec import PACKED_BYTES
 from memopt.operations import overload
 from memopt.runtime import opcache
-from memopt.runtime.tokens import elsewhere
+from memopt.tokens import elsewhere
 
 logger = logging.getLogger("memopt")
 

@@ -29,7 +29,8 @@ from memopt.edit import DISK
 from memopt.errors import MemoptError
 from memopt.kernels.codec import register
 from memopt.runtime.flights import register_flights
-from memopt.runtime.tokens import token_bytes
+from memopt.runtime.parts import register_parts
+from memopt.tokens import TOKEN, token_bytes
 from memopt.units import format_size
 
 TRIAL = 1 << 22  # bytes written and read back to learn a folder's rates
@@ -210,13 +211,16 @@ class Pool:
             self.release(number, self.process)
         return best[0], best[1]
 
-    def pack(self, x: Tensor) -> Tensor:
-        """Write flat values; the token they are read back by."""
-        return self.token(self.write(_bytes(x.cpu())))
+    def pack(self, x: Tensor, beside: Tensor | None = None) -> Tensor:
+        """Write flat values; the token they are read back by, and behind it a copy of what stays."""
+        return self.token(self.write(_bytes(x.cpu())), beside)
 
-    def token(self, number: int) -> Tensor:
+    def token(self, number: int, beside: Tensor | None = None) -> Tensor:
         """What stands for a slot. The slot's last token frees it by dying."""
-        made = torch.tensor([number, self.process]).view(torch.uint8)
+        made = torch.empty(TOKEN + (0 if beside is None else beside.nbytes), dtype=torch.uint8)
+        made[:TOKEN].numpy().view("int64")[:] = number, self.process
+        if beside is not None:
+            made[TOKEN:].copy_(beside.view(torch.uint8))
         with self.lock:
             if number in self.owners:
                 self.owners[number].detach()
@@ -225,7 +229,7 @@ class Pool:
 
     def unpack(self, token: Tensor, out: Tensor) -> None:
         """Read the values a token stands for."""
-        number, process = token.view(torch.int64).tolist()
+        number, process = token[:TOKEN].view(torch.int64).tolist()
         here = out if out.device.type == "cpu" else torch.empty(out.shape, dtype=out.dtype)
         self.read(number, process, _bytes(here))
         if here is not out:
@@ -274,12 +278,13 @@ def use(folder: str | Path, limit: int) -> Pool:
     if key not in pools:
         pool = pools[key] = Pool(*key, f"{DISK}_{next(NUMBERS)}")
         register(pool.codec, pool.pack, pool.unpack, token_bytes)
+        register_parts(pool)
         register_flights(pool)
     return pools[key]
 
 
 def pool_of(codec: str) -> Pool:
-    """The pool that these operations use."""
+    """The pool of whole values that these operations use."""
     return next(pool for pool in pools.values() if pool.codec == codec)
 
 

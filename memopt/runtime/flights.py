@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from memopt.kernels.codec import LIBRARY, flat
-from memopt.runtime.tokens import TOKEN
+from memopt.tokens import TOKEN
 
 
 class Mover(Protocol):

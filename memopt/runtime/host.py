@@ -26,7 +26,8 @@ from memopt.errors import MemoptError
 from memopt.kernels.codec import register
 from memopt.runtime.flights import register_flights
 from memopt.runtime.links import Flight, Link
-from memopt.runtime.tokens import TOKEN, token_bytes
+from memopt.runtime.parts import register_parts
+from memopt.tokens import TOKEN, token_bytes
 from memopt.units import format_size
 
 GIVEN_UP = "the step was given up, no parameter was changed"
@@ -72,11 +73,12 @@ class Pool:
         self.given_up: list[Flight] = []
         self.begun = self.awaited = 0
 
-    def pack(self, x: Tensor) -> Tensor:
-        """Copy flat values here; the token they are read back by. Raises HostError, and keeps nothing, without room."""
-        return self.kept(x, lambda buffer: buffer.copy_(x, non_blocking=True))[0]
+    def pack(self, x: Tensor, beside: Tensor | None = None) -> Tensor:
+        """Copy flat values here; the token they are read back by, and behind it a copy of what stays. Raises HostError,
+        and keeps nothing, without room."""
+        return self.kept(x, lambda buffer: buffer.copy_(x, non_blocking=True), beside)[0]
 
-    def kept(self, x: Tensor, copy: Callable[[Tensor], T]) -> tuple[Tensor, T]:
+    def kept(self, x: Tensor, copy: Callable[[Tensor], T], beside: Tensor | None = None) -> tuple[Tensor, T]:
         """A token for flat values, and what copying them into the buffer gave. Raises HostError, as `pack` does."""
         if self.process != os.getpid():
             self.open()
@@ -84,7 +86,9 @@ class Pool:
         try:
             buffer = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
             made = copy(buffer)
-            token = x.new_empty((TOKEN,), dtype=torch.uint8)
+            token = x.new_empty((TOKEN + (0 if beside is None else beside.nbytes),), dtype=torch.uint8)
+            if beside is not None:
+                token[TOKEN:].copy_(beside.view(torch.uint8))
         except BaseException as error:
             with self.lock:
                 self.held -= room(x.nbytes)
@@ -187,5 +191,6 @@ def use(limit: int) -> Pool:
     if limit not in pools:
         pool = pools[limit] = Pool(limit, f"{HOST}_{next(NUMBERS)}")
         register(pool.codec, pool.pack, pool.unpack, token_bytes)
+        register_parts(pool)
         register_flights(pool)
     return pools[limit]

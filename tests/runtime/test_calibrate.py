@@ -15,7 +15,7 @@ from memopt.kernels.codec import PACKED_BYTES
 from memopt.runtime import calibrate
 from memopt.runtime.calibrate import Rates, load_rates, measure_rates, rates_file, save_rates
 from memopt.runtime.here import here
-from memopt.runtime.tokens import elsewhere
+from memopt.tokens import elsewhere
 
 CPU = torch.device("cpu")
 RATES = Rates(8e9, 1e-6, {"fp32": 50e9, "bf16": 20e9, "fp16": 1e9}, {"int8": (1e9, 2e9)})

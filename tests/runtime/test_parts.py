@@ -1,0 +1,98 @@
+"""Parts of a value elsewhere: the first quarters in a pool, the rest behind their token."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import memopt
+from memopt.planfile import save_plan
+from memopt.runtime import disk, host
+from memopt.runtime.measure import measure_step
+from memopt.tokens import TOKEN, part_codec, part_of
+from tests.passes.test_packing import stepped
+
+
+@pytest.mark.parametrize("kind", ["disk", "host"])
+@pytest.mark.parametrize("quarters", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool])
+def test_what_was_moved_and_what_stayed_come_back(kind: str, quarters: int, dtype: torch.dtype, tmp_path: Path) -> None:
+    pool: Any = disk.use(tmp_path, 1 << 20) if kind == "disk" else host.use(1 << 20)
+    pack, unpack = (
+        getattr(torch.ops.memopt, f"{way}_{part_codec(pool.codec, quarters)}") for way in ("pack", "unpack")
+    )
+    x = torch.randn(7, 19, generator=torch.Generator().manual_seed(0)).to(dtype).t()
+    packed = pack(x, x.stride())
+    gone = 133 * quarters // 4
+    assert packed.nbytes == TOKEN + (133 - gone) * x.itemsize
+    assert pool.held == (host.room(gone * x.itemsize) if kind == "host" else gone * x.itemsize)
+    again = unpack(packed, x.shape, x.stride(), dtype)
+    assert torch.equal(again, x)
+    assert again.stride() == x.stride()
+    del packed
+    assert pool.held == 0
+
+
+@pytest.mark.parametrize("quarters", [1, 2, 3, 4])
+def test_a_part_is_known_by_its_codec(quarters: int) -> None:
+    assert part_of(part_codec("host_12", quarters)) == ("host_12", quarters)
+
+
+class Few(nn.Module):
+    """Four values that backward needs, and little else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x.square().mean()
+
+
+SAVED = 4096 * 64 * 4  # bytes of each
+
+
+def compiled(x: Tensor, budget: int | str, **options: Any) -> Any:
+    torch.manual_seed(0)
+    model = Few()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    return memopt.compile(
+        model, budget, optimizer=optimizer, example_inputs=(x,), lowering="eager", numerics="exact",
+        passes="-recompute,-overlap", **options,
+    )  # fmt: skip
+
+
+def test_no_more_of_a_large_value_moves_than_must(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk.Pool, "rates", lambda _: disk.DiskRates(1e9, 1e9, 1e-6))
+    x = torch.randn(4096, 64, generator=torch.Generator().manual_seed(1))
+    place = {"disk_budget": "1GB", "disk_path": tmp_path}
+    whole = compiled(x, "4GB").memopt.plan.peak
+    torch.manual_seed(0)
+    want, seconds = stepped(Few(), x), {}
+    for quarters in (1, 2, 3, 4):
+        budget = whole - quarters * SAVED // 4 + 2 * TOKEN
+        model = compiled(x, budget, **place)
+        plan = model.memopt.plan
+        assert sum(amount for r in plan.plan.chosen for _, amount in r.takes) == quarters * SAVED // 4
+        optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+        assert measure_step(lambda: model(x), optimizer, resident=[model, x]).peak_bytes == plan.peak <= budget  # noqa: B023
+        seconds[quarters] = plan.plan.seconds
+        assert all(map(torch.equal, stepped(compiled(x, budget, **place), x), want))
+    assert seconds[1] < seconds[2] < seconds[3]
+
+
+def test_a_saved_plan_moves_the_same_part(tmp_path: Path) -> None:
+    x = torch.randn(4096, 64, generator=torch.Generator().manual_seed(1))
+    budget = compiled(x, "4GB").memopt.plan.peak - SAVED // 4 + 2 * TOKEN
+    place = {"disk_budget": "1GB", "disk_path": tmp_path}
+    made = compiled(x, budget, **place).memopt.plan
+    save_plan(made, tmp_path / "plan.json")
+    again = compiled(x, budget, plan_file=tmp_path / "plan.json", **place).memopt.plan
+    assert again.reused
+    assert again.plan.chosen == made.plan.chosen
