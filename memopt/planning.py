@@ -104,9 +104,10 @@ class Planner:
     def searched(self, found: Survey, request: Request, planned: Planned, call: Call) -> Planned:
         """The plan of the least that Inductor's code can take, where none so far holds the budget. A streamed one is
         that already; where its code takes more than that of the step as it was, the latter is searched, for minutes."""
-        if not planned.result.infeasible or found.chunks or request.lowering != "inductor" or not self.measure:
+        result = planned.result
+        if not result.infeasible or result.reused or found.chunks or request.lowering != "inductor" or not self.measure:
             return planned
-        return replace(self.tried(found, request, 0.0, call), left_out=planned.left_out)
+        return replace(self.tried(found, request, result.timings["capture"], call), left_out=planned.left_out)
 
     def faster(self, key: Any, call: Call, planned: Planned) -> Planned:
         """The plan without a rewrite that costs time, where the step as it was written fits and is faster."""
