@@ -7,6 +7,7 @@ and its ways out.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NoReturn
@@ -33,6 +34,7 @@ from memopt.table import to_text
 from memopt.timeline import peak
 
 WORTH = 0.9  # of the seconds with a rewrite, to do without it
+LOWER = 0.9  # of the planner's floor without: where streaming comes below, only its code is searched for the least
 SLOWED = 0.02  # of a step's seconds: less is no reason to stream in more chunks
 
 
@@ -70,8 +72,7 @@ class Planner:
                 continue
             request = replace(self.request, lowering=lowering)
             planned = self.tried(found, request, time.perf_counter() - started, call, search=False)
-            planned, found = self.streamed(key, call, replace(planned, left_out=left_out), found)
-            planned = self.searched(found, request, planned, call)
+            planned, found = self.smaller(key, call, replace(planned, left_out=left_out), found)
             tried.append((planned, found))
             if not planned.result.infeasible:
                 planned = self.faster(key, call, planned)
@@ -80,34 +81,51 @@ class Planner:
                 break
         self.refuse(*min(tried, key=lambda pair: pair[0].result.plan.peak), call)
 
-    def streamed(self, key: Any, call: Call, planned: Planned, found: Survey) -> tuple[Planned, Survey]:
-        """The best plan with what streams in so many chunks or so many, where no plan without fits: one that fits,
-        and fast; if none does, the one that takes least."""
-        permitted = any(rewrite.costly for rewrite in self.request.rewrites)
-        if self.plan_file is not None or not permitted or not planned.result.infeasible or hopeless(planned.result):
+    def smaller(self, key: Any, call: Call, planned: Planned, found: Survey) -> tuple[Planned, Survey]:
+        """Where no plan of the step as it is holds the budget: one whose step streams in chunks, if that does; else the
+        one that takes least, of a search that is the same whatever the budget, so that refusals name the same floor."""
+        if self.plan_file is not None or not planned.result.infeasible:
             return planned, found
-        started = time.perf_counter()
-        base = self.surveyed(key, call, planned.lowering, planned.left_out, LADDER[0])
-        request, least = replace(self.request, lowering=planned.lowering), planned.result
-        best: Survey | None = None
-        for other in [in_chunks(base, chunks) for chunks in LADDER] if streams(base) else []:
-            rough = make_plan(other, replace(request, quick=True), self.costs(other), 0.0, self.progress).result
-            if not _better(rough, least):
-                break
-            best, least = other, rough
-        if best is None:
-            return planned, found
-        self.surveys[key, planned.lowering, planned.left_out, best.chunks] = best
-        made = replace(self.tried(best, request, time.perf_counter() - started, call), left_out=planned.left_out)
-        return (made, best) if _better(made.result, planned.result) else (planned, found)
+        request, ladder = replace(self.request, lowering=planned.lowering), self.ladder(key, call, planned)
 
-    def searched(self, found: Survey, request: Request, planned: Planned, call: Call) -> Planned:
-        """The plan of the least that Inductor's code can take, where none so far holds the budget. A streamed one is
-        that already; where its code takes more than that of the step as it was, the latter is searched, for minutes."""
-        result = planned.result
-        if not result.infeasible or result.reused or found.chunks or request.lowering != "inductor" or not self.measure:
-            return planned
-        return replace(self.tried(found, request, result.timings["capture"], call), left_out=planned.left_out)
+        def made(other: Survey, search: bool) -> tuple[Planned, Survey]:
+            self.surveys[key, planned.lowering, planned.left_out, other.chunks] = other
+            new = self.tried(other, request, planned.result.timings["capture"], call, search)
+            return replace(new, left_out=planned.left_out), other
+
+        best = self.best_of(ladder, request)
+        if best is not None and not best[1].infeasible:
+            streamed = made(best[0], search=False)
+            if not streamed[0].result.infeasible:
+                return streamed
+            best = self.best_of(ladder, replace(request, budget=1))
+        searched = [] if best is None else [made(best[0], search=True)]
+        if best is None or best[1].plan.peak > LOWER * self.rough(found, replace(request, budget=1)).plan.peak:
+            generated = request.lowering == "inductor" and self.measure  # else the plan is that of a search
+            searched.append(made(found, search=True) if generated else (planned, found))
+        return min(searched, key=lambda pair: (pair[0].result.infeasible, pair[0].result.plan.peak))
+
+    def ladder(self, key: Any, call: Call, planned: Planned) -> list[Survey]:
+        """The step with what streams in ever more chunks; empty where nothing does, or it would be of no use."""
+        permitted = any(rewrite.costly for rewrite in self.request.rewrites)
+        if not permitted or hopeless(planned.result):
+            return []
+        base = self.surveyed(key, call, planned.lowering, planned.left_out, LADDER[0])
+        return [in_chunks(base, chunks) for chunks in LADDER] if streams(base) else []
+
+    def best_of(self, ladder: Sequence[Survey], request: Request) -> tuple[Survey, PlanResult] | None:
+        """The first after which more chunks are no better, by rough plans, and its own."""
+        best: tuple[Survey, PlanResult] | None = None
+        for other in ladder:
+            found = self.rough(other, request)
+            if best is not None and not _better(found, best[1]):
+                break
+            best = other, found
+        return best
+
+    def rough(self, found: Survey, request: Request) -> PlanResult:
+        """A plan by quick methods, of the planner's own bytes."""
+        return make_plan(found, replace(request, quick=True), self.costs(found), 0.0, self.progress).result
 
     def faster(self, key: Any, call: Call, planned: Planned) -> Planned:
         """The plan without a rewrite that costs time, where the step as it was written fits and is faster."""
