@@ -1,8 +1,8 @@
 """What adapters on convolutions hold for the backward: `python -m benchmarks.adapters`. Planned, nothing is run.
 
 ResNet-50 at 224 pixels with LoRA of rank 8 on every convolution, through PEFT, beside full training. PyTorch holds
-more for the adapters than for training everything, with dropout twice as much (huggingface/peft#2196). In the bytes of
-full training memopt plans them at the seconds shown.
+more for the adapters than for training everything, most of all with dropout (huggingface/peft#2196 reports twice as
+much). In the bytes of full training memopt plans them at the seconds shown.
 """
 
 from __future__ import annotations

@@ -31,8 +31,9 @@ def part_codec(pool: str, quarters: int) -> str:
 def part_of(codec: str) -> tuple[str, int]:
     """The pool's codec of whole values, and the quarters that this one moves."""
     label, _, number = codec.partition("_")
-    kind, quarters = label[:4], label[4:5]
-    return f"{kind}_{number}", int(quarters) if quarters else WHOLE
+    kind = DISK if label.startswith(DISK) else HOST
+    quarters = label.removeprefix(kind).partition("of")[0]
+    return f"{kind}_{number}", int(quarters or WHOLE)
 
 
 def elsewhere(codec: str) -> bool:

@@ -7,7 +7,7 @@ What every such trade has in common. The operations are pairs `memopt::pack_<cod
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from math import prod
 from typing import ClassVar
@@ -36,9 +36,16 @@ class Packing(Trade):
         """Of the `packable` storages those to pack, and how."""
 
     def propose(self, graph: StepGraph, seconds: Mapping[str, float]) -> tuple[Remake, ...]:
-        found = {value: packed(graph, self.name, value, codec) for value, codec in self.codecs(graph).items()}
-        remakes = {value: replace(remake, stand_in=self.stand_in) for value, remake in found.items()}
-        return tuple(replace(remakes[value], span=span) for span, value in read_late(graph, remakes.keys()))
+        return self.late(graph, (self.codecs(graph),))
+
+    def late(self, graph: StepGraph, choices: Sequence[Mapping[str, Codec]]) -> tuple[Remake, ...]:
+        """For each choice of codecs, a remake for every late read of a value that it packs."""
+        found = [
+            {v: replace(packed(graph, self.name, v, codec), stand_in=self.stand_in) for v, codec in codecs.items()}
+            for codecs in choices
+        ]
+        reads = tuple(read_late(graph, dict.fromkeys(value for codecs in choices for value in codecs).keys()))
+        return tuple(replace(made[value], span=span) for made in found for span, value in reads if value in made)
 
 
 def packable(graph: StepGraph) -> Iterator[str]:

@@ -94,7 +94,7 @@ def loss_and_gradients(model: nn.Module) -> list[Tensor]:
 
 @pytest.mark.parametrize("dropout", [0.1, pytest.param(0.0, marks=pytest.mark.long)])
 def test_adapters_on_convolutions_hold_no_more_than_training_them_does(dropout: float) -> None:
-    """huggingface/peft#2196: with PyTorch alone they double what is held."""
+    """huggingface/peft#2196 reports that they double what is held."""
     trained, free = activations(planned(None)), planned(dropout)
     more = activations(free) - trained
     assert more > (0.5 if dropout else 0.0) * trained  # there is something to win

@@ -213,14 +213,15 @@ class Pool:
 
     def pack(self, x: Tensor, beside: Tensor | None = None) -> Tensor:
         """Write flat values; the token they are read back by, and behind it a copy of what stays."""
-        return self.token(self.write(_bytes(x.cpu())), beside)
-
-    def token(self, number: int, beside: Tensor | None = None) -> Tensor:
-        """What stands for a slot. The slot's last token frees it by dying."""
         made = torch.empty(TOKEN + (0 if beside is None else beside.nbytes), dtype=torch.uint8)
-        made[:TOKEN].numpy().view("int64")[:] = number, self.process
         if beside is not None:
             made[TOKEN:].copy_(beside.view(torch.uint8))
+        return self.token(self.write(_bytes(x.cpu())), made)  # last: no slot is taken where there was no memory
+
+    def token(self, number: int, made: Tensor | None = None) -> Tensor:
+        """What stands for a slot, written into `made`. The slot's last token frees it by dying."""
+        made = torch.empty(TOKEN, dtype=torch.uint8) if made is None else made
+        made[:TOKEN].numpy().view("int64")[:] = number, self.process
         with self.lock:
             if number in self.owners:
                 self.owners[number].detach()

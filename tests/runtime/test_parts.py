@@ -69,7 +69,7 @@ def compiled(x: Tensor, budget: int | str, **options: Any) -> Any:
 
 
 def test_no_more_of_a_large_value_moves_than_must(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disk.Pool, "rates", lambda _: disk.DiskRates(1e9, 1e9, 1e-6))
+    monkeypatch.setattr(disk.Pool, "rates", lambda _: disk.DiskRates(1e8, 1e8, 1e-6))
     x = torch.randn(4096, 64, generator=torch.Generator().manual_seed(1))
     place = {"disk_budget": "1GB", "disk_path": tmp_path}
     whole = compiled(x, "4GB").memopt.plan.peak
