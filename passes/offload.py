@@ -22,7 +22,7 @@ class Offload(Packing):
     """Keep values elsewhere. pool: the codec of what lies there. resource: what they take there, in bytes.
 
     How much may lie there at one time is a limit of the problem: what a forward wrote lies there until its backward.
-    A large value is offered in parts too, so that no more moves than must (MEMO, 2407.12117, moves shares of a layer).
+    A large value is offered in parts too, so that no more moves than must: MEMO moves some tokens (2407.12117).
     """
 
     numerics = Numerics.EXACT

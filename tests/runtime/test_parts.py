@@ -37,6 +37,13 @@ def test_what_was_moved_and_what_stayed_come_back(kind: str, quarters: int, dtyp
     assert pool.held == 0
 
 
+def test_no_slot_is_taken_where_there_is_no_memory_for_what_stays(tmp_path: Path) -> None:
+    pool = disk.use(tmp_path, 1 << 20)
+    with pytest.raises(RuntimeError, match="allocate"):
+        pool.pack(torch.zeros(10), torch.empty(1 << 50, device="meta"))
+    assert (pool.held, pool.slots) == (0, {})
+
+
 @pytest.mark.parametrize("quarters", [1, 2, 3, 4])
 def test_a_part_is_known_by_its_codec(quarters: int) -> None:
     assert part_of(part_codec("host_12", quarters)) == ("host_12", quarters)

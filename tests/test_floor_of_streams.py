@@ -1,0 +1,61 @@
+"""Refusals where a step can stream: the same floor whatever was asked, and it is planned; on a stand-in for Inductor's
+code that takes more than the plan says, most in the chunks that a plan of the planner's bytes would choose."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import memopt
+from memopt import tuning
+from memopt.pipeline import Planned
+from memopt.plans import Status
+from memopt.solvers import solve
+from memopt.streams import LADDER, streamed_nodes
+from tests.passes.test_stream import WIDTH, Mixed, trained
+
+LEAST, MORE = 1.5, 2.0  # times the plan's bytes: of the step in the most chunks, and in fewer or none
+NOT_FOUND = 1.2  # times its floor: below, only a search finds code that holds the budget
+
+
+def tuned(planned: Planned, runs: Any, time_limit: float, kind: str, search: bool) -> Planned:
+    """Inductor's code, as if it were that much more than planned."""
+    chunks = next((node.args[-1] for program, _ in runs for node in streamed_nodes(program)), 0)
+    more = LEAST if chunks == LADDER[-1] else MORE
+    least = int(more * solve(replace(planned.problem, budget=1)).peak) + 1
+    budget = planned.problem.budget
+    if budget < (least if search else NOT_FOUND * least):
+        plan = replace(planned.result.plan, peak=least if search else int(NOT_FOUND * least), status=Status.INFEASIBLE)
+    else:
+        plan = solve(replace(planned.problem, budget=max(int(budget / more), 1)))
+        plan = replace(plan, peak=min(int(plan.peak * more), budget), status=Status.FEASIBLE)
+    result = replace(planned.result, plan=plan, lowered={"backward": plan.peak})
+    return replace(planned, result=result)
+
+
+@pytest.fixture(autouse=True)
+def large_code(monkeypatch: pytest.MonkeyPatch, unadvised: None) -> None:
+    monkeypatch.setattr(tuning, "tuned", tuned)
+
+
+def asked(budget: int) -> int | None:
+    """The floor that a refusal names, or None where the budget is held."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    try:
+        trained(Mixed(3), torch.randn(4, 1024, WIDTH), budget, lowering="inductor")
+    except memopt.BudgetError as refused:
+        return refused.floor_bytes
+    return None
+
+
+def test_every_refusal_names_the_same_floor_which_is_planned() -> None:
+    floor = asked(1)
+    assert floor is not None
+    for share in (0.9, 0.99):
+        assert asked(int(share * floor)) == floor
+    for share in (1.0, 1.02, 1.1):
+        assert asked(int(share * floor)) is None
