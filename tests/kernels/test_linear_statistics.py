@@ -103,7 +103,8 @@ def test_its_workspace_is_bounded(dtype: torch.dtype, chunk: int, cap: float, mo
     call = torch.ops.memopt.linear_statistics_backward
     found = measure(lambda: call(above, above, above, *given), resident=[]).peak_bytes - outputs
     most = logits.workspace_bytes(300, 500, 32, hidden.element_size(), chunk, bool(cap))
-    assert 0.8 * most <= found <= most
+    blocks = 0 if logits.is_whole(dtype) else 32 * (4 + hidden.element_size()) * 100  # need not be there beside a chunk
+    assert most - blocks - 300 * logits.SMALL <= found <= most  # what is of rows alone is an allowance
     forward = measure(lambda: OP(hidden, weight, None, targets, 1.0, cap, True, chunk), resident=[]).peak_bytes
     assert forward - 3 * 4 * 300 <= logits.workspace_bytes(300, 500, 32, hidden.element_size(), chunk)
 
