@@ -21,6 +21,7 @@ from memopt.errors import VerifyError
 from memopt.graph import StepGraph, verify
 from memopt.program import Program, insert, photograph
 from memopt.refusal import Refused
+from memopt.runtime.trace import make_way
 
 # No deadline: a shared machine says nothing about speed. Derandomised: the same run twice tells the same.
 hypothesis.settings.register_profile("memopt", derandomize=True, deadline=None)
@@ -59,8 +60,9 @@ def unadvised(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def fresh_dynamo() -> Iterator[None]:
-    """Compiled code and recompile counts of one test are not the next one's."""
+    """Compiled code and recompile counts of one test are not the next one's, nor is a guard's recording."""
     yield
+    make_way()
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
 

@@ -61,7 +61,7 @@ def test_a_tighter_bound_takes_less_noise_or_refuses_with_the_bound_that_would_d
     assert free / 4 < planned.measured_grad_error <= needed
 
 
-def test_no_error_allowed_is_no_lossy_lever_used() -> None:
+def test_no_error_allowed_is_no_lossy_lever_used(unadvised: None) -> None:
     budget, x = int(0.8 * whole()), inputs()
     with pytest.raises(memopt.BudgetError):
         compiled(Stack(), x, budget, max_grad_error=0, **INT4)
@@ -184,6 +184,7 @@ class Island(torch.nn.Module):
         return self.stack(total)
 
 
+@pytest.mark.long
 def test_a_program_traced_under_autocast_is_measured_as_traced() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         peak = compiled(Island(), inputs(), "4GB").memopt.plan.peak
@@ -204,7 +205,7 @@ def test_gradients_of_inputs_do_not_dilute_the_error() -> None:
     assert fed.measured_grad_error > 0.3 * alone.measured_grad_error
 
 
-def test_a_batch_that_shows_nothing_does_not_lift_the_bound() -> None:
+def test_a_batch_that_shows_nothing_does_not_lift_the_bound(unadvised: None) -> None:
     """Of zeros nothing is rounded; the codec's own error is assumed then, and a bound of 0 still forbids it."""
     budget = int(0.8 * whole())
     with pytest.raises(memopt.BudgetError):

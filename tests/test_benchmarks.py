@@ -118,6 +118,7 @@ def test_peaks_that_rise_and_times_that_fall_are_faults() -> None:
     assert faults([at(9, 10, 0.0)]) == ["over budget 9: measured 10"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_sweep_of_four_budgets_keeps_its_order() -> None:
     rows = list(sweep(2, 4))

@@ -78,6 +78,12 @@ def test_an_infeasible_plan_exits_3_with_floor_binding_and_ways_out_in_the_doors
     assert ways["--batch"]["change"] == "--batch 1 --accumulate 4"  # 2 still takes more than the budget
     assert int(ways["--seq"]["change"].split()[1]) >= 32
     assert all(way["fits"] for way in ways.values())
+
+
+@pytest.mark.long
+def test_what_is_offered_as_a_way_out_is_one() -> None:
+    words = ("plan", "llama-tiny", "--batch", "4", "--seq", "64", "--lowering", "eager", "--passes=-stream")
+    ways = {way["change"].split()[0]: way for way in answer(*words, "--budget", "2.6MB", code=3)["ways_out"]}
     for name in ("--batch", "--budget", "--update"):  # those of the doors; others are planned as they are
         budget = () if name == "--budget" else ("--budget", "2.6MB")
         done = answer(*words, *budget, *ways[name]["change"].split())
@@ -102,6 +108,7 @@ def test_ways_out_multiply_what_is_accumulated_already_and_say_which_are_not_eno
     assert "still over" in call(*words, "--budget", "2.55MB", "--optimizer", "adamw").stdout
 
 
+@pytest.mark.long
 def test_smaller_inputs_are_no_way_out_where_parameters_gradients_and_state_alone_are_over() -> None:
     words = ("plan", "llama-tiny", "--batch", "9", "--seq", "32", "--lowering", "eager", "--budget", "1.9MB")
     found = answer(*words, "--optimizer", "adamw", code=3)  # they take 2.0 MB
@@ -139,7 +146,7 @@ def test_a_saved_plan_that_is_refused_says_what_its_decisions_need_and_offers_pl
     assert "the least this step" not in text
 
 
-def test_run_exits_3_before_it_builds_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_exits_3_before_it_builds_anything(monkeypatch: pytest.MonkeyPatch, unadvised: None) -> None:
     monkeypatch.setattr(workbench.Bench, "build", refuse_outside_fakes(workbench.Bench.build))
     assert answer("run", "llama-tiny", *SMALL, "--budget", "1MB", code=3)["status"] == "infeasible"
 
@@ -162,8 +169,8 @@ def test_run_exits_4_when_the_step_takes_more_than_the_budget(monkeypatch: pytes
     assert found["held"] is False
 
 
+@pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.usefixtures("unadvised")
 @pytest.mark.usefixtures("unadvised")
 def test_fit_finds_a_size_that_fits_while_one_more_does_not() -> None:
     base = answer("plan", "llama-tiny", *SMALL, "--budget", "1GB")["predicted"]["peak_bytes"]

@@ -52,6 +52,7 @@ def asked(budget: int) -> int | None:
     return None
 
 
+@pytest.mark.long
 def test_every_refusal_names_the_same_floor_which_is_planned() -> None:
     floor = asked(1)
     assert floor is not None

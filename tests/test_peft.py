@@ -92,7 +92,8 @@ def loss_and_gradients(model: nn.Module) -> list[Tensor]:
     return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
-@pytest.mark.parametrize("dropout", [0.1, pytest.param(0.0, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("dropout", [0.1, 0.0])
 def test_adapters_on_convolutions_hold_no_more_than_training_them_does(dropout: float) -> None:
     """huggingface/peft#2196 reports that they double what is held."""
     trained, free = activations(planned(None)), planned(dropout)

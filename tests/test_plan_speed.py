@@ -18,6 +18,7 @@ def at(layers: int) -> Row:
     return measure("llama-tiny", layers, 4, 64, "h200", "eager", 0.3)
 
 
+@pytest.mark.long
 def test_another_layer_adds_the_same_steps_and_the_budget_is_held() -> None:
     rows = [at(layers) for layers in (1, 2, 3)]
     first, second = rows[1].steps - rows[0].steps, rows[2].steps - rows[1].steps

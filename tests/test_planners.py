@@ -415,6 +415,7 @@ def test_budgets_fall_and_leave_out_what_nobody_can_hold() -> None:
     assert all(resident < size < keep.peak for size in found.values())
 
 
+@pytest.mark.long
 def test_the_command_from_beginning_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                            capsys: pytest.CaptureFixture[str]) -> None:  # fmt: skip
     """A GPT-2 of two layers with dropout: captured, partitioned by torch, planned by all, scored, written, printed."""

@@ -156,6 +156,7 @@ def test_plans_that_share_a_graph_each_run_their_own() -> None:
     assert model.memopt.measured.peak_bytes == model.memopt.plan.peak
 
 
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_planning_often_finds_the_same_graphs() -> None:
     """Dynamo counts what it compiled function by function, and runs the function untraced at its limit."""

@@ -14,8 +14,9 @@ from memopt.runtime.measure import measure_step
 from memopt.workbench import Asked, bench
 
 
+@pytest.mark.long
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["vit-tiny", pytest.param("resnet-tiny", marks=pytest.mark.long)])
+@pytest.mark.parametrize("name", ["vit-tiny", "resnet-tiny"])
 def test_saved_values_are_foreseen_as_the_forward_lays_them_out(name: str) -> None:
     """Inductor turns a convolution's input and weight to channels-last and saves those, not what it was given."""
     made = bench(load(name), 16, 0, "fp32", "sgd", "cpu")
@@ -29,6 +30,7 @@ def test_saved_values_are_foreseen_as_the_forward_lays_them_out(name: str) -> No
     assert measured.peak_bytes == planned.released.peak
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_planned_llama_holds_its_budget_under_inductor_and_is_predicted() -> None:
     made = bench(load("llama-tiny"), 8, 64, "fp32", "sgd", "cpu")
@@ -57,6 +59,7 @@ def _gradients(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> list[
     return found
 
 
+@pytest.mark.long
 def test_a_refusal_names_the_eager_lowering_where_that_needs_less() -> None:
     """A convolution's backward is a library call either way; what Inductor stores around it is more."""
     model, inputs = BEDS["unet-tiny"].make()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from types import TracebackType
 
@@ -78,6 +79,7 @@ class Guard:
         elif thinned(self.steps) and (not profiler_is_active() or make_way()):
             self._before = distinct_bytes(tensor for tensor in self.resident() if tensor.device.type == "cpu")
             self._recording = Recording(yields=True)
+            weakref.finalize(self, self._recording.abandon)
             self._watching = True
         self._began = self._clock()
 

@@ -88,6 +88,10 @@ class Recording:
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else libkineto writes a line to stderr at each start and stop
         self.profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True)
         self.profile.__enter__()
+        assert self.profile.profiler is not None
+        # acc_events keeps torch 2.11 from warning of cycles. Within, it would have each event made a Python object at
+        # the end, which nobody reads here: most of what a measurement took, and minutes where a guard's ran on long.
+        self.profile.profiler.acc_events = False
         self.gave_way = False
         Recording.yielding = self if yields else None
 
@@ -96,6 +100,11 @@ class Recording:
         self.gave_way = True
         Recording.yielding = None
         self.profile.__exit__(None, None, None)
+
+    def abandon(self) -> None:
+        """End it if it still runs in this thread: nobody is left who would stop it, and all that runs is recorded."""
+        if Recording.yielding is self and profiler_is_active():
+            make_way()
 
     def stop(self, contested: bool = False) -> Trace | None:
         """The trace; None if another profiler was started meanwhile, which ended this one.

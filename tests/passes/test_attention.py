@@ -376,7 +376,9 @@ def gradients(model: Any, batch: dict[str, Tensor], dtype: torch.dtype) -> Tenso
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own look at a graph break's logits
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in ("gpt2", "gemma2") else [pytest.mark.long]) for name in MODELS]
+)
 def test_hugging_face_models_hold_no_scores_and_stay_as_exact(name: str) -> None:
     model, batch = hugging_face(name)
     want, was = (gradients(model, batch, dtype) for dtype in (torch.float64, torch.float32))
@@ -391,7 +393,8 @@ def test_hugging_face_models_hold_no_scores_and_stay_as_exact(name: str) -> None
     assert not [shape for shape in shapes if shape[-2:] == (length, length)]
 
 
-@pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("lowering", ["eager", "inductor"])
 def test_the_peak_falls_as_predicted(lowering: str) -> None:
     """A window with padding in chunks, predicted to the byte but for what the operation declares and does not need."""
     q, k = torch.empty(2, 4, LONG, 16), torch.empty(2, 2, LONG, 16)
@@ -408,7 +411,9 @@ def test_the_peak_falls_as_predicted(lowering: str) -> None:
     assert lowering == "inductor" or min(peaks.values()) < 0.75 * max(peaks.values())
 
 
-@pytest.mark.parametrize(("worth", "does_without"), [(1e9, {"attention"}), (0.0, set())])
+@pytest.mark.parametrize(
+    ("worth", "does_without"), [pytest.param(1e9, {"attention"}, marks=pytest.mark.long), (0.0, set())]
+)
 def test_a_rewrite_that_takes_time_is_done_without_where_there_is_room(
     worth: float, does_without: set[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from memopt.runtime.guard import Guard, thinned, tolerated
+from memopt.runtime.trace import profiler_is_active
 
 MB = 2**20
 
@@ -55,6 +56,16 @@ def test_what_is_tolerated_is_not_reported(caplog: pytest.LogCaptureFixture) -> 
                 guard.begin_step()
                 block(size)
         assert len(warnings(caplog)) == said
+
+
+def test_a_guard_that_nobody_holds_records_no_longer() -> None:
+    """A model that is let go of between its backward and its update would have all that follows recorded."""
+    guard = Guard(9 * MB)
+    guard.begin_step()
+    guard.begin_step()
+    assert profiler_is_active()
+    del guard
+    assert not profiler_is_active()
 
 
 def test_a_guard_left_watching_makes_way_for_another() -> None:

@@ -100,6 +100,7 @@ print(alone)
 """
 
 
+@pytest.mark.long
 def test_plans_do_not_depend_on_the_process_and_load_no_torch() -> None:
     root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     answers = set()

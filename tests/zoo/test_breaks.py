@@ -166,7 +166,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "two": Broken, "loop": Looped, "again": lambda: Looped(1, 2), "over": PassedOver, "medley": Medley,
     "masked": Masked, "written": Written, "turned": Turned, "untraced": Untraced,
 }  # fmt: skip
-FURTHER = ("over", "again", "masked", "written")
+FURTHER = ("loop", "over", "again", "masked", "written")
 GRAPHS = {
     "two": 2,
     "loop": 5,

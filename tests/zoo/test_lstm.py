@@ -37,6 +37,9 @@ FORMS: dict[str, tuple[dict[str, Any], bool]] = {
 }  # fmt: skip
 
 
+SLOWEST = ("projected dropout", "double")  # unrolled, layer by layer
+
+
 class Net(nn.Module):
     """A linear layer, a recurrent one, and a loss that reads its output and, if asked, its last states."""
 
@@ -105,8 +108,10 @@ def assert_exact(model: Net, budget: int = 2**30) -> set[str]:
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections")
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("data", [False, True], ids=["", "on data"])
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=[pytest.mark.long] if form in SLOWEST else []) for form in FORMS]
+)
+@pytest.mark.parametrize("data", [False, pytest.param(True, marks=pytest.mark.long)], ids=["", "on data"])
 def test_every_form_is_plain_torchs_to_the_bit(form: str, data: bool) -> None:
     options, onednn = FORMS[form]
     with Called() as called:
@@ -186,7 +191,7 @@ def test_inductor_and_reordered_numerics_keep_the_cells() -> None:
     assert not [op for op in ops if "lstm" in op or "mkldnn" in op]
 
 
-def test_a_layer_is_recomputed_to_the_bit_and_the_budget_held() -> None:
+def test_a_layer_is_recomputed_to_the_bit_and_the_budget_held(unadvised: None) -> None:
     """Three layers whose workspaces do not fit together: at the floor one is made again in the backward."""
     model = net(num_layers=3)
     optimizer = torch.optim.SGD(model.parameters())

@@ -89,7 +89,10 @@ def tied(model: nn.Module) -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("change", [pytest.param(halved_bits, marks=pytest.mark.long), half_frozen, tied])
+@pytest.mark.parametrize(
+    "change",
+    [pytest.param(halved_bits, marks=pytest.mark.long), pytest.param(half_frozen, marks=pytest.mark.long), tied],
+)
 def test_a_changed_llama_is_held(change: Callable[[nn.Module], nn.Module]) -> None:
     model, inputs = built()
     held(change(model), [inputs])
@@ -115,8 +118,8 @@ def test_two_shapes_have_a_plan_each() -> None:
     assert len(twin.memopt._session.plans) == 2
 
 
-@pytest.mark.parametrize("name", ["bert-tiny", "llama-tiny"])
-@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", [pytest.param("bert-tiny", marks=pytest.mark.long), "llama-tiny"])
+@pytest.mark.parametrize("padded", [pytest.param(False, marks=pytest.mark.long), True])
 def test_a_mask_is_treated_as_untraced(name: str, padded: bool) -> None:
     model, inputs = built(name)
     mask = torch.ones(BATCH, SEQ, dtype=torch.int64)
