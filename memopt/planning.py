@@ -29,7 +29,7 @@ from memopt.reused import chunks_of, identity
 from memopt.rewrites import rewritten_levers
 from memopt.seams import parts_of
 from memopt.smaller import Call
-from memopt.streams import LADDER, in_chunks, streams
+from memopt.streams import LADDER, as_written, in_chunks, plain_of, streams
 from memopt.table import to_text
 from memopt.timeline import peak
 
@@ -86,7 +86,7 @@ class Planner:
         one that takes least, of a search that is the same whatever the budget, so that refusals name the same floor."""
         if self.plan_file is not None or not planned.result.infeasible:
             return planned, found
-        request, ladder = replace(self.request, lowering=planned.lowering), self.ladder(key, call, planned)
+        request, ladder = replace(self.request, lowering=planned.lowering), self.ladder(key, call, planned, found)
 
         def made(other: Survey, search: bool) -> tuple[Planned, Survey]:
             self.surveys[key, planned.lowering, planned.left_out, other.chunks] = other
@@ -105,12 +105,12 @@ class Planner:
             searched.append(made(found, search=True) if generated else (planned, found))
         return min(searched, key=lambda pair: (pair[0].result.infeasible, pair[0].result.plan.peak))
 
-    def ladder(self, key: Any, call: Call, planned: Planned) -> list[Survey]:
+    def ladder(self, key: Any, call: Call, planned: Planned, found: Survey) -> list[Survey]:
         """The step with what streams in ever more chunks; empty where nothing does, or it would be of no use."""
         permitted = any(rewrite.costly for rewrite in self.request.rewrites)
         if not permitted or hopeless(planned.result):
             return []
-        base = self.surveyed(key, call, planned.lowering, planned.left_out, LADDER[0])
+        base = self.surveyed(key, call, planned.lowering, planned.left_out, LADDER[0], found)
         return [in_chunks(base, chunks) for chunks in LADDER] if streams(base) else []
 
     def best_of(self, ladder: Sequence[Survey], request: Request) -> tuple[Survey, PlanResult] | None:
@@ -155,13 +155,22 @@ class Planner:
         return found, frozenset()
 
     def surveyed(
-        self, key: Any, call: Call, lowering: str, left_out: frozenset[str] = frozenset(), chunks: int = 0
+        self,
+        key: Any,
+        call: Call,
+        lowering: str,
+        left_out: frozenset[str] = frozenset(),
+        chunks: int = 0,
+        other: Survey | None = None,
     ) -> Survey:
-        """The survey of these inputs in this lowering, made once. Raises CaptureError."""
+        """The survey of these inputs in this lowering, made once. other: with other chunks, which knows how the step
+        was written. Raises CaptureError."""
         known = (key, lowering, left_out, chunks)
         if known not in self.surveys:
             self.progress("capture", None)
-            self.surveys[known] = self.capture(call, lowering=lowering, left_out=left_out, chunks=chunks)
+            plain = () if other is None else plain_of(other)
+            made = self.capture(call, lowering=lowering, beside=not plain, left_out=left_out, chunks=chunks)
+            self.surveys[known] = as_written(made, plain) if plain else made
         return self.surveys[known]
 
     def capture(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import fx
@@ -23,6 +24,19 @@ def streamed_nodes(program: Program) -> list[fx.Node]:
 def streams(survey: Survey) -> bool:
     """Whether any of the step runs in chunks."""
     return any(streamed_nodes(capture.program) for capture in survey.captures)
+
+
+def plain_of(survey: Survey) -> tuple[Program, ...]:
+    """Its graphs as the user wrote them, if all of them were captured so."""
+    found = tuple(capture.plain for capture in survey.captures if capture.plain is not None)
+    return found if len(found) == len(survey.captures) else ()
+
+
+def as_written(survey: Survey, plain: Sequence[Program]) -> Survey:
+    """The survey with its graphs as the user wrote them, known from another one of the same call: capturing them once
+    more would be half of a capture."""
+    pairs = zip(survey.captures, plain, strict=True)
+    return replace(survey, captures=tuple(replace(capture, plain=program) for capture, program in pairs))
 
 
 def in_chunks(survey: Survey, chunks: int) -> Survey:

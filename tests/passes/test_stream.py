@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import memopt
 from memopt.algebra.rows import Across, Known, Place, Rows
+from memopt.capture import _Recorder
 from memopt.forward import Forward, forward_of
 from memopt.lowering import lower
 from memopt.passes.stream import Stream, run
@@ -390,6 +391,32 @@ def test_a_budget_below_every_other_plan_is_held_by_streaming(lowering: str, una
     model(x).backward()
     for a, b in zip(model.parameters(), plain.parameters(), strict=True):
         assert torch.allclose(a.grad, b.grad, rtol=1e-4, atol=1e-6)  # type: ignore[arg-type]
+
+
+class Attending(Mixed):
+    """Between the layers an attention, which is rewritten whether anything streams or not."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.into(x)
+        for layer in self.layers:
+            x = layer(x + torch.softmax(x @ x.mT * WIDTH**-0.5, -1) @ x)
+        return x.square().mean()
+
+
+def test_the_step_as_written_is_captured_once_however_it_streams(
+    monkeypatch: pytest.MonkeyPatch, unadvised: None
+) -> None:
+    times: list[Any] = []
+    plain = _Recorder.record_plain
+    monkeypatch.setattr(_Recorder, "record_plain", lambda self, p: (times.append(p), plain(self, p))[1])
+    torch.manual_seed(0)
+    model, x = Attending(2), torch.randn(2, 512, WIDTH)
+    with pytest.raises(memopt.BudgetError) as floor:
+        trained(copy.deepcopy(model), x, 1, lowering="eager")
+    assert len(times) == 1
+    found = trained(copy.deepcopy(model), x, floor.value.floor_bytes, lowering="eager").memopt.plan
+    assert {"attention", "stream"} <= {lever.lever for lever in found.rewrites}
+    assert found.baseline_peak == trained(model, x, "1GB", lowering="eager").memopt.plan.baseline_peak
 
 
 @pytest.mark.long
