@@ -79,7 +79,7 @@ class Guard:
         elif thinned(self.steps) and (not profiler_is_active() or make_way()):
             self._before = distinct_bytes(tensor for tensor in self.resident() if tensor.device.type == "cpu")
             self._recording = Recording(yields=True)
-            weakref.finalize(self, self._recording.abandon)
+            self._abandon = weakref.finalize(self, self._recording.abandon)
             self._watching = True
         self._began = self._clock()
 
@@ -108,6 +108,7 @@ class Guard:
             return self._cuda.peak, self._cuda.reserved
         assert self._recording is not None
         trace = self._recording.stop(contested=True)
+        self._abandon.detach()  # it holds the recording, and that all events
         self._recording = None
         return (None if trace is None else self._before + trace.peak()), 0
 

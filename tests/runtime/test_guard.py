@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 
 import pytest
 import torch
@@ -66,6 +67,15 @@ def test_a_guard_that_nobody_holds_records_no_longer() -> None:
     assert profiler_is_active()
     del guard
     assert not profiler_is_active()
+
+
+def test_what_was_recorded_of_a_step_is_let_go_of_with_it() -> None:
+    guard = Guard(9 * MB)
+    guard.begin_step()
+    guard.begin_step()
+    recording = weakref.ref(guard._recording)  # type: ignore[type-var]
+    guard.end_step()
+    assert recording() is None
 
 
 def test_a_guard_left_watching_makes_way_for_another() -> None:
