@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from memopt.compose import LET_GO, without_outputs
-from memopt.edit import edit
+from memopt.edit import Remake, edit
 from memopt.fusion import Fences
 from memopt.graph import StepGraph
 from memopt.inductor import Half, generate
@@ -26,7 +26,7 @@ from memopt.relay import Leg, rehearsed
 from memopt.report import PlanResult
 from memopt.runtime.opcost import OpCosts
 from memopt.runtime.rehearse import Workspace, nothing
-from memopt.solvers import solve
+from memopt.solvers import bounded, solve
 from memopt.timeline import phase_peaks, rounded
 
 log = logging.getLogger("memopt")
@@ -61,7 +61,8 @@ class Tuner:
     """The lowerings of one step within one budget. runs: the programs of the step. needs: of library calls.
 
     tries: in the order made. lowest: those of the way down that no budget has a part in. code: peaks of what was
-    lowered, by decisions and fences.
+    lowered, by decisions and fences. asked: the solver's budgets of plans whose lower bound nobody sought yet, by
+    decisions.
     """
 
     planned: Planned
@@ -71,6 +72,7 @@ class Tuner:
     tries: list[Try] = field(default_factory=list)
     lowest: list[Try] = field(default_factory=list)
     code: dict[Any, tuple[dict[str, int], dict[str, int]]] = field(default_factory=dict)
+    asked: dict[tuple[Remake, ...], int] = field(default_factory=dict)
 
     @property
     def budget(self) -> int:
@@ -86,7 +88,18 @@ class Tuner:
         return made
 
     def solved(self, budget: int) -> Plan:
-        return solve(replace(self.planned.problem, budget=max(budget, 1)), time_limit=self.time_limit)
+        """A plan without its lower bound: of those that are tried one is taken, and a bound can take seconds."""
+        problem = replace(self.planned.problem, budget=max(budget, 1))
+        plan = solve(problem, time_limit=self.time_limit, bound=False)
+        self.asked[plan.chosen] = problem.budget
+        return plan
+
+    def bounded(self, made: Try) -> Try:
+        """The same with the lower bound of its plan."""
+        if made.plan.chosen not in self.asked:
+            return made
+        problem = replace(self.planned.problem, budget=self.asked[made.plan.chosen])
+        return replace(made, plan=bounded(problem, made.plan, time_limit=self.time_limit))
 
     def known(self, plan: Plan, fences: Fences) -> bool:
         return any(t.plan.chosen == plan.chosen and t.fences is fences for t in self.tries)
@@ -166,7 +179,7 @@ def tuned(planned: Planned, runs: Sequence[Run], time_limit: float, kind: str = 
         tuner.approach()
         if search and planned.result.plan.solver != REUSED and min(t.peak for t in tuner.tries) > tuner.budget:
             tuner.explore()
-    return _with(planned, planned.problem, _best(tuner, tuner.budget), tuner.budget)
+    return _with(planned, planned.problem, tuner.bounded(_best(tuner, tuner.budget)), tuner.budget)
 
 
 def _best(tuner: Tuner, budget: int) -> Try:

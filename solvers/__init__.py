@@ -8,6 +8,6 @@ from memopt.solvers.brute import brute
 from memopt.solvers.chain import chain
 from memopt.solvers.greedy import greedy
 from memopt.solvers.milp import milp
-from memopt.solvers.planner import solve
+from memopt.solvers.planner import bounded, solve
 
-__all__ = ["brute", "chain", "greedy", "milp", "solve"]
+__all__ = ["bounded", "brute", "chain", "greedy", "milp", "solve"]

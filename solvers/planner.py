@@ -76,13 +76,14 @@ def between(engine: Engine, low: State, high: State, budget: int) -> State:
 
 
 def solve(problem: Problem, *, method: str = "auto", gap: float = 0.01, time_limit: float = 20.0,
-          progress: Progress | None = None, quick: bool = False) -> Plan:  # fmt: skip
+          progress: Progress | None = None, quick: bool = False, bound: bool = True) -> Plan:  # fmt: skip
     """The cheapest plan found within the budget, or the lowest there is; see Plan for what it certifies.
 
     method: "auto" (the frontier; greedy where offers overlap), or the name of a solver. The choice depends on the
     problem alone; gap (of the seconds) and time_limit (seconds) only decide how long a lower bound is sharpened.
     progress: called with what is done and the seconds so far. quick: seeks no lower bound, and no lowest plan where
-    none can be within the budget. Raises ValueError for an unknown method.
+    none can be within the budget. bound: False leaves the lower bound to `bounded`. Raises ValueError for an unknown
+    method.
     """
     if method not in METHODS:
         raise ValueError(f"no solver is called {method!r}; there are {', '.join(METHODS)}")
@@ -95,9 +96,9 @@ def solve(problem: Problem, *, method: str = "auto", gap: float = 0.01, time_lim
     space = Space(problem)
     if not space.separable:
         return greedy(problem)
-    plan = planned(problem, space, gap, time_limit, progress, quick)
+    plan = planned(problem, space, gap, time_limit, progress, quick, bound)
     for alone in apart(problem) if space.packed else ():
-        other = solve(alone, gap=gap, time_limit=time_limit, progress=progress, quick=quick)
+        other = solve(alone, gap=gap, time_limit=time_limit, progress=progress, quick=quick, bound=bound)
         plan = never_worse(problem, plan, other)
     return plan
 
@@ -131,8 +132,26 @@ def never_worse(problem: Problem, plan: Plan, alone: Plan) -> Plan:
     return replace(best, lower_bound=bound, status=Status.FEASIBLE)
 
 
+def bounded(problem: Problem, plan: Plan, *, gap: float = 0.01, time_limit: float = 20.0) -> Plan:
+    """A plan that `solve` found with bound=False for this problem, with its lower bound."""
+    if plan.status in (Status.FITS, Status.INFEASIBLE) or not problem.remakes:
+        return plan
+    space = Space(problem)
+    if not space.separable:
+        return plan
+    engine, until = Engine(space), perf_counter() + time_limit
+    frontier(engine, problem.budget, lambda _: None)  # its rows sharpen the bound
+    return certified(problem, engine, plan, gap, until)
+
+
 def planned(
-    problem: Problem, space: Space, gap: float, time_limit: float, progress: Progress | None, quick: bool = False
+    problem: Problem,
+    space: Space,
+    gap: float,
+    time_limit: float,
+    progress: Progress | None,
+    quick: bool = False,
+    bound: bool = True,
 ) -> Plan:
     """The frontier, then the chain below it, then the bound."""
     started = perf_counter()
@@ -148,7 +167,7 @@ def planned(
         return plan
     plan = deeper(problem, space, plan)
     tell("segments")
-    if quick or plan.status is Status.INFEASIBLE:
+    if quick or not bound or plan.status is Status.INFEASIBLE:
         return plan
     plan = certified(problem, engine, plan, gap, started + time_limit)
     tell("bounded")

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memopt import solvers
 from memopt.edit import edit
 from memopt.passes.recompute import Recompute
 from memopt.plans import Plan, Problem, Status
@@ -66,6 +67,16 @@ def test_milp_is_brute_force_only_faster(problem: Problem) -> None:
 @given(PROBLEMS)
 def test_no_bound_is_above_the_optimum(problem: Problem) -> None:
     bounded(problem)
+
+
+@settings(max_examples=40, deadline=None)
+@given(PROBLEMS)
+def test_a_bound_sought_later_is_the_same_bound(problem: Problem) -> None:
+    at_once, without = solve(problem), solve(problem, bound=False)
+    assert without.lower_bound == 0.0 or without.status is not Status.FEASIBLE
+    later = solvers.bounded(problem, without)
+    assert (later.chosen, later.status) == (at_once.chosen, at_once.status)
+    assert later.lower_bound == pytest.approx(at_once.lower_bound, rel=1e-6, abs=1e-9)
 
 
 @settings(max_examples=40, deadline=None)
