@@ -32,7 +32,7 @@ ZOO: Mapping[str, Preset] = {
     "vit": _cut("vit-tiny", 32, num_hidden_layers=8, image_size=64),
     "resnet-50": _cut("resnet-50", 64, embedding_size=16, hidden_sizes=[64, 128, 256, 512], num_labels=10,
                       image_size=64),
-    "t5": _cut("t5-tiny", 16, 64, num_layers=3),  # on each side; of Inductor's code a lowering takes a minute with six
+    "t5": _cut("t5-tiny", 16, 64, num_layers=3),  # a side; with six a lowering took 129 s, beside other work
     "lstm": _cut("lstm-tiny", 512, 8, layers=4, dropout=0.1),  # cells, of which Inductor compiles each: 32 are minutes
     "unet": _cut("unet-tiny", 8, depth=3, size=64),
 }  # fmt: skip

@@ -35,8 +35,6 @@ FORMS: dict[str, tuple[dict[str, Any], bool]] = {
     "projected dropout": ({"proj_size": 4, "num_layers": 2, "dropout": 0.5}, False),
     "double": ({"dtype": torch.float64, "num_layers": 2, "dropout": 0.5, "bidirectional": True}, False),
 }  # fmt: skip
-
-
 SLOWEST = ("projected dropout", "double")  # unrolled, layer by layer
 
 
