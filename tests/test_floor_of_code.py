@@ -19,7 +19,7 @@ from tests.report.conftest import recompute
 LEAST, FREE = 1000, 2000  # bytes: the solver's floor, and what the step takes unplanned
 
 
-def solved(problem: Problem, *, time_limit: float = 0.0) -> Plan:
+def solved(problem: Problem, *, time_limit: float = 0.0, bound: bool = True) -> Plan:
     """A plan of the budget's own bytes; which one is told by how its only remake is called."""
     peak = min(max(problem.budget, LEAST), FREE)
     remake = replace(recompute(problem.graph, 0), trade=f"{peak}")
