@@ -121,7 +121,7 @@ FUSED = frozenset({
     *("sum", "mean", "amax", "amin", "max", "min", "prod", "var", "var_mean", "std", "any", "all", "argmax", "argmin"),
     *("full", "full_like", "ones", "ones_like", "zeros", "zeros_like", "arange", "iota", "scalar_tensor"),
     *("new_zeros", "new_ones", "new_full", "logsumexp", "index", "gather", "embedding", "cat", "constant_pad_nd"),
-    *("clone", "_to_copy", "convert_element_type", "expand", "repeat", "where"),
+    *("clone", "_to_copy", "convert_element_type", "expand", "repeat", "where", "slice_scatter", "select_scatter"),
     *("inductor_random", "inductor_lookup_seed"),
 })  # fmt: skip
 

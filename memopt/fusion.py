@@ -5,8 +5,9 @@ and seconds, for temporaries that Inductor never makes. `fused` contracts the gr
 remakes the solver chose back into remakes of the real steps. What the code really holds is rehearsed afterwards
 (memopt/tuning.py), so this model steers the choice and decides nothing about the promise.
 
-Assumed: steps that touch the same values and have no library call between them fuse. Left out: values Inductor
-recomputes in several kernels, kernels it splits for their size. `kernels` says which steps of an edited graph these
+Assumed: steps that touch the same values and have no library call between them fuse; a scatter into a fill of its own
+writes into it (torch/_inductor/lowering.py, index_put). Left out: values Inductor recomputes in several kernels,
+kernels it splits for their size. `kernels` says which steps of an edited graph these
 groups are, for a compiler that is told to keep to them (memopt/fences.py).
 """
 
@@ -22,6 +23,11 @@ from memopt.cost import moved_bytes
 from memopt.edit import Remake, edit
 from memopt.graph import Step, StepGraph
 from memopt.plans import original
+
+# Scatters whose first argument Inductor has them write into, once it is a buffer of its own.
+SCATTERS = frozenset(
+    f"aten.{name}.default" for name in ("index_put", "_unsafe_index_put", "_unsafe_masked_index_put_accumulate")
+) | {"aten.scatter_add.default", "aten.scatter.src", "aten.scatter.value"}
 
 
 class Fences(IntEnum):
@@ -49,8 +55,10 @@ def fused(graph: StepGraph) -> Fused:
     """Contract every group of fusable steps between two library calls that share values."""
     steps: list[Step] = []
     members: dict[str, tuple[Step, ...]] = {}
-    for window in _windows(graph):
+    fills = _fills(graph)
+    for window in _windows(graph, frozenset(fill.name for fill in fills.values())):
         for group in _groups(graph, window):
+            group = [*(fills[step.name] for step in group if step.name in fills), *group]
             if any(step.fusable for step in group):
                 merged = _merged(graph, group)
                 members[merged.name] = tuple(group)
@@ -60,15 +68,28 @@ def fused(graph: StepGraph) -> Fused:
     return Fused(replace(graph, steps=tuple(steps)), graph, members)
 
 
+def _fills(graph: StepGraph) -> dict[str, Step]:
+    """Scatter -> the fill that it alone reads, and writes into: made where it is needed, with no bytes of its own."""
+    found: dict[str, Step] = {}
+    for at, step in enumerate(graph.steps):
+        if step.reads and step.op in SCATTERS:
+            target = graph.storage_of(step.reads[0])
+            fill = graph.steps[graph.uses[target][0]]
+            alone = graph.uses[target] == (graph.position[fill.name], at) and target not in graph.output_storages
+            if alone and fill.fusable and not fill.reads and fill.phase == step.phase:
+                found[step.name] = fill
+    return found
+
+
 def unfused(graph: StepGraph) -> Fused:
     """The graph as it is, for the eager lowering."""
     return Fused(graph, graph, {})
 
 
-def _windows(graph: StepGraph) -> Iterable[list[Step]]:
-    """Runs of fusable steps of one phase; any other step is a window of its own."""
+def _windows(graph: StepGraph, moved: frozenset[str] = frozenset()) -> Iterable[list[Step]]:
+    """Runs of fusable steps of one phase; any other step is a window of its own. moved: steps that run elsewhere."""
     run: list[Step] = []
-    for step in graph.steps:
+    for step in (step for step in graph.steps if step.name not in moved):
         fusable = step.fusable or graph.is_view(step)
         if run and (not fusable or run[-1].phase != step.phase):
             yield run
@@ -117,7 +138,7 @@ def _merged(graph: StepGraph, group: Sequence[Step]) -> Step:
         workspace=max(step.workspace for step in group),
         pure=all(step.pure for step in group),
         advances=any(step.advances for step in group),
-        fused=True,
+        fused=last.op not in SCATTERS,  # which cannot write over what it scatters
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from benchmarks import budgets_cpu
 from benchmarks.beds import BEDS, LossOnly
 from benchmarks.checkpoints import BLOCKS, EVERY_SECOND, checkpointed
-from benchmarks.cpu.race import Race, Worker, between
+from benchmarks.cpu.race import Race, Worker, between, order
 from benchmarks.cpu.summary import Row, markdown, marks, promised, ratios
 from benchmarks.cpu.worker import Job
 from benchmarks.gradients import difference
@@ -81,6 +81,12 @@ def test_a_dead_worker_is_a_row_with_its_error() -> None:
 
 
 @pytest.mark.long
+def test_a_peer_and_its_answer_stand_side_by_side_and_take_turns() -> None:
+    peers = {"a": "", "b": "", "least": "", "at a": "a", "at b": "b"}
+    assert order(peers, 0) == ["a", "at a", "b", "at b", "least"]
+    assert order(peers, 1) == ["at b", "b", "least", "at a", "a"]
+
+
 def test_the_race_from_beginning_to_end() -> None:
     """In the eager lowering, so that nothing is compiled: gradients equal to rounding, memopt within eager's bytes."""
     race = Race("llama-tiny", lambda line: None, peers=PEERS[:1])

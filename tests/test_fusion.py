@@ -150,3 +150,34 @@ def test_copies_are_kernels_of_their_own_and_store_what_others_read() -> None:
     assert kernel["amax__1"] == kernel["sub__1"] not in (kernel["sum"], kernel["grad"])
     assert "mm" not in kernel
     assert leaving(after, kernel) == {"sum", "sub__1", "grad"}
+
+
+def scattered(late: str = "") -> StepGraph:
+    """Gradients of an embedding: rows put into zeros, made early. late: what else reads the zeros."""
+    steps = (
+        step("zeros", "backward", ""),
+        step("mm", "backward", "w", fusable=False),
+        replace(step("put", "backward", "zeros mm", fusable=False), op="aten.index_put.default"),
+        step("weight", "backward", f"put {late}".strip(), fusable=False),
+    )
+    names = ["w", *(name for s in steps for name in s.writes)]
+    storages = {name: Storage(name, MB) for name in names}
+    tensors = {name: TensorInfo(name, (1,), "float32", name) for name in names}
+    return StepGraph(("w",), steps, ("weight",), tensors, storages)
+
+
+def test_a_scatter_writes_into_the_fill_that_nobody_else_reads() -> None:
+    found = fused(scattered())
+    verify(found.graph)
+    assert [s.name for s in found.graph.steps] == ["mm", "put", "weight"]
+    assert (found.graph.steps[1].reads, found.graph.steps[1].writes) == (("mm",), ("put",))
+    assert timeline(scattered())[2] == 4 * MB  # w, mm, zeros, put
+    assert timeline(found.graph)[1] == 3 * MB
+    again = expanded(found, [Remake("recompute", "put", ("weight", "weight"), (found.graph.steps[1],))])
+    assert sorted(r.value for r in again) == ["put", "zeros"]
+
+
+def test_a_fill_that_is_read_again_or_given_away_stays_beside_the_scatter() -> None:
+    names = ["zeros", "mm", "put", "weight"]
+    assert [s.name for s in fused(scattered(late="zeros")).graph.steps] == names
+    assert [s.name for s in fused(replace(scattered(), outputs=("zeros", "weight"))).graph.steps] == names

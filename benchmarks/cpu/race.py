@@ -82,6 +82,17 @@ def between(ran: Mapping[float, int], goal: int) -> tuple[float, float]:
     return low + (high - low) / 3, low + (high - low) * 2 / 3
 
 
+def order(peers: Mapping[str, str], turn: int) -> list[str]:
+    """Variants in the order of one round. peers: the peer each one answers, empty for a peer.
+
+    Who is compared stands side by side, as a machine's speed drifts within a round; who is first of them alternates,
+    and each round begins one further on, so that nobody always follows the same neighbour.
+    """
+    groups = [[name, *(other for other in peers if peers[other] == name)] for name in peers if not peers[name]]
+    shift = turn % len(groups)
+    return [name for group in groups[shift:] + groups[:shift] for name in (group[::-1] if turn % 2 else group)]
+
+
 @dataclass
 class Race:
     """All rows of one bed. tell: called with a line of progress. bisect: torch's budget, besides the peers' shares."""
@@ -152,10 +163,9 @@ class Race:
             self.tell(f"{self.bed}: {name}: failed: {worker.row['error'].splitlines()[-1]}")
 
     def _round(self, turn: int) -> None:
-        """Every variant once; each round begins one further on, so that nobody always follows the same neighbour."""
-        names = list(self.workers)
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
+        """Every variant once, in the order of this round."""
+        peers = {name: worker.variant.peer for name, worker in self.workers.items()}
+        for name in order(peers, turn):
             answer = self.workers[name].step() if self.workers[name].alive else {}
             self.times[name].append(answer)
             time.sleep(PAUSE)
