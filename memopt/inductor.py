@@ -20,6 +20,7 @@ from torch._inductor import config
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.choices import InductorChoices
 from torch._inductor.codecache import PyCodeCache
+from torch._inductor.codegen.cpp import CppScheduling
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.utils import BoxedBool
@@ -33,6 +34,7 @@ from memopt.kernels import lowered, lowered_packs  # noqa: F401  # the second fo
 from memopt.program import copied
 from memopt.runtime.executor import Executor
 
+APART = 1  # arguments a function in C++ may reach before the next kernel begins another, where kernels are marked
 Partition = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
 lowered.register_unpacks(is_fusable)
 
@@ -85,11 +87,23 @@ def _kernels(scheduled: Any) -> set[int]:
 def _generated(graph: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
     """`compile_fx_inner` under the fences marked on the graph."""
     marks = {node.name: node.meta[KERNEL] for node in graph.graph.nodes if KERNEL in node.meta}
-    patches = _patches(None, (*marks.items(), _donated(), *_handed_through(graph), lowered.VERSION))
+    patches = _patches(None, (*marks.items(), APART, _donated(), *_handed_through(graph), lowered.VERSION))
     if any(fences is Fences.TIGHT for _, fences in marks.values()):
         patches["allow_buffer_reuse"] = False
-    with config.patch(patches), V.set_choices_handler(PlannedKernels()):
+    with config.patch(patches), V.set_choices_handler(PlannedKernels()), _apart() if marks else nullcontext():
         return compile_fx_inner(graph, inputs, **options)
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Each kernel in C++ is a function of its own. Inductor writes those that follow each other into one, to whose end
+    the bytes of all of them are held."""
+    at_most = CppScheduling.MAX_FUSED_KERNEL_ARGS_NUM
+    CppScheduling.MAX_FUSED_KERNEL_ARGS_NUM = APART
+    try:
+        yield
+    finally:
+        CppScheduling.MAX_FUSED_KERNEL_ARGS_NUM = at_most
 
 
 def _handed_through(graph: fx.GraphModule) -> tuple[int, ...]:

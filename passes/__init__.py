@@ -7,6 +7,7 @@ from memopt.passes.attention import Attention
 from memopt.passes.batch_statistics import BatchStatistics
 from memopt.passes.few_bit import ApproxBP, FewBit
 from memopt.passes.kept_outputs import KeptOutputs
+from memopt.passes.late_gradients import LateGradients
 from memopt.passes.late_values import LateValues
 from memopt.passes.linear_cross_entropy import LinearCrossEntropy
 from memopt.passes.linear_inputs import CompAct, WtaCrs
@@ -33,6 +34,7 @@ CLEANUPS: tuple[type[Cleanup], ...] = (
     ReluMasks,  # before trades propose: the masks it makes are packed by one of them
     WeightCopies,  # before trades propose: one of them makes the copies again
     LateValues,  # after what decides which values the backward reads
+    LateGradients,  # after the copies of weights, which some of the gradients are made of
     ReplayRandom,  # last before the photograph: what is random must be replayable when trades propose
 )
 TRADES: tuple[type[Trade], ...] = (

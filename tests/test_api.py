@@ -245,16 +245,17 @@ def test_dumps_are_readable_python_and_debug_logs_the_passes(
         "30_kept_outputs.py",
         "40_relu_masks.py",
         "50_late_values.py",
-        "60_replay_random.py",
+        "60_late_gradients.py",
+        "70_replay_random.py",
         "90_planned.py",
         "plan.json",
     ]
-    for name in ("00_captured.py", "60_replay_random.py", "90_planned.py"):
+    for name in ("00_captured.py", "70_replay_random.py", "90_planned.py"):
         compile(files[name], name, "exec")
     again = [line for line in files["90_planned.py"].splitlines() if "__1 = " in line]
     assert again
     assert not [line for line in files["00_captured.py"].splitlines() if "__1 = " in line]
-    assert "generator_state" in files["60_replay_random.py"]
+    assert "generator_state" in files["70_replay_random.py"]
     assert "net.3.weight" in files["00_captured.py"]
     assert '"status": "' in files["plan.json"]
     logged = caplog.text
