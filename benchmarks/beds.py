@@ -97,6 +97,8 @@ def of_images(text: str, preset: str, batch: int, **config: Any) -> Bed:
 BEDS: Mapping[str, Bed] = {
     "llama": Bed("Llama, 8 layers, hidden 512, B=4 S=512", llama(8, 512, 1376, 8, 8000), tokens(8000, 4, 512)),
     "gpt2": Bed("GPT-2, 4 layers, hidden 768, B=4 S=512", gpt2(4, 768, 12, 50257, 1024), tokens(50257, 4, 512)),
+    "llama-small": Bed("Llama, 4 layers, hidden 256, B=4 S=256", llama(4, 256, 688, 8, 4000), tokens(4000, 4, 256)),
+    "gpt2-small": Bed("GPT-2, 3 layers, hidden 256, B=4 S=256", gpt2(3, 256, 4, 8000, 256), tokens(8000, 4, 256)),
     "vit": of_images("ViT, 8 layers, hidden 192, 128 pixels, B=16", "vit-base", 16, hidden_size=192,
                      num_hidden_layers=8, num_attention_heads=3, intermediate_size=768, image_size=128, num_labels=10),
     "resnet-18": of_images("ResNet-18, 96 pixels, B=16", "resnet-18", 16, num_labels=10, image_size=96),

@@ -34,7 +34,7 @@ from memopt.kernels import lowered, lowered_packs  # noqa: F401  # the second fo
 from memopt.program import copied
 from memopt.runtime.executor import Executor
 
-APART = 1  # arguments a function in C++ may reach before the next kernel begins another, where kernels are marked
+APART = 0  # arguments of a function in C++ beyond which the next kernel begins another, where kernels are marked
 Partition = Callable[..., tuple[fx.GraphModule, fx.GraphModule]]
 lowered.register_unpacks(is_fusable)
 
