@@ -104,15 +104,19 @@ def _by_rows(
 
 def _slopes(made: Tensor, places: Tensor, weights: Tensor, smoothing: float) -> Tensor:
     """Sum of the rows' losses; the logits become their gradients, in place."""
-    words = made.shape[1]
     right = made.gather(1, places[:, None])[:, 0]
     mean = made.mean(1) if smoothing else right
-    top = made.amax(1, keepdim=True)
-    total = made.sub_(top).exp_().sum(1, keepdim=True)
-    losses = (total.log() + top)[:, 0] - (1 - smoothing) * right - smoothing * mean
-    made.div_(total).sub_(smoothing / words)
-    made.scatter_add_(1, places[:, None], made.new_full((len(made), 1), smoothing - 1.0))
-    made.mul_(weights[:, None])
+    losses = torch.empty_like(right)
+    for rows in logits.at_once(made):
+        part = made[rows]
+        top = part.amax(1, keepdim=True)
+        total = part.sub_(top).exp_().sum(1, keepdim=True)
+        part.mul_(weights[rows, None] / total)
+        losses[rows] = (total.log() + top)[:, 0]
+    losses -= (1 - smoothing) * right + smoothing * mean
+    if smoothing:
+        made.sub_((smoothing / made.shape[1]) * weights[:, None])
+    made.scatter_add_(1, places[:, None], (smoothing - 1) * weights[:, None])
     return _dot(losses, weights)
 
 

@@ -19,6 +19,7 @@ CHUNK = 16 << 20  # bytes of a chunk's logits, where that is at least LEAST rows
 LEAST = 256  # rows (or words): with fewer, products wait for memory
 WHOLE = 4  # chunks up to which a step streams without smaller chunks here
 FEWEST = 16  # where a smaller chunk was asked for
+CACHED = 1 << 20  # bytes of logits that a processor's cache holds
 BLOCK = 512  # rows of the hidden state's gradient that are added to at once
 SMALL = 64  # bytes a row that stands for what is of rows alone: targets, sums, losses
 Gradients = tuple[Tensor, Tensor, Tensor]  # of hidden, weight, bias; empty where not wanted
@@ -26,14 +27,28 @@ Slopes = Callable[[slice], Tensor]  # of a chunk's rows or words, the gradient o
 
 
 def chunk_size(count: int, across: int, chunk: int) -> int:
-    """How many of `count` rows (or words) a chunk of so many bytes takes whose other side is `across` long, in fp32."""
+    """How many of `count` rows (or words) a chunk of so many bytes takes whose other side is `across` long, in fp32:
+    all chunks about the same."""
     least = LEAST if chunk >= CHUNK else max(FEWEST, LEAST * chunk // CHUNK)
-    return min(count, max(least, chunk // (4 * across)))
+    most = min(count, max(least, chunk // (4 * across)))
+    return -(-count // max(-(-count // max(most, 1)), 1))
 
 
 def chunk_bytes(chunks: int) -> int:
-    """Bytes of a chunk's logits in a step that streams in so many chunks: the budget is then what counts."""
+    """Bytes of a chunk's logits in a step that streams in so many chunks: the budget is then what counts.
+
+    With 1, 2 or 3 nothing streams, and there is room: the weight's gradient is read and written once a chunk, which
+    products of 256 rows do not hide (half as many chunks as before for each one less).
+    """
+    if 0 < chunks < WHOLE:
+        return CHUNK << (WHOLE + 1 - chunks)
     return CHUNK if chunks <= WHOLE else CHUNK * WHOLE // chunks
+
+
+def at_once(logits: Tensor) -> Iterator[slice]:
+    """Rows of a chunk that are worked on together: on a processor what its cache holds."""
+    row = logits.shape[1] * logits.element_size()
+    return chunks_of(len(logits), len(logits) if logits.is_cuda else max(CACHED // max(row, 1), 1))
 
 
 def workspace_bytes(rows: int, words: int, width: int, itemsize: int, chunk: int, copies: int = 0) -> int:

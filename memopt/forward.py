@@ -21,6 +21,7 @@ from memopt.facts import is_getitem
 from memopt.passbase import Rewrite, Site
 
 Found = dict[str, tuple[Site, ...]]  # rewrite's name -> the places it looked at
+STREAMING = 4  # chunks from which on rewrites that cost time are run; with fewer, losses alone take more at once
 IDLE = {"dtype", "layout", "device"}  # arguments of a cast that ask for no copy
 OFF = "gradients_off"  # in a node's meta, where it runs without gradients
 SAME = ("stack_trace", "nn_module_stack", "seq_nr")  # what a new node says of where it comes from
@@ -54,7 +55,8 @@ class Forward:
     """module: pre-dispatch ATen; flat placeholders in the order of Dynamo's; meta["val"] holds each node's fake value.
 
     A rewrite changes module.graph in place. later: output -> what the caller gets for it, where the graph returns
-    something smaller that it can be made of. chunks: in how many parts what is streamed is to run.
+    something smaller that it can be made of. chunks: in how many parts what is streamed is to run, from STREAMING on;
+    1, 2, 3: nothing is, and losses take the more of their logits at once the lower it is.
     """
 
     module: fx.GraphModule
@@ -127,7 +129,7 @@ def rewritten(module: fx.GraphModule, rewrites: Iterable[type[Rewrite]], chunks:
 
     Raises VerifyError if what a rewrite left is no graph, or has other outputs.
     """
-    wanted = [each for each in rewrites if _may_find(each, module.graph) and (chunks or not each.costly)]
+    wanted = [each for each in rewrites if _may_find(each, module.graph) and (chunks >= STREAMING or not each.costly)]
     if not wanted or not _traceable(module):
         return Rewritten(module)
     forward = replace(forward_of(module), chunks=chunks)

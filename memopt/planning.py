@@ -29,7 +29,7 @@ from memopt.reused import chunks_of, identity
 from memopt.rewrites import rewritten_levers
 from memopt.seams import parts_of
 from memopt.smaller import Call
-from memopt.streams import LADDER, as_written, in_chunks, plain_of, streams
+from memopt.streams import LADDER, WIDER, as_written, in_chunks, plain_of, streams
 from memopt.table import to_text
 from memopt.timeline import peak
 
@@ -71,7 +71,7 @@ class Planner:
             if self.plan_file is not None and lowering != self.request.lowerings[-1] and not self.saved_of(found):
                 continue
             request = replace(self.request, lowering=lowering)
-            planned = self.tried(found, request, time.perf_counter() - started, call, search=False)
+            planned, found = self.widest(key, call, request, found, left_out, time.perf_counter() - started)
             planned, found = self.smaller(key, call, replace(planned, left_out=left_out), found)
             tried.append((planned, found))
             if not planned.result.infeasible:
@@ -80,6 +80,32 @@ class Planner:
             if hopeless(planned.result):
                 break
         self.refuse(*min(tried, key=lambda pair: pair[0].result.plan.peak), call)
+
+    def widest(
+        self, key: Any, call: Call, request: Request, found: Survey, left_out: frozenset[str], seconds: float
+    ) -> tuple[Planned, Survey]:
+        """The plan in which losses take as much at once as nothing else has to give way to; that of the survey as it is
+        where there is none. seconds: of its capture."""
+        other = self.wider(found, request)
+        if other is not None:
+            planned = self.tried(other, request, seconds, call, search=False)
+            if not planned.result.infeasible:
+                self.surveys[key, request.lowering, left_out, other.chunks] = other
+                return planned, other
+        return self.tried(found, request, seconds, call, search=False), found
+
+    def wider(self, found: Survey, request: Request) -> Survey | None:
+        """The step with the largest chunks of its losses that add nothing to it, by rough plans."""
+        if self.plan_file is not None or not streams(found):
+            return None
+        costs = self.costs(found)
+        base = self.rough(found, request, costs)
+        for chunks in () if base.infeasible else WIDER:
+            other = in_chunks(found, chunks)
+            rough = self.rough(other, request, costs)
+            if not rough.infeasible and rough.plan.seconds <= base.plan.seconds:
+                return other
+        return None
 
     def smaller(self, key: Any, call: Call, planned: Planned, found: Survey) -> tuple[Planned, Survey]:
         """Where no plan of the step as it is holds the budget: one whose step streams in chunks, if that does; else the
@@ -123,9 +149,10 @@ class Planner:
             best = other, found
         return best
 
-    def rough(self, found: Survey, request: Request) -> PlanResult:
-        """A plan by quick methods, of the planner's own bytes."""
-        return make_plan(found, replace(request, quick=True), self.costs(found), 0.0, self.progress).result
+    def rough(self, found: Survey, request: Request, costs: Costs | None = None) -> PlanResult:
+        """A plan by quick methods, of the planner's own bytes. costs: of the survey, if they are known."""
+        costs = costs or self.costs(found)
+        return make_plan(found, replace(request, quick=True), costs, 0.0, self.progress).result
 
     def faster(self, key: Any, call: Call, planned: Planned) -> Planned:
         """The plan without a rewrite that costs time, where the step as it was written fits and is faster."""

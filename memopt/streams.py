@@ -9,10 +9,12 @@ from torch import fx
 
 from memopt.capture import Capture, Survey
 from memopt.facts import FACTS
+from memopt.forward import STREAMING
 from memopt.program import Program
 from memopt.streamed import IN_CHUNKS
 
-LADDER = (4, 16, 64)  # chunks that are tried, in order
+LADDER = (STREAMING, 16, 64)  # chunks that are tried, in order
+WIDER = (1, 2, 3)  # of losses, where nothing streams: the widest first
 
 
 def streamed_nodes(program: Program) -> list[fx.Node]:

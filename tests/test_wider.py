@@ -1,0 +1,60 @@
+"""A loss takes as much of its logits at once as the budget has room for, and no more."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from memopt.api import make_request
+from memopt.devices import device
+from memopt.errors import BudgetError
+from memopt.kernels import logits
+from memopt.pipeline import Planned
+from memopt.planning import Planner
+from memopt.streams import WIDER
+
+ROWS, WORDS, WIDTH = 4096, 16_000, 8
+AMPLE = 4 << 30
+CHUNKS = [logits.workspace_bytes(ROWS, WORDS, WIDTH, 4, logits.chunk_bytes(chunks)) for chunks in (*WIDER, 0)]
+
+
+class Head(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WORDS, bias=False)
+
+    def forward(self, x: Tensor, targets: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(self.head(self.layer(x).relu()), targets)
+
+
+def chosen(budget: int, lowering: str = "eager") -> Planned:
+    request = make_request(device("cpu"), budget, None, (), "reordered", lowering, "", 1, "head")
+    planner = Planner(Head(), replace(request, has_optimizer=False), measure=False, advise=False)
+    return planner.chosen("inputs", ((torch.randn(ROWS, WIDTH), torch.randint(WORDS, (ROWS,))), {}))
+
+
+@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+def test_the_widest_that_fits_is_taken(lowering: str) -> None:
+    free = chosen(AMPLE, lowering)
+    assert free.chunks == WIDER[0]
+    rest = free.result.peak - CHUNKS[0]
+    for chunks, size in zip((*WIDER, 0), CHUNKS, strict=True):
+        planned = chosen(rest + size, lowering)
+        assert planned.chunks == chunks
+        assert planned.result.peak == rest + size
+        assert chunks == 0 or chosen(size, lowering).chunks != chunks  # no room for what else there is
+
+
+def test_what_the_floor_is_does_not_depend_on_it() -> None:
+    with pytest.raises(BudgetError) as refused:
+        chosen(1)
+    assert refused.value.floor_bytes < chosen(AMPLE).result.peak - CHUNKS[0] + CHUNKS[-1]
+
+
+def test_chunks_are_about_the_same_and_fewer_the_more_room_there_is() -> None:
+    assert [logits.chunk_bytes(chunks) >> 20 for chunks in (1, 2, 3, 0, 4, 16)] == [256, 128, 64, 16, 16, 4]
+    rows = [logits.chunk_size(2048, 50257, logits.chunk_bytes(chunks)) for chunks in (1, 2, 3, 0)]
+    assert rows == [1024, 512, 293, 256]  # 1,335 would leave 713, 667 leave 47, 333 leave 50
