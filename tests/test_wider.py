@@ -27,7 +27,9 @@ class Head(nn.Module):
         self.layer, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WORDS, bias=False)
 
     def forward(self, x: Tensor, targets: Tensor) -> Tensor:
-        return nn.functional.cross_entropy(self.head(self.layer(x).relu()), targets)
+        for _ in range(4):
+            x = self.layer(x).tanh()
+        return nn.functional.cross_entropy(self.head(x), targets)
 
 
 def chosen(budget: int, lowering: str = "eager") -> Planned:
@@ -46,6 +48,12 @@ def test_the_widest_that_fits_is_taken(lowering: str) -> None:
         assert planned.chunks == chunks
         assert planned.result.peak == rest + size
         assert chunks == 0 or chosen(size, lowering).chunks != chunks  # no room for what else there is
+
+
+def test_nothing_else_gives_way_to_it() -> None:
+    """What the layers make could be made again, and the widest chunks would fit."""
+    planned = chosen(chosen(AMPLE).result.peak - 2 * ROWS * WIDTH * 4)
+    assert (planned.chunks, planned.result.plan.seconds) == (WIDER[1], 0.0)
 
 
 def test_what_the_floor_is_does_not_depend_on_it() -> None:
