@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import memopt
 from memopt.api import make_request
 from memopt.devices import device
 from memopt.errors import BudgetError
 from memopt.kernels import logits
 from memopt.pipeline import Planned
+from memopt.planfile import save_plan
 from memopt.planning import Planner
+from memopt.runtime.measure import measure
 from memopt.streams import WIDER
 
 ROWS, WORDS, WIDTH = 4096, 16_000, 8
@@ -60,6 +66,29 @@ def test_what_the_floor_is_does_not_depend_on_it() -> None:
     with pytest.raises(BudgetError) as refused:
         chosen(1)
     assert refused.value.floor_bytes < chosen(AMPLE).result.peak - CHUNKS[0] + CHUNKS[-1]
+
+
+def test_the_step_takes_what_was_planned_and_a_saved_plan_the_same_chunks(tmp_path: Path) -> None:
+    inputs = torch.randn(ROWS, WIDTH), torch.randint(WORDS, (ROWS,))
+
+    def compiled(**options: Any) -> nn.Module:
+        torch.manual_seed(0)
+        model = Head()
+        optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+        return memopt.compile(model, AMPLE, optimizer=optimizer, example_inputs=inputs, lowering="eager", **options)
+
+    def step(model: nn.Module) -> None:
+        model(*inputs).backward()
+        model.zero_grad(set_to_none=True)
+
+    model = compiled()
+    save_plan(model.memopt.plan, tmp_path / "a.plan.json")
+    again = compiled(plan_file=tmp_path / "a.plan.json")
+    for each in (model, again):
+        assert each.memopt._session.latest.chunks == WIDER[0]
+        found = measure(partial(step, each), resident=[*each.parameters(), *inputs], warmup=1)
+        assert CHUNKS[1] < found.peak_bytes - ROWS * WIDTH * 4
+        assert found.peak_bytes <= each.memopt.plan.peak
 
 
 def test_chunks_are_about_the_same_and_fewer_the_more_room_there_is() -> None:
