@@ -70,7 +70,7 @@ def sweep(layers: int, count: int = BUDGETS) -> Iterator[Row]:
 def floor_of(model: LossOnly, survey: Survey) -> int:
     """The least peak a plan reaches, bytes."""
     try:
-        session_for(model, 1).adopt(survey, 0.0)
+        session_for(model, 1).adopt(survey, "eager")
     except BudgetError as error:
         return error.floor_bytes
     raise RuntimeError("one byte was enough for a training step")
@@ -81,7 +81,7 @@ def run_at(model: LossOnly, inputs: Inputs, survey: Survey, budget: int) -> Row:
     session = session_for(model, budget)
     started = time.perf_counter()
     key = input_key(model, (), inputs)
-    session.plans[key], session.surveys[key] = session.adopt(survey, 0.0), survey
+    session.plans[key], session.surveys[key] = session.adopt(survey, "eager"), survey
     planned = time.perf_counter() - started
     torch._dynamo.reset()
     attach(session)
