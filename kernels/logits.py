@@ -17,7 +17,7 @@ from torch import Tensor
 
 CHUNK = 16 << 20  # bytes of a chunk's logits, where that is at least LEAST rows
 LEAST = 256  # rows (or words): with fewer, products wait for memory
-WHOLE = 4  # chunks up to which a step streams without smaller chunks here
+STREAMING = 4  # chunks from which on a step streams; with more of them chunks are smaller here, with fewer larger
 FEWEST = 16  # where a smaller chunk was asked for
 CACHED = 1 << 20  # bytes of logits that a processor's cache holds
 BLOCK = 512  # rows of the hidden state's gradient that are added to at once
@@ -38,11 +38,11 @@ def chunk_bytes(chunks: int) -> int:
     """Bytes of a chunk's logits in a step that streams in so many chunks: the budget is then what counts.
 
     With 1, 2 or 3 nothing streams, and there is room: the weight's gradient is read and written once a chunk, which
-    products of 256 rows do not hide (half as many chunks as before for each one less).
+    products of 256 rows do not hide (twice the bytes for each one less). 0: neither.
     """
-    if 0 < chunks < WHOLE:
-        return CHUNK << (WHOLE + 1 - chunks)
-    return CHUNK if chunks <= WHOLE else CHUNK * WHOLE // chunks
+    if 0 < chunks < STREAMING:
+        return CHUNK << (STREAMING + 1 - chunks)
+    return CHUNK * STREAMING // max(chunks, STREAMING)
 
 
 def at_once(logits: Tensor) -> Iterator[slice]:

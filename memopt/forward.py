@@ -18,10 +18,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from memopt.errors import VerifyError
 from memopt.facts import is_getitem
+from memopt.kernels.logits import STREAMING
 from memopt.passbase import Rewrite, Site
 
 Found = dict[str, tuple[Site, ...]]  # rewrite's name -> the places it looked at
-STREAMING = 4  # chunks from which on rewrites that cost time are run; with fewer, losses alone take more at once
 IDLE = {"dtype", "layout", "device"}  # arguments of a cast that ask for no copy
 OFF = "gradients_off"  # in a node's meta, where it runs without gradients
 SAME = ("stack_trace", "nn_module_stack", "seq_nr")  # what a new node says of where it comes from

@@ -9,7 +9,7 @@ from torch import fx
 
 from memopt.capture import Capture, Survey
 from memopt.facts import FACTS
-from memopt.forward import STREAMING
+from memopt.kernels.logits import STREAMING
 from memopt.program import Program
 from memopt.streamed import IN_CHUNKS
 
