@@ -20,6 +20,7 @@ from memopt.dumps import plan_made
 from memopt.noise import LOSSY, Noise
 from memopt.pipeline import Costs, Planned, Progress, make_plan, optimizer_phase, prepare, silent, step_graph
 from memopt.planfile import PlanFile
+from memopt.plans import Plan
 from memopt.profiling import measured_costs
 from memopt.recurrent import fused_cells
 from memopt.refusal import Refused, Spelling, hopeless, infeasible
@@ -34,7 +35,6 @@ from memopt.table import to_text
 from memopt.timeline import peak
 
 WORTH = 0.9  # of the seconds with a rewrite, to do without it
-LOWER = 0.9  # of the planner's floor without: where streaming comes below, only its code is searched for the least
 SLOWED = 0.02  # of a step's seconds: less is no reason to stream in more chunks
 
 
@@ -124,11 +124,12 @@ class Planner:
             streamed = made(best[0], search=False)
             if not streamed[0].result.infeasible:
                 return streamed
-            best = self.best_of(ladder, replace(request, budget=1))
-        searched = [] if best is None else [made(best[0], search=True)]
-        if best is None or best[1].plan.peak > LOWER * self.rough(found, replace(request, budget=1)).plan.peak:
-            generated = request.lowering == "inductor" and self.measure  # else the plan is that of a search
-            searched.append(made(found, search=True) if generated else (planned, found))
+        least = min(ladder, key=lambda other: self.lowest(other, request).peak, default=None)
+        searched = [] if least is None else [made(least, search=True)]
+        if not (request.lowering == "inductor" and self.measure):  # the plan is that of a search
+            searched.append((planned, found))
+        elif least is None or self.lowest(found, request).peak < searched[0][0].result.plan.peak:
+            searched.append(made(found, search=True))
         return min(searched, key=lambda pair: (pair[0].result.infeasible, pair[0].result.plan.peak))
 
     def ladder(self, key: Any, call: Call, planned: Planned, found: Survey) -> list[Survey]:
@@ -153,6 +154,10 @@ class Planner:
         """A plan by quick methods, of the planner's own bytes. costs: of the survey, if they are known."""
         costs = costs or self.costs(found)
         return make_plan(found, replace(request, quick=True), costs, 0.0, self.progress).result
+
+    def lowest(self, found: Survey, request: Request) -> Plan:
+        """The plan that takes least of the planner's bytes. Rough ones are no measure of it: they end far above."""
+        return make_plan(found, replace(request, budget=1), self.costs(found), 0.0, self.progress).result.plan
 
     def faster(self, key: Any, call: Call, planned: Planned) -> Planned:
         """The plan without a rewrite that costs time, where the step as it was written fits and is faster."""

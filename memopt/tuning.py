@@ -149,6 +149,8 @@ class Tuner:
             made = self.lower(self.solved(int(floor * share)), Fences.TIGHT)
             best = made if best is None or made.peak < best.peak else best
             yield made
+            if best.peak == floor:  # the code is the plan, and no plan takes less
+                return
         for _ in range(DESCENTS):
             assert best is not None
             made = self.below(best.peak)

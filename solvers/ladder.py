@@ -15,7 +15,7 @@ from memopt.solvers.engine import Engine
 from memopt.solvers.gaps import Gaps, Played
 from memopt.solvers.space import Space
 
-STEPS = (0.8, 0.96, 0.99, 0.998)  # of the peak of one rung's plan to the target of the next
+STEPS = (0.8, 0.96, 0.99, 0.998, 0.9995)  # of the peak of one rung's plan to the target of the next
 LARGE = 5_000  # steps above which simulations are too dear
 NEAR = 1.03  # times the target: plans above it that may be brought within it
 HOPE = 1.2  # a plan so much dearer than another is not undercut by closing gaps in it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -27,12 +28,19 @@ def solved(problem: Problem, *, time_limit: float = 0.0, bound: bool = True) -> 
     return Plan((remake,), peak, float(FREE - peak), 0.0, status, "frontier")
 
 
-def outcome(monkeypatch: pytest.MonkeyPatch, seed: int, budget: int) -> Planned:
-    """What is made of this budget where code takes 0 to 20 % more than its plan, less the tighter the fences."""
+More = Callable[[int, Fences], float]  # by how much code exceeds its plan's peak, of that
+
+
+def by_no_rule(seed: int) -> More:
+    """0 to 20 %, less the tighter the fences."""
+    return lambda peak, fences: random.Random(f"{seed} {peak} {fences}").uniform(0.0, 0.2 - 0.05 * fences)
+
+
+def outcome(monkeypatch: pytest.MonkeyPatch, more: More, budget: int) -> Planned:
+    """What is made of this budget where code takes so much more than its plan."""
 
     def phases(planned: Planned, runs: Any, plan: Plan, fences: Fences, needs: Any) -> Any:
-        more = random.Random(f"{seed} {plan.peak} {fences}").uniform(0.0, 0.2 - 0.05 * fences)
-        peaks = {"backward": int(plan.peak * (1 + more))}
+        peaks = {"backward": int(plan.peak * (1 + more(plan.peak, fences)))}
         return peaks, peaks
 
     monkeypatch.setattr(tuning, "solve", solved)
@@ -45,7 +53,19 @@ def outcome(monkeypatch: pytest.MonkeyPatch, seed: int, budget: int) -> Planned:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_every_refusal_names_the_same_floor_which_is_planned(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    floor = outcome(monkeypatch, seed, 1).result.plan.floor
+    more = by_no_rule(seed)
+    floor = outcome(monkeypatch, more, 1).result.plan.floor
     assert floor is not None
-    assert outcome(monkeypatch, seed, floor).result.plan.peak <= floor
-    assert outcome(monkeypatch, seed, floor - 1).result.plan.floor == floor
+    assert outcome(monkeypatch, more, floor).result.plan.peak <= floor
+    assert outcome(monkeypatch, more, floor - 1).result.plan.floor == floor
+
+
+def test_the_search_ends_where_the_code_is_the_lowest_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    lowered = set[int]()
+
+    def more(peak: int, fences: Fences) -> float:
+        lowered.add(peak)
+        return 0.0 if fences is Fences.TIGHT else 0.1
+
+    assert outcome(monkeypatch, more, 1).result.plan.floor == LEAST
+    assert lowered == {LEAST}

@@ -12,9 +12,10 @@ import torch
 import memopt
 from memopt import tuning
 from memopt.pipeline import Planned
+from memopt.planning import Planner
 from memopt.plans import Status
 from memopt.solvers import solve
-from memopt.streams import LADDER, streamed_nodes
+from memopt.streams import LADDER, in_chunks, streamed_nodes
 from tests.passes.test_stream import WIDTH, Mixed, trained
 
 LEAST, MORE = 1.5, 2.0  # times the plan's bytes: of the step in the most chunks, and in fewer or none
@@ -41,12 +42,12 @@ def large_code(monkeypatch: pytest.MonkeyPatch, unadvised: None) -> None:
     monkeypatch.setattr(tuning, "tuned", tuned)
 
 
-def asked(budget: int) -> int | None:
+def asked(budget: int, lowering: str = "inductor", rows: int = 1024) -> int | None:
     """The floor that a refusal names, or None where the budget is held."""
     torch.manual_seed(0)
     torch._dynamo.reset()
     try:
-        trained(Mixed(3), torch.randn(4, 1024, WIDTH), budget, lowering="inductor")
+        trained(Mixed(3), torch.randn(4, rows, WIDTH), budget, lowering=lowering)
     except memopt.BudgetError as refused:
         return refused.floor_bytes
     return None
@@ -60,3 +61,10 @@ def test_every_refusal_names_the_same_floor_which_is_planned() -> None:
         assert asked(int(share * floor)) == floor
     for share in (1.0, 1.02, 1.1):
         assert asked(int(share * floor)) is None
+
+
+def test_chunks_that_rough_plans_see_no_use_in_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    floor = asked(1, "eager", 96)
+    rough = Planner.rough
+    monkeypatch.setattr(Planner, "rough", lambda self, found, *args: rough(self, in_chunks(found, LADDER[0]), *args))
+    assert asked(1, "eager", 96) == floor
