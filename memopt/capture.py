@@ -72,7 +72,8 @@ class Survey:
     captures: the runs of its graphs, in order; a graph that runs for several layers is there several times. kept:
     storages (as in Capture) the caller gets; None if that is not known, and all results count as kept. found: places
     that rewrites of the forward looked at, of every graph once. lowering: what it was captured for. chunks: in how
-    many what streams is to run; 0 where nothing does.
+    many what streams is to run; 0 where nothing does. updates: photographs of optimizers that update its parameters,
+    which those derived from it share (memopt.trained.update_phase).
     """
 
     captures: tuple[Capture, ...]
@@ -84,6 +85,7 @@ class Survey:
     found: Found = field(default_factory=dict)
     lowering: str = "eager"
     chunks: int = 0
+    updates: dict[Any, Any] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def plain(self) -> Survey | None:

@@ -42,7 +42,7 @@ from memopt.seams import parts_of
 from memopt.solvers import solve
 from memopt.solvers.moments import solve_overlapped
 from memopt.timeline import peak
-from memopt.trained import affordable, candidates, hindrance, libraries, trained_names, unread, update_phase
+from memopt.trained import affordable, candidates, hindrance, libraries, unread, update_phase
 from memopt.units import format_size
 
 Progress = Callable[[str, float | None], None]
@@ -210,15 +210,9 @@ class _Maker:
     def __post_init__(self) -> None:
         self.started = time.perf_counter()
         self.parts = parts_of(self.survey)
-        self.phases: dict[tuple[frozenset[str], Update], OptimizerPhase] = {}
 
-    def phase(self, update: Update, survey: Survey | None = None) -> OptimizerPhase:
-        """The optimizer's steps, watched once for each way to update: with many parameters that takes seconds."""
-        survey = survey or self.survey
-        known = (trained_names(survey), update)
-        if known not in self.phases:
-            self.phases[known] = optimizer_phase(survey, self.request, update)
-        return self.phases[known]
+    def phase(self, update: Update) -> OptimizerPhase:
+        return optimizer_phase(self.survey, self.request, update)
 
     def step(self, update: Update) -> tuple[OptimizerPhase, StepGraph]:
         phase = self.phase(update)
@@ -335,7 +329,7 @@ def _as_written(make: _Maker, update: Update) -> tuple[StepGraph | None, Mapping
     plain = make.survey.plain or (None if update == WHOLE else make.survey)
     if plain is None:
         return None, {}
-    phase = make.phase(WHOLE, plain)
+    phase = optimizer_phase(plain, request)
     contracted, seconds = _contracted(step_graph(plain, parts_of(plain), request, phase, costs), request, costs)
     return contracted.graph, seconds
 
@@ -347,7 +341,7 @@ def _contracted(whole: StepGraph, request: Request, costs: Costs) -> tuple[Fused
 
 
 def optimizer_phase(survey: Survey, request: Request, update: Update = WHOLE) -> OptimizerPhase:
-    """The optimizer's steps over the parameters that get a gradient."""
+    """The optimizer's steps over the parameters that get a gradient; none where it is not planned for."""
     if not request.has_optimizer:
         return OptimizerPhase((), {}, {}, (), ())
     return update_phase(survey, request.optimizer, request.device.kind, update)

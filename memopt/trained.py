@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from memopt.capture import Survey
 from memopt.facts import storage_bytes
@@ -23,12 +24,29 @@ FINEST = 12  # halvings after which portions get no smaller: a parameter by itse
 def update_phase(
     survey: Survey, optimizer: torch.optim.Optimizer | None, kind: str, update: Update = WHOLE
 ) -> OptimizerPhase:
-    """The optimizer's steps over the parameters that get a gradient. kind: of the device, "cpu" or "cuda"."""
+    """The optimizer's steps over the parameters that get a gradient. kind: of the device, "cpu" or "cuda".
+
+    Watched once for each way to update, of the survey and what is derived from it: with many parameters that takes
+    seconds."""
     trained = trained_names(survey)
-    if optimizer is not None and update.state:
-        optimizer = planned_as(optimizer, update.state)
-    params = [(name, p) for name, p in survey.model.named_parameters() if name in trained]
-    return photograph_optimizer(params, optimizer, foreach=True if kind == "cuda" else None, update=update)
+    known = (trained, optimizer, options(optimizer), kind, update)
+    if known not in survey.updates:
+        if optimizer is not None and update.state:
+            optimizer = planned_as(optimizer, update.state)
+        params = [(name, p) for name, p in survey.model.named_parameters() if name in trained]
+        foreach = True if kind == "cuda" else None
+        survey.updates[known] = photograph_optimizer(params, optimizer, foreach=foreach, update=update)
+    found: OptimizerPhase = survey.updates[known]
+    return found
+
+
+def options(optimizer: torch.optim.Optimizer | None) -> str:
+    """How its groups are updated, how many parameters each has, bytes of its state; all may change between steps."""
+    if optimizer is None:
+        return ""
+    state = sum(leaf.nbytes for leaf in tree_leaves(dict(optimizer.state)) if isinstance(leaf, Tensor))
+    groups = ({**group, "params": len(group["params"])} for group in optimizer.param_groups)
+    return f"{state} {[*groups]}"
 
 
 def trained_names(survey: Survey) -> frozenset[str]:
