@@ -18,6 +18,7 @@ from memopt.accuracy import Accuracy
 from memopt.capture import Survey, survey
 from memopt.dumps import plan_made
 from memopt.noise import LOSSY, Noise
+from memopt.passes.stream import StreamAttention
 from memopt.pipeline import Costs, Planned, Progress, make_plan, optimizer_phase, prepare, silent, step_graph
 from memopt.planfile import PlanFile
 from memopt.plans import Plan
@@ -35,7 +36,10 @@ from memopt.table import to_text
 from memopt.timeline import peak
 
 WORTH = 0.9  # of the seconds with a rewrite, to do without it
+SEQUENCES = frozenset({StreamAttention.name})  # streams along the batch, and is left out first: it takes longest
 SLOWED = 0.02  # of a step's seconds: less is no reason to stream in more chunks
+
+Streamed = tuple[Survey, frozenset[str]]  # a step, and the rewrites left out of it
 
 
 @dataclass
@@ -112,43 +116,49 @@ class Planner:
         one that takes least, of a search that is the same whatever the budget, so that refusals name the same floor."""
         if self.plan_file is not None or not planned.result.infeasible:
             return planned, found
-        request, ladder = replace(self.request, lowering=planned.lowering), self.ladder(key, call, planned, found)
+        request = replace(self.request, lowering=planned.lowering)
 
-        def made(other: Survey, search: bool) -> tuple[Planned, Survey]:
-            self.surveys[key, planned.lowering, planned.left_out, other.chunks] = other
-            new = self.tried(other, request, planned.result.timings["capture"], call, search)
-            return replace(new, left_out=planned.left_out), other
+        def made(other: Streamed, search: bool) -> tuple[Planned, Survey]:
+            survey, left_out = other
+            self.surveys[key, planned.lowering, left_out, survey.chunks] = survey
+            new = self.tried(survey, request, planned.result.timings["capture"], call, search)
+            return replace(new, left_out=left_out), survey
 
-        best = self.best_of(ladder, request)
-        if best is not None and not best[1].infeasible:
-            streamed = made(best[0], search=False)
-            if not streamed[0].result.infeasible:
-                return streamed
-        least = min(ladder, key=lambda other: self.lowest(other, request).peak, default=None)
+        ladders = [self.ladder(key, call, planned, found, left_out) for left_out in (SEQUENCES, frozenset[str]())]
+        for ladder in ladders:
+            best = self.best_of(ladder, request)
+            if best is not None:
+                streamed = made(best, search=False)
+                if not streamed[0].result.infeasible:
+                    return streamed
+        every = [other for ladder in ladders for other in ladder]
+        least = min(every, key=lambda other: self.lowest(other[0], request).peak, default=None)
         searched = [] if least is None else [made(least, search=True)]
         if not (request.lowering == "inductor" and self.measure):  # the plan is that of a search
             searched.append((planned, found))
         elif least is None or self.lowest(found, request).peak < searched[0][0].result.plan.peak:
-            searched.append(made(found, search=True))
+            searched.append(made((found, planned.left_out), search=True))
         return min(searched, key=lambda pair: (pair[0].result.infeasible, pair[0].result.plan.peak))
 
-    def ladder(self, key: Any, call: Call, planned: Planned, found: Survey) -> list[Survey]:
-        """The step with what streams in ever more chunks; empty where nothing does, or it would be of no use."""
-        permitted = any(rewrite.costly for rewrite in self.request.rewrites)
-        if not permitted or hopeless(planned.result):
+    def ladder(self, key: Any, call: Call, planned: Planned, found: Survey, left_out: frozenset[str]) -> list[Streamed]:
+        """The step with what streams in ever more chunks, without these rewrites as well; empty where nothing does, it
+        would be of no use, or one of these is not there to be left out."""
+        names = {rewrite.name for rewrite in self.request.rewrites if rewrite.costly}
+        if not names or not left_out < names or hopeless(planned.result):
             return []
-        base = self.surveyed(key, call, planned.lowering, planned.left_out, LADDER[0], found)
-        return [in_chunks(base, chunks) for chunks in LADDER] if streams(base) else []
+        left_out |= planned.left_out
+        base = self.surveyed(key, call, planned.lowering, left_out, LADDER[0], found)
+        return [(in_chunks(base, chunks), left_out) for chunks in LADDER] if streams(base) else []
 
-    def best_of(self, ladder: Sequence[Survey], request: Request) -> tuple[Survey, PlanResult] | None:
-        """The first after which more chunks are no better, by rough plans, and its own."""
-        best: tuple[Survey, PlanResult] | None = None
+    def best_of(self, ladder: Sequence[Streamed], request: Request) -> Streamed | None:
+        """The first after which more chunks are no better, by rough plans; None where no such plan holds."""
+        best: tuple[Streamed, PlanResult] | None = None
         for other in ladder:
-            found = self.rough(other, request)
+            found = self.rough(other[0], request)
             if best is not None and not _better(found, best[1]):
                 break
             best = other, found
-        return best
+        return None if best is None or best[1].infeasible else best[0]
 
     def rough(self, found: Survey, request: Request, costs: Costs | None = None) -> PlanResult:
         """A plan by quick methods, of the planner's own bytes. costs: of the survey, if they are known."""
@@ -181,7 +191,7 @@ class Planner:
         found = self.surveyed(key, call, lowering, chunks=chunks)
         rewritten = () if self.plan_file is None or self.saved_of(found) else rewritten_levers(found)
         for left_out in (frozenset({each.lever}) for each in rewritten):
-            other = self.surveyed(key, call, lowering, left_out)
+            other = self.surveyed(key, call, lowering, left_out, chunks)
             if self.saved_of(other):
                 return other, left_out
         return found, frozenset()

@@ -18,14 +18,15 @@ from memopt.passes.quantise import Fp8Activations, Int2Activations, Int4Activati
 from memopt.passes.recompute import Recompute
 from memopt.passes.relu_masks import ReluMasks
 from memopt.passes.replay_random import ReplayRandom
-from memopt.passes.stream import Stream
+from memopt.passes.stream import Stream, StreamAttention
 from memopt.passes.unread_inputs import UnreadInputs
 from memopt.passes.weight_copies import WeightCopies
 
 REWRITES: tuple[type[Rewrite], ...] = (  # of the forward, before it is differentiated
     Attention,
     LinearCrossEntropy,
-    Stream,  # last: of heads the loss takes what it can
+    Stream,  # behind the loss: of heads it takes what it can
+    StreamAttention,  # last: what lies between two MLPs
 )
 CLEANUPS: tuple[type[Cleanup], ...] = (
     BatchStatistics,  # early: what is read for nothing should not be seen by any other pass

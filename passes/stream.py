@@ -1,4 +1,5 @@
-"""Norms, MLPs and heads run a few rows at a time, in forward, recomputation and backward.
+"""Norms, MLPs and heads run a few rows at a time, in forward, recomputation and backward; attention, with its norm and
+projections, a few sequences of the batch.
 
 What lies between two narrow places of the rows' way (memopt/algebra/regions.py), or between one and a sum over the rows
 (a loss that compares two models' logits, say), becomes one operation that holds a chunk of its inside at a time
@@ -15,7 +16,7 @@ import torch
 from torch import fx
 
 from memopt.algebra.axes import ATEN
-from memopt.algebra.regions import Stretch, draws, settle, stretches
+from memopt.algebra.regions import Seeds, Stretch, attends, draws, settle, stretches, wide
 from memopt.facts import source_line
 from memopt.forward import Forward, gives_gradient, trained
 from memopt.passbase import Numerics, Rewrite, Site
@@ -25,16 +26,25 @@ SEEDS = 1 << 62
 
 
 def run(forward: Forward) -> tuple[Site, ...]:
-    """Every stretch that pays."""
+    """Every stretch around a wide product that pays."""
+    return _streamed(forward, wide)
+
+
+def attention(forward: Forward) -> tuple[Site, ...]:
+    """Every stretch around attention that pays."""
+    return _streamed(forward, attends)
+
+
+def _streamed(forward: Forward, seeds: Seeds) -> tuple[Site, ...]:
     if cast := [node for node in forward.graph.nodes if "_enter_autocast" in str(node.target)]:
         return (Site(source_line(cast[0]), refused="the forward switches autocast on or off within itself"),)
     settle(forward.graph)
-    return tuple(_site(forward, found) for found in list(stretches(forward.graph)))
+    return tuple(_site(forward, found) for found in list(stretches(forward.graph, seeds)))
 
 
 def _site(forward: Forward, found: Stretch) -> Site:
-    wide = max(found.nodes, key=lambda node: node.meta["val"].numel())
-    site, region = Site(source_line(wide), found.inside_bytes), _region(found)
+    largest = max(found.nodes, key=lambda node: node.meta["val"].numel())
+    site, region = Site(source_line(largest), found.inside_bytes), _region(found)
     _replace(forward, found, REGIONS.setdefault(region.key, region))
     return site
 
@@ -99,3 +109,12 @@ class Stream(Rewrite):
 
     name, numerics, begins_at, costly = "stream", Numerics.REORDERED, ("linear", "addmm", "matmul", "einsum"), True
     run = staticmethod(run)
+
+
+@dataclass(frozen=True)
+class StreamAttention(Rewrite):
+    """Never hold queries, keys, values and their gradients for all sequences of a batch: attention runs once more."""
+
+    name, numerics, costly = "stream_attention", Numerics.REORDERED, True
+    begins_at = ("scaled_dot_product_attention", "softmax")  # what another rewrite makes attention of
+    run = staticmethod(attention)

@@ -4,11 +4,12 @@ From a wide product (a weight that makes rows twice as long, or longer) the rows
 directions. In the order of the graph, what the rowwise nodes hold for one another has a width at each place; a region
 runs from the nearest narrowest place before the product to the nearest narrowest one behind it, as far as no path leads
 out of it and back. In a transformer these places are the residual stream's, and the region is norm, MLP and sum.
+From attention the sequences of the batch are followed in the same way: norm, projections, attention and sum.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,12 +117,15 @@ class Stretch:
         return sum(_bytes(node) for node in (*entering, *self.returned))
 
 
-def stretches(graph: fx.Graph) -> Iterator[Stretch]:
-    """Those that pay, in order, none of them in another."""
+Seeds = Callable[[fx.Node], tuple[Place, int] | None]  # where the rows of such a node's result are, and how many
+
+
+def stretches(graph: fx.Graph, seeds: Seeds) -> Iterator[Stretch]:
+    """Those around such nodes that pay, in order, none of them in another."""
     taken: set[fx.Node] = set()
     grown: dict[fx.Node, tuple[Rows, Found, list[fx.Node]]] = {}
     for seed in list(graph.nodes):
-        if seed in taken or (start := _wide(seed)) is None:
+        if seed in taken or (start := seeds(seed)) is None:
             continue
         if seed not in grown:
             rows = Rows(start[1])
@@ -139,13 +143,13 @@ def stretches(graph: fx.Graph) -> Iterator[Stretch]:
 def settle(graph: fx.Graph) -> None:
     """Move wide products, and what is made of them in their size, down to what reads them first: the head of a model
     whose logits are compared with another's stands before that other model."""
-    wide: set[fx.Node] = set()
+    late: set[fx.Node] = set()
     for node in filter(_movable, graph.nodes):
-        made_of = [arg for arg in node.all_input_nodes if arg in wide and _bytes(arg) <= _bytes(node)]
-        if made_of or _wide(node) is not None:
-            wide.add(node)
+        made_of = [arg for arg in node.all_input_nodes if arg in late and _bytes(arg) <= _bytes(node)]
+        if made_of or wide(node) is not None:
+            late.add(node)
     for node in reversed(list(graph.nodes)):
-        if node in wide and node.users:
+        if node in late and node.users:
             first = node.next
             while first not in node.users:
                 first = first.next
@@ -184,7 +188,7 @@ def draws(node: fx.Node) -> bool:
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
-def _wide(node: fx.Node) -> tuple[Place, int] | None:
+def wide(node: fx.Node) -> tuple[Place, int] | None:
     """Where the rows of a wide product's result are, and how many; None if it is none."""
     args: Any = node.args
     if node.op != "call_function":
@@ -201,6 +205,14 @@ def _wide(node: fx.Node) -> tuple[Place, int] | None:
     if len(shape_of(weight)) != 2 or made[:-1] != shape[:-1] or made[-1] < WIDER * shape[-1]:
         return None
     return _split(x, shape)
+
+
+def attends(node: fx.Node) -> tuple[Place, int] | None:
+    """The batch of attention that has more than one sequence."""
+    if node.target is not ATEN.scaled_dot_product_attention.default:
+        return None
+    batch, *rest = shape_of(node)
+    return (Place(0), batch) if len(rest) == 3 and batch > 1 else None
 
 
 def _split(x: fx.Node, shape: tuple[int, ...]) -> tuple[Place, int] | None:
@@ -231,7 +243,7 @@ def _grown(rows: Rows, seed: fx.Node, place: Place) -> tuple[Found, set[fx.Node]
             if user not in known and (found := _made(rows, user, known)) is not None:
                 known[user] = found
                 waiting.append(user)
-    return known, inside
+    return known, {node for node in inside if not is_getitem(node) or node.args[0] in inside}
 
 
 def _read(rows: Rows, node: fx.Node, place: Place | Summed) -> Known | None:
@@ -263,7 +275,7 @@ def _around(seed: fx.Node, rows: Rows, known: Found, members: list[fx.Node], tak
 
     def stops(at: int, nodes: Sequence[fx.Node]) -> bool:
         switched = (OFF in members[at].meta) is not (OFF in seed.meta)
-        return members[at] in taken or switched or not _convex(nodes)
+        return members[at] in taken or switched or _looks_up(members[at]) or not _convex(nodes)
 
     for at in range(here - 1, max(-1, here - REACH), -1):
         if stops(at, members[at : here + 1]):
@@ -282,6 +294,11 @@ def _around(seed: fx.Node, rows: Rows, known: Found, members: list[fx.Node], tak
     if found.inside_bytes < GAIN * found.border_bytes:
         return None
     return found
+
+
+def _looks_up(node: fx.Node) -> bool:
+    """Whether each chunk would make a gradient of a whole table."""
+    return node.target is ATEN.embedding.default and trained(node.args[0])  # type: ignore[arg-type]
 
 
 def _narrow(places: Sequence[int], widths: Sequence[int], enough: float) -> int:

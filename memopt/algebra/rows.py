@@ -2,8 +2,9 @@
 
 A row is what stands at one number of an axis, say a position of a sequence. A node is rowwise where each row of its
 result is made of the same row of some arguments and of other arguments as a whole: products with a weight, what is
-pointwise, norms and reductions within a row. Attention is not. Such nodes may run on a few rows at a time. A sum or
-mean over the rows may as well, if what a few rows give is added up; then nothing else may read it among them.
+pointwise, norms and reductions within a row. Attention is not, but where a row is a sequence of a batch. Such nodes may
+run on a few rows at a time. A sum or mean over the rows may as well, if what a few rows give is added up; then nothing
+else may read it among them.
 """
 
 from __future__ import annotations
@@ -115,6 +116,16 @@ class Rows:
         rank, last = len(shape_of(source)), len(node.args[1])  # type: ignore[arg-type]
         return {source: self._kept(place, shape_of(source), set(range(rank - last, rank)))}
 
+    def _attention(self, node: fx.Node, place: Place) -> Known:
+        """What attends within each sequence of a batch, of the same heads or of keys' fewer ones."""
+        query, *_ = given = node.all_input_nodes
+        sizes = {shape_of(arg)[0] for arg in given[:3]}
+        if place.dim != 0 or len(shape_of(query)) < 3 or len(sizes) > 1:
+            raise Across
+        return dict.fromkeys(given[:3], place) | {
+            mask: place for mask in given[3:] if len(shape_of(mask)) == len(shape_of(query)) and shape_of(mask)[0] != 1
+        }
+
     def _cat(self, node: fx.Node, place: Place) -> Known:
         parts: Any = node.args[0]
         self._kept(place, shape_of(node), {_dim(node) % len(shape_of(node))})
@@ -222,6 +233,7 @@ RULES: tuple[tuple[frozenset[Any], Callable[[Rows, fx.Node, Place], Known]], ...
     (NORMS, Rows._norm),
     (REDUCTIONS, Rows._reduced),
     (frozenset({ATEN.cat.default}), Rows._cat),
+    (frozenset({ATEN.scaled_dot_product_attention.default}), Rows._attention),
     (EXPANDS, Rows._aligned),
 )
 
