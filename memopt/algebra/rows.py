@@ -118,13 +118,13 @@ class Rows:
 
     def _attention(self, node: fx.Node, place: Place) -> Known:
         """What attends within each sequence of a batch, of the same heads or of keys' fewer ones."""
-        query, *_ = given = node.all_input_nodes
-        sizes = {shape_of(arg)[0] for arg in given[:3]}
-        if place.dim != 0 or len(shape_of(query)) < 3 or len(sizes) > 1:
+        given = [_argument(node, name) for name in ("query", "key", "value")]
+        rank, mask = len(shape_of(given[0])), _argument(node, "attn_mask")
+        if place.dim != 0 or rank < 3 or len({shape_of(arg)[0] for arg in given}) > 1:
             raise Across
-        return dict.fromkeys(given[:3], place) | {
-            mask: place for mask in given[3:] if len(shape_of(mask)) == len(shape_of(query)) and shape_of(mask)[0] != 1
-        }
+        found = dict.fromkeys(given, place)
+        by_rows = mask is not None and len(shape_of(mask)) == rank and shape_of(mask)[0] != 1
+        return {**found, mask: place} if by_rows else found
 
     def _cat(self, node: fx.Node, place: Place) -> Known:
         parts: Any = node.args[0]

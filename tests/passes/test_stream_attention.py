@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import memopt
+from memopt.algebra.rows import Place, Rows
 from memopt.forward import forward_of
 from memopt.lowering import lower
 from memopt.passes.attention import Attention
@@ -112,6 +113,16 @@ def test_dropout_is_the_same_in_the_backward() -> None:
         torch.manual_seed(1)
         losses.append(float(gradients(moved, x, 4, StreamAttention)[0]))
     assert (losses[0] - losses[1]) / 2e-4 == pytest.approx(float(slope.square().sum()), rel=1e-3)
+
+
+def test_a_mask_as_long_as_the_batch_is_read_whole() -> None:
+    def tied(x: Tensor, mask: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(x, x, x, mask)
+
+    forward = forward_of(traced(tied, torch.randn(BATCH, HEADS, BATCH, WIDTH), torch.randn(BATCH, BATCH)))
+    x, _ = forward.graph.find_nodes(op="placeholder")
+    (node,) = forward.calls(torch.ops.aten.scaled_dot_product_attention.default)
+    assert Rows(BATCH).read(node, Place(0)) == {x: Place(0)}
 
 
 def test_one_sequence_is_not_split() -> None:
