@@ -88,6 +88,15 @@ def test_attention_with_its_norm_and_projections_becomes_one_call_behind_the_mlp
     assert attention(forward) == ()  # a second time there is nothing
 
 
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_table_that_wants_a_gradient_is_left_outside(frozen: bool) -> None:
+    model = nn.Sequential(nn.Embedding(100, WIDTH), Attends())
+    model[0].weight.requires_grad_(not frozen)
+    forward = replace(forward_of(traced(model, torch.randint(100, (BATCH, SEQ)))), chunks=4)
+    assert len(attention(forward)) == 1
+    assert ("aten.embedding.default" in called(forward)) is not frozen
+
+
 @pytest.mark.parametrize("kind", ["causal", "none", "of all", "of each sequence", "written out"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_are_as_near_to_fp64_as_they_were(kind: str, dtype: torch.dtype) -> None:
