@@ -124,14 +124,15 @@ class Planner:
             new = self.tried(survey, request, planned.result.timings["capture"], call, search)
             return replace(new, left_out=left_out), survey
 
-        ladders = [self.ladder(key, call, planned, found, left_out) for left_out in (SEQUENCES, frozenset[str]())]
-        for ladder in ladders:
+        every: list[Streamed] = []
+        for left_out in (SEQUENCES, frozenset[str]()):  # each a capture, so the next only where the last did not do
+            ladder = self.ladder(key, call, planned, found, left_out)
+            every += ladder
             best = self.best_of(ladder, request)
             if best is not None:
                 streamed = made(best, search=False)
                 if not streamed[0].result.infeasible:
                     return streamed
-        every = [other for ladder in ladders for other in ladder]
         least = min(every, key=lambda other: self.lowest(other[0], request).peak, default=None)
         searched = [] if least is None else [made(least, search=True)]
         if not (request.lowering == "inductor" and self.measure):  # the plan is that of a search

@@ -17,6 +17,7 @@ from memopt.lowering import lower
 from memopt.passes.attention import Attention
 from memopt.passes.stream import Stream, StreamAttention, attention, run
 from memopt.planfile import save_plan
+from memopt.planning import SEQUENCES, Planner
 from memopt.runtime.measure import measure_step
 from memopt.streamed import REGIONS, STREAMED
 from tests.passes.test_stream import SEQ, WIDTH, Gated, called, far, trained
@@ -163,11 +164,17 @@ def test_a_budget_below_every_other_plan_is_held(lowering: str, unadvised: None,
     assert again.memopt.plan.peak == model.memopt.plan.peak
 
 
-def test_where_mlps_alone_suffice_attention_is_left_alone(unadvised: None, tmp_path: Any) -> None:
+def test_where_mlps_alone_suffice_attention_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, unadvised: None, tmp_path: Any
+) -> None:
     torch.manual_seed(0)
     model, x = Blocks(2), torch.randn(8, 512, WIDTH)
     budget, again = floor(model, x, "eager", "-stream_attention"), copy.deepcopy(model)
+    left: list[frozenset[str]] = []
+    capture = Planner.capture
+    monkeypatch.setattr(Planner, "capture", lambda *a, **k: (left.append(k["left_out"]), capture(*a, **k))[1])
     trained(model, x, budget, lowering="eager")
+    assert left == [frozenset(), SEQUENCES]  # not captured with attention in chunks as well
     assert [lever.lever for lever in model.memopt.plan.rewrites] == ["stream"]
     save_plan(model.memopt.plan, tmp_path / "a.plan.json")
     trained(again, x, budget, lowering="eager", plan_file=tmp_path / "a.plan.json")
