@@ -13,7 +13,7 @@ import operator
 from dataclasses import dataclass
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from memopt.algebra.axes import ATEN
 from memopt.algebra.regions import Seeds, Stretch, attends, draws, settle, stretches, wide
@@ -43,7 +43,8 @@ def _streamed(forward: Forward, seeds: Seeds) -> tuple[Site, ...]:
 
 
 def _site(forward: Forward, found: Stretch) -> Site:
-    largest = max(found.nodes, key=lambda node: node.meta["val"].numel())
+    single = (node for node in found.nodes if isinstance(node.meta["val"], Tensor))
+    largest = max(single, key=lambda node: node.meta["val"].numel())
     site, region = Site(source_line(largest), found.inside_bytes), _region(found)
     _replace(forward, found, REGIONS.setdefault(region.key, region))
     return site

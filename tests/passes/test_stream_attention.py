@@ -38,7 +38,10 @@ class Attends(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y, (batch, seq, _) = self.norm(x), x.shape
-        q, k, v = (make(y).view(batch, seq, -1, WIDTH // HEADS).transpose(1, 2) for make in self.makes)
+        made = [make(y) for make in self.makes]
+        if self.kind == "split":  # as GPT-2's one projection
+            made = [*torch.cat(made, -1).split([each.shape[-1] for each in made], -1)]
+        q, k, v = (each.view(batch, seq, -1, WIDTH // HEADS).transpose(1, 2) for each in made)
         if self.kind == "written out":
             k, v = (each.repeat_interleave(HEADS // KEYS, 1) for each in (k, v))
             z = torch.softmax(q @ k.mT * (WIDTH // HEADS) ** -0.5, -1) @ v
@@ -98,7 +101,7 @@ def test_a_table_that_wants_a_gradient_is_left_outside(frozen: bool) -> None:
     assert ("aten.embedding.default" in called(forward)) is not frozen
 
 
-@pytest.mark.parametrize("kind", ["causal", "none", "of all", "of each sequence", "written out"])
+@pytest.mark.parametrize("kind", ["causal", "none", "of all", "of each sequence", "written out", "split"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_are_as_near_to_fp64_as_they_were(kind: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
