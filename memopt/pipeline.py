@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from torch.optim import Optimizer
+
 from memopt.applied import apply_plan
 from memopt.capture import Survey
 from memopt.compose import whole_step, with_inputs, with_workspaces, without_outputs
@@ -25,6 +27,7 @@ from memopt.noise import Noise
 from memopt.optim.photograph import WHOLE, OptimizerPhase
 from memopt.optim.portions import Update
 from memopt.optim.precision import obstacle
+from memopt.optim.sharded import Sharded
 from memopt.overlap import OVERLAP
 from memopt.passbase import Trade
 from memopt.passes import CLEANUPS, TRADES
@@ -70,7 +73,8 @@ class Planned:
     lowered_released: as `PlanResult.lowered`, when the caller lets go of the outputs beside the loss. fences: how far
     the compiler is held to the plan's kernels. update: how the optimizer is to step. lowering: what runs it.
     left_out: rewrites of the forward that it does without, beyond those that were switched off. chunks: in how many
-    what streams is to run; 0: nothing does.
+    what streams is to run; 0: nothing does. shards: ranks that share one copy of the optimizer's state; 0: there are no
+    others.
     """
 
     result: PlanResult
@@ -84,6 +88,7 @@ class Planned:
     lowering: str = "eager"
     left_out: frozenset[str] = frozenset()
     chunks: int = 0
+    shards: int = 0
 
     @cached_property
     def released(self) -> PlanResult:
@@ -188,11 +193,27 @@ def make_plan(
     plan_file: reuse its decisions instead of solving; PlanFileError if it was made for another step. noise: of lossy
     levers, as far as it was measured.
     """
-    make = _Maker(survey, request, costs, capture_seconds, progress, plan_file, noise)
-    planned = make.exact()
-    if planned.result.infeasible and request.states:
-        return make.lossy(planned)
-    return planned
+
+    def made(optimizer: Optimizer | None) -> Planned:
+        asked = replace(request, optimizer=optimizer)
+        make = _Maker(survey, asked, costs, capture_seconds, progress, plan_file, noise)
+        planned = make.exact()
+        return make.lossy(planned) if planned.result.infeasible and request.states else planned
+
+    return _shared(request.optimizer, made) if isinstance(request.optimizer, Sharded) else made(request.optimizer)
+
+
+def _shared(optimizer: Sharded, made: Callable[[Sharded], Planned]) -> Planned:
+    """The plan in which as few ranks share the optimizer's state as takes no further seconds: the fewer, the less is
+    sent beyond neighbours, and in all as much (`Sharded.traffic`)."""
+    most, *fewer = optimizer.sharings()
+    best = replace(made(optimizer.shared_by(most)), shards=most)
+    for ranks in fewer:
+        other = replace(made(optimizer.shared_by(ranks)), shards=ranks)
+        if other.result.infeasible or other.result.plan.seconds > best.result.plan.seconds:
+            break
+        best = other
+    return best
 
 
 @dataclass
@@ -293,7 +314,7 @@ def _planned(make: _Maker, update: Update, phase: OptimizerPhase, whole: StepGra
         binding=binding(after, request.device.allocator_block) if plan.status is Status.INFEASIBLE else None,
         classes={trade.name: trade.numerics.value for trade in TRADES},
         notes=(
-            *remarks(survey, make.parts, phase, request.lowering, request.off, update),
+            *remarks(survey, make.parts, phase, request, update),
             priced_by(whole, costs.seconds.keys(), request.device),
         ),
         rewrites=rewritten_levers(survey),

@@ -160,7 +160,21 @@ def save_plan(result: PlanResult, path: str | Path) -> PlanFile:
 
 def load_plan(path: str | Path) -> PlanFile:
     """Read a plan file. Raises PlanFileError, in one sentence, if it is missing, truncated, edited or foreign."""
-    body = _read(Path(path))
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise PlanFileError(f"cannot read plan file {path}: {error.strerror or error}") from error
+    except ValueError as error:  # broken UTF-8
+        raise PlanFileError(f"{path} is cut short or not JSON ({error}); plan again and save") from error
+    return loads(text, str(path))
+
+
+def loads(text: str, path: str) -> PlanFile:
+    """The plan of a file's text. path: what errors call it. Raises PlanFileError as `load_plan` does."""
+    try:
+        body = json.loads(text)
+    except ValueError as error:
+        raise PlanFileError(f"{path} is cut short or not JSON ({error}); plan again and save") from error
     if not isinstance(body, dict) or body.get("format") != MARK:
         raise PlanFileError(f"{path} is not a memopt plan file; `memopt plan ... --save FILE` writes one")
     if body.get("schema") != SCHEMA:
@@ -172,15 +186,6 @@ def load_plan(path: str | Path) -> PlanFile:
         return _from_body(body)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PlanFileError(f"{path} lacks a field of a plan file ({error}); plan again and save") from error
-
-
-def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise PlanFileError(f"cannot read plan file {path}: {error.strerror or error}") from error
-    except ValueError as error:  # both broken JSON and broken UTF-8
-        raise PlanFileError(f"{path} is cut short or not JSON ({error}); plan again and save") from error
 
 
 def _from_body(body: dict[str, Any]) -> PlanFile:

@@ -12,6 +12,7 @@ from memopt.joints import Part
 from memopt.optim.photograph import OptimizerPhase
 from memopt.optim.portions import Update
 from memopt.passes.few_bit import ApproxBP, FewBit
+from memopt.request import Request
 from memopt.rewrites import left_alone
 from memopt.seams import runs_untraced
 from memopt.timeline import at_peak, by_kind
@@ -22,14 +23,14 @@ def remarks(
     survey: Survey,
     parts: Sequence[Part],
     phase: OptimizerPhase,
-    lowering: str,
-    off: Collection[str],
+    request: Request,
     update: Update,
 ) -> tuple[str, ...]:
-    """What was assumed, what is not seen, how the optimizer steps. off: names of passes switched off."""
-    notes = [*survey.notes, *left_alone(survey), *([phase.assumed] if phase.assumed else []), *said(update)]
-    if lowering == "inductor":
-        slopes = (trade.name for trade in (FewBit, ApproxBP) if trade.name not in off)
+    """What was assumed, what is not seen, how the optimizer steps."""
+    assumed = [phase.assumed] if phase.assumed else []
+    notes = [*survey.notes, *left_alone(survey), *assumed, *said(update, request.optimizer, phase)]
+    if request.lowering == "inductor":
+        slopes = (trade.name for trade in (FewBit, ApproxBP) if trade.name not in request.off)
         why = 'under Inductor, which takes nonlinearities apart: lowering="eager"'
         notes += [f"{name} finds nothing {why}" for name in slopes]
     if len(survey.captures) > 1:

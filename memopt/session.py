@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from memopt.agreement import agreed, together
 from memopt.capture import Capture, Survey, tensor_names
 from memopt.dumps import PLANNED, dump_program
 from memopt.early import Updates, anchors
@@ -20,11 +21,13 @@ from memopt.hosts import without_full_mask
 from memopt.lowering import Transform, lower, signature
 from memopt.optim.stepper import Stepper
 from memopt.pipeline import Planned, prepare
+from memopt.planfile import PlanFile
 from memopt.planning import Planner
 from memopt.program import Program, copied
 from memopt.report import PlanResult
 from memopt.runtime.resident import resident_tensors
 from memopt.shapes import input_key
+from memopt.smaller import Call
 from memopt.units import format_size
 from memopt.watch import StepWatch
 
@@ -61,9 +64,18 @@ class Session(Planner):
         kwargs = without_full_mask(self.model, kwargs)
         key = input_key(self.model, args, kwargs)
         if key not in self.plans:
-            self.plans[key] = self.chosen(key, (tuple(args), dict(kwargs)))
+            make = partial(self.by_file, key, (tuple(args), dict(kwargs)))
+            self.plans[key] = agreed(self.request.optimizer, self.plan_file, make)
         self.current = key
         return self.plans[key]
+
+    def by_file(self, key: Any, call: Call, plan_file: PlanFile | None) -> Planned:
+        """As `chosen`, by this saved plan."""
+        given, self.plan_file = self.plan_file, plan_file
+        try:
+            return self.chosen(key, call)
+        finally:
+            self.plan_file = given
 
     def step(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         """A training step begins: have its plan ready and watch it. True if plans were made anew.
@@ -85,6 +97,8 @@ class Session(Planner):
         key, measured = self.watch.take() or (None, None)
         planned = self.plans.get(key)
         if measured is None or planned is None or self.corrections == CORRECTIONS:
+            return False
+        if together(self.request.optimizer):  # a rank does not plan without the others
             return False
         if measured.peak_bytes <= self.request.budget:
             return False

@@ -15,6 +15,7 @@ from memopt.joints import Part
 from memopt.optim.photograph import WHOLE, OptimizerPhase, photograph_optimizer
 from memopt.optim.portions import Update, nbytes, separate
 from memopt.optim.precision import WIDTHS, planned_as
+from memopt.optim.sharded import Sharded
 from memopt.timeline import lasting, peak, phase_peaks
 from memopt.units import format_size
 
@@ -31,6 +32,8 @@ def update_phase(
     trained = trained_names(survey)
     known = (trained, optimizer, options(optimizer), kind, update)
     if known not in survey.updates:
+        if isinstance(optimizer, Sharded):
+            optimizer = optimizer.shared_by(optimizer.within.size)
         if optimizer is not None and update.state:
             optimizer = planned_as(optimizer, update.state)
         params = [(name, p) for name, p in survey.model.named_parameters() if name in trained]
@@ -137,9 +140,15 @@ def _watched(p: Tensor) -> bool:
     return bool(p._backward_hooks) or bool(getattr(p, "_post_accumulate_grad_hooks", None))
 
 
-def said(update: Update) -> list[str]:
+def said(update: Update, optimizer: torch.optim.Optimizer | None, phase: OptimizerPhase) -> list[str]:
     """What a report says of how the optimizer steps."""
     notes = []
+    if isinstance(optimizer, Sharded):
+        each, state, sent = optimizer.within.size, format_size(phase.state_bytes), format_size(optimizer.traffic())
+        notes.append(
+            f"{optimizer.size} ranks average their gradients; each copy of the optimizer's state is shared by {each}, "
+            f"{state} a rank at most (exact); a rank sends {sent} a step"
+        )
     if update.state:
         notes.append(f"AdamW's moments are stored in {WIDTHS[update.state]} (lossy, allowed as {update.state})")
     if update.portion is not None:

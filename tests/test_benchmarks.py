@@ -87,6 +87,7 @@ def test_a_peer_and_its_answer_stand_side_by_side_and_take_turns() -> None:
     assert order(peers, 1) == ["at b", "b", "least", "at a", "a"]
 
 
+@pytest.mark.long
 def test_the_race_from_beginning_to_end() -> None:
     """In the eager lowering, so that nothing is compiled: gradients equal to rounding, memopt within eager's bytes."""
     race = Race("llama-tiny", lambda line: None, peers=PEERS[:1])

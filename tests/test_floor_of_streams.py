@@ -63,6 +63,7 @@ def test_every_refusal_names_the_same_floor_which_is_planned() -> None:
         assert asked(int(share * floor)) is None
 
 
+@pytest.mark.long
 def test_chunks_that_rough_plans_see_no_use_in_are_tried(monkeypatch: pytest.MonkeyPatch) -> None:
     floor = asked(1, "eager", 96)
     rough = Planner.rough

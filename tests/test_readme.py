@@ -65,7 +65,7 @@ def test_the_files_it_points_to_exist() -> None:
     assert [target for target in links if not (ROOT / target).exists()] == []
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_example_runs_and_holds_its_budget(tmp_path: Path) -> None:
     script = tmp_path / "example.py"
     script.write_text(PYTHON[0] + "assert model.memopt.plan.peak <= 160_000_000\n", encoding="utf-8")

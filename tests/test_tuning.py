@@ -30,7 +30,7 @@ def test_saved_values_are_foreseen_as_the_forward_lays_them_out(name: str) -> No
     assert measured.peak_bytes == planned.released.peak
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_planned_llama_holds_its_budget_under_inductor_and_is_predicted() -> None:
     made = bench(load("llama-tiny"), 8, 64, "fp32", "sgd", "cpu")
     torch.manual_seed(0)

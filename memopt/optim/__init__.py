@@ -22,6 +22,7 @@ HOMES = {
     "Apollo": "memopt.optim.apollo",
     "ApolloMini": "memopt.optim.apollo",
     "Frugal": "memopt.optim.frugal",
+    "Sharded": "memopt.optim.sharded",
 }
 __all__ = list(HOMES)
 

@@ -148,3 +148,9 @@ def elements(device: torch.device) -> int:
 def rows(matrix: Tensor) -> Iterator[slice]:
     """Slices of rows, so that what stands beside the matrix is bounded."""
     return portions(matrix.shape[0], max(1, elements(matrix.device) // max(1, matrix.shape[1])))
+
+
+def plain_step(optimizer: Optimizer) -> None:
+    """The step of the optimizer's class, without the hooks torch runs around it."""
+    step: Any = type(optimizer).step
+    (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)

@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_iter
 
 from memopt.errors import MemoptError
 from memopt.graph import Step, StepGraph, Storage, TensorInfo
-from memopt.optim.portions import Update, part_of, plain_step, portions_of
+from memopt.optim.family import plain_step
+from memopt.optim.portions import Update, part_of, portions_of
 from memopt.optim.rebuild import fake_parameters, rebuilt, refuse
 from memopt.optim.recorder import Recorder
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from memopt.optim.family import Family
+from memopt.optim.sharded import Sharded
 
 # The very classes, no subclass: what those do is not known. LBFGS and SparseAdam are none (memopt.optim.rebuild).
 SEPARATE = frozenset({
@@ -39,6 +40,8 @@ class Update:
 
 def separate(optimizer: Optimizer | None) -> bool:
     """Whether each parameter's update is known to depend on no other parameter."""
+    if isinstance(optimizer, Sharded):
+        return optimizer.max_norm is None
     return optimizer is not None and (type(optimizer) in SEPARATE or isinstance(optimizer, Family))
 
 
@@ -51,12 +54,6 @@ def part_of(optimizer: Optimizer, params: Sequence[Tensor]) -> Optimizer:
     groups = [{**group, "params": [p for p in group["params"] if id(p) in wanted]} for group in optimizer.param_groups]
     vars(part).update(shared, **hooks, param_groups=[group for group in groups if group["params"]])
     return part
-
-
-def plain_step(optimizer: Optimizer) -> None:
-    """The step of the optimizer's class, without the hooks torch runs around it."""
-    step: Any = type(optimizer).step
-    (step.__wrapped__ if getattr(step, "hooked", False) else step)(optimizer)
 
 
 def portions_of(optimizer: Optimizer, portion: int | None, alone: frozenset[int]) -> Iterator[list[Tensor]]:

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from memopt.errors import MemoptError
-from memopt.optim.portions import Update, part_of, plain_step, portions_of
+from memopt.optim.family import plain_step
+from memopt.optim.portions import Update, part_of, portions_of
 from memopt.optim.precision import obstacle, turn
 
 TWICE = (

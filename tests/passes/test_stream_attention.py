@@ -167,6 +167,7 @@ def test_a_budget_below_every_other_plan_is_held(lowering: str, unadvised: None,
     assert again.memopt.plan.peak == model.memopt.plan.peak
 
 
+@pytest.mark.long
 def test_where_mlps_alone_suffice_attention_is_left_alone(
     monkeypatch: pytest.MonkeyPatch, unadvised: None, tmp_path: Any
 ) -> None:
