@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from memopt.edit import Copy, Placer, Remake, packs_of
 from memopt.facts import facts, hint, is_getitem, tensor_inputs, tensor_values
@@ -68,8 +69,10 @@ class Program:
         return self.prefix + node.name
 
     def copy(self) -> Program:
-        """A program whose graph can be edited without touching this one's. Facts and fake values are shared."""
-        return replace(self, module=fx.GraphModule(self.module, copied(self.graph)))
+        """A program whose graph can be edited without touching this one's. Facts and fake values are shared.
+
+        Its Python is written when it is called, if ever: that took more than half of a copy's time."""
+        return replace(self, module=_LazyGraphModule(self.module, copied(self.graph)))
 
 
 def argument_places(program: Program) -> dict[fx.Node, int]:
