@@ -41,9 +41,9 @@ class Sharded(Optimizer):
     ranks; left out, as many as a plan asks for, without one all. max_norm: clip the averaged gradient to this norm, as
     a step is the first to know it.
 
-    All ranks must see gradients for the same parameters, and step, save and load together; after a step `.grad` is of no
-    use (of GradScaler, ranks that skip a step leave the others waiting). What the first rank's
-    parameters hold is given to the others here. Raises ValueError for a class whose updates are not elementwise.
+    All ranks must see gradients for the same parameters, and step, save and load together; after a step `.grad` is of
+    no use. A rank that skips a step, as GradScaler may, leaves the others waiting. What the first rank's parameters
+    hold is given to the others here. Raises ValueError for a class whose updates are not elementwise.
     """
 
     def __init__(
