@@ -268,8 +268,9 @@ def _ranks(group: Any, ranks: int | None, shards: int | None) -> tuple[Ranks, Ra
         if group is not None:
             raise ValueError("group= is for ranks there are, ranks= for ranks there would be: give one")
         each = ranks if shards is None else shards
-        if ranks < 1 or each < 1 or ranks % each:
-            raise ValueError(f"ranks={ranks!r}, shards={shards!r} refused: shards must divide the ranks")
+        counts = (isinstance(count, int) and not isinstance(count, bool) and count > 0 for count in (ranks, each))
+        if not all(counts) or ranks % each:
+            raise ValueError(f"ranks={ranks!r}, shards={shards!r} refused: shards must divide the ranks, 1 or more")
         return Ranks(each), Ranks(ranks // each)
     if not dist.is_available() or not dist.is_initialized():
         raise ValueError("no process group: call torch.distributed.init_process_group first, or plan with ranks=")

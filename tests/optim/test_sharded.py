@@ -219,6 +219,9 @@ def test_refusals_are_the_same_on_every_rank(tmp_path: Path) -> None:
         ({"kind": torch.optim.Muon}, "cannot be sharded"),
         ({"kind": ADAMW}, "no process group"),
         ({"kind": ADAMW, "ranks": 4, "shards": 3}, "must divide"),
+        ({"kind": ADAMW, "ranks": "4"}, "must divide"),
+        ({"kind": ADAMW, "ranks": 0}, "must divide"),
+        ({"kind": "AdamW", "ranks": 4}, "'AdamW' cannot be sharded"),
         ({"kind": ADAMW, "ranks": 4, "max_norm": 0.0}, "largest norm"),
     ],
 )
