@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from memopt.optim.family import State, elements, in_order, portions
-from memopt.optim.stored import KINDS, stores
+from memopt.optim.stored import KINDS, Blocks, stores
 
 FIRST, SECOND = "exp_avg", "exp_avg_sq"  # torch.optim.AdamW's names
 DEFAULTS = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
@@ -72,3 +72,10 @@ def decoded(key: str, stored: Tensor, like: Tensor, group: Mapping[str, Any]) ->
     for part in portions(like.numel(), elements(like.device)):
         in_order(made, made)[part] = store.read(stored, part, tables)
     return made
+
+
+def coded_part(key: str, stored: Tensor, like: Tensor, part: slice, group: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """Views of the scales and codes of some elements of a moment in codes; the part begins where a block does."""
+    store = stores(group["state"], like.numel(), group["least"])[key == SECOND]
+    assert isinstance(store, Blocks)
+    return store.split(stored, part)

@@ -210,14 +210,30 @@ class Sharded(Optimizer):
         value = self.state.get(p, {}).get(key)
         if not isinstance(kind, torch.dtype):
             return kind if value is None else value
-        coded = kind is torch.uint8
-        whole = torch.zeros_like(p, dtype=torch.float32 if coded else kind)
+        if kind is torch.uint8:
+            return self._whole_codes(key, value, p, group)
+        whole = torch.zeros_like(p, dtype=kind)
         if value is not None:
-            mine = self.stretch(p)
-            values = moments.decoded(key, value, mine, self.group_of(p, group, mine)) if coded else value
-            in_order(whole, p)[self.own(p)] = values
+            in_order(whole, p)[self.own(p)] = value
         self.within.gather(in_order(whole, p))
-        return moments.encoded(key, whole, p, group) if coded else whole
+        return whole
+
+    def _whole_codes(self, key: str, value: Tensor | None, p: Tensor, group: Mapping[str, Any]) -> Tensor:
+        """Codes are moved, not made again: a block whose largest value is negative would get another scale."""
+        whole = moments.empty_moments(p, group)[key]
+        if value is not None:
+            for there, here in self._codes(key, whole, value, p, group):
+                there.copy_(here)
+        self.within.total(whole)  # all but one rank's bytes are zero
+        return whole
+
+    def _codes(
+        self, key: str, whole: Tensor, own: Tensor, p: Tensor, group: Mapping[str, Any]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Scales and codes of this rank's stretch: (among those of the parameter, by themselves), views."""
+        mine = self.stretch(p)
+        alone = moments.coded_part(key, own, mine, slice(0, mine.numel()), self.group_of(p, group, mine))
+        return zip(moments.coded_part(key, whole, p, self.own(p), group), alone, strict=True)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -250,7 +266,11 @@ class Sharded(Optimizer):
             return in_order(value.to(p.device), p)[self.own(p)].clone()
         coded = issubclass(self.kind, AdamW) and value.dtype is torch.uint8
         if coded and value.shape == moments.empty_moments(p.to("meta"), group)[key].shape:
-            return in_order(moments.decoded(key, value.to(p.device), p, group), p)[self.own(p)]
+            mine = self.stretch(p)
+            made = moments.empty_moments(mine, self.group_of(p, group, mine))[key]
+            for there, here in self._codes(key, value.to(p.device), made, p, group):
+                here.copy_(there)
+            return made
         raise ValueError(
             f"the state of parameter {name} is not one of {self.kind.__name__}: its {key} is {tuple(value.shape)} "
             f"{value.dtype}, the parameter {tuple(p.shape)}; nothing was changed"

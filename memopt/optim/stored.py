@@ -130,7 +130,7 @@ class Blocks:
     def read(self, stored: Tensor, part: slice, tables: Tables | None) -> Tensor:
         """These elements in fp32."""
         assert tables is not None
-        scales, codes = self._split(stored, part)
+        scales, codes = self.split(stored, part)
         if self.bits == 4:
             codes = torch.stack((codes & 15, codes >> 4), -1)
         values = tables.values.index_select(0, codes.view(-1).int())  # indexing would make the codes int64 inside
@@ -139,7 +139,7 @@ class Blocks:
     def write(self, stored: Tensor, part: slice, values: Tensor, seed: int, tables: Tables | None) -> None:
         """Store these elements."""
         assert tables is not None
-        scales, codes = self._split(stored, part)
+        scales, codes = self.split(stored, part)
         whole = values.new_zeros(scales.numel() * self.block)
         whole[: values.numel()] = values
         blocks = whole.view(-1, self.block)
@@ -151,7 +151,7 @@ class Blocks:
             found = pairs[..., 0] | pairs[..., 1] << 4
         codes.copy_(found)
 
-    def _split(self, stored: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+    def split(self, stored: Tensor, part: slice) -> tuple[Tensor, Tensor]:
         """Scales and codes of the blocks of these elements, views."""
         each = self.block * self.bits // 8
         total = stored.numel() // (4 + each)

@@ -100,6 +100,10 @@ def several(rank: int, ranks: int, folder: Path) -> dict[str, Any]:
         train(model, optimizer, own)
         found[name] = model.state_dict()
         found[f"{name}: state"] = optimizer.state_dict()
+    kind, options = WAYS["8bit"]
+    again = Sharded(net().parameters(), kind, shards=2, **options)
+    again.load_state_dict(found["8bit: state"])
+    found["8bit: state again"] = again.state_dict()
     return found
 
 
@@ -138,6 +142,24 @@ def test_batches_of_their_own_train_as_one_process_with_all_of_them(name: str, t
             mine = saved["state"][index][key]
             assert not isinstance(value, torch.Tensor) or (mine.shape, mine.dtype) == (value.shape, value.dtype)
     optimizer.load_state_dict(saved)
+
+
+def test_coded_moments_survive_being_shared_out_anew(trained: list[dict[str, Any]]) -> None:
+    """Codes of four stretches made whole, cut into two and made whole again are the same codes; and the right ones."""
+    first, again = trained[0]["8bit: state"], trained[0]["8bit: state again"]
+    coded = 0
+    for index, state in first["state"].items():
+        for key, value in state.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(again["state"][index][key]))
+            coded += torch.as_tensor(value).dtype is torch.uint8
+    assert coded >= 8
+    _, optimizer = alone(AdamW8bit, least=1024)
+    assert isinstance(optimizer, AdamW8bit)
+    whole = optimizer.plain_state_dict()["state"]
+    optimizer.load_state_dict(first)
+    for index, state in optimizer.plain_state_dict()["state"].items():
+        off = (state["exp_avg"] - whole[index]["exp_avg"]).norm()
+        assert off < 0.1 * whole[index]["exp_avg"].norm()
 
 
 def in_backward(rank: int, ranks: int, folder: Path) -> dict[str, Any]:
