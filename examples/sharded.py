@@ -33,7 +33,7 @@ def options() -> argparse.Namespace:
 
 
 def llama() -> nn.Module:
-    """A Llama of 4.4 M parameters over bytes, the same on every rank."""
+    """A Llama of 4.9 M parameters over bytes, the same on every rank."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)

@@ -17,6 +17,8 @@ from memopt.report import PlanResult
 from tests.optim.ranks import STEPS, Net, batch, net, spawned, train
 
 ADAMW = torch.optim.AdamW
+# Sums in another order: where a gradient is near 0, Adam's first steps, each about lr = 1e-2 long, turn rounding into a
+# share of a step.
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
