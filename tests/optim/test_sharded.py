@@ -19,6 +19,7 @@ from tests.optim.ranks import STEPS, Net, batch, net, spawned, train
 ADAMW = torch.optim.AdamW
 # Sums in another order: where a gradient is near 0, Adam's first steps, each about lr = 1e-2 long, turn rounding into a
 # share of a step.
+CLOSE = {"rtol": 1e-3, "atol": 2e-3}
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -135,7 +136,7 @@ def test_batches_of_their_own_train_as_one_process_with_all_of_them(name: str, t
     model, optimizer = alone(kind, **{key: value for key, value in options.items() if key != "shards"})
     for one in trained:
         for key, value in model.state_dict().items():
-            torch.testing.assert_close(one[name][key], value, rtol=1e-3, atol=2e-3)
+            torch.testing.assert_close(one[name][key], value, **CLOSE)
             assert torch.equal(one[name][key], trained[0][name][key])
     saved, whole = trained[0][f"{name}: state"], optimizer.state_dict()
     assert saved["state"].keys() == whole["state"].keys()
@@ -189,7 +190,7 @@ def test_gradients_are_not_kept_where_the_backward_updates(tmp_path: Path) -> No
         assert "parameters are updated in the backward" in one["report"]
         assert one["peaks"][0] <= one["peaks"][1]
         for key, value in model.state_dict().items():
-            torch.testing.assert_close(one["plain"][key], value, rtol=1e-3, atol=2e-3)
+            torch.testing.assert_close(one["plain"][key], value, **CLOSE)
 
 
 def dying(rank: int, ranks: int, folder: Path) -> str:
