@@ -95,7 +95,11 @@ def copied(graph: fx.Graph) -> fx.Graph:
 
 def normalised(program: Program) -> Program:
     """The program with dead nodes gone, getitems beside their node and the forward before the backward."""
-    program = program.copy()
+    return normalise(program.copy())
+
+
+def normalise(program: Program) -> Program:
+    """The same, in place: for a pass, whose copy is its own."""
     _sweep(program.graph)
     _forward_first(program)
     _join_getitems(program.graph)

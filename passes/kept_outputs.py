@@ -17,6 +17,7 @@ from torch import fx
 
 from memopt.facts import FACTS
 from memopt.passbase import Cleanup, Numerics, PassResult
+from memopt.places import edited
 from memopt.program import Program, boundary
 
 ATEN = torch.ops.aten
@@ -30,13 +31,19 @@ DEFAULTS: dict[Any, tuple[float, ...]] = {ATEN.hardtanh.default: (-1.0, 1.0), AT
 
 def kept_outputs(program: Program) -> PassResult:
     """Have backwards of clamps read the output, where a later step holds it anyway."""
-    changed = program.copy()
-    late = _late(changed)
-    sites = [(node, made) for node in late if (made := _made(node)) is not None and _gains(node, made, late)]
+    return edited(program, _sites, _read_outputs)
+
+
+def _sites(program: Program) -> list[tuple[fx.Node, fx.Node]]:
+    """Backwards, and what their clamps made."""
+    late = _late(program)
+    return [(node, made) for node in late if (made := _made(node)) is not None and _gains(node, made, late)]
+
+
+def _read_outputs(program: Program, sites: list[tuple[fx.Node, fx.Node]]) -> None:
     for node, made in sites:
         node.args = (node.args[0], made, *node.args[2:])
         node.meta.pop(FACTS, None)
-    return PassResult(changed if sites else program, len(sites))
 
 
 def _late(program: Program) -> dict[fx.Node, None]:

@@ -15,27 +15,36 @@ from torch import Tensor, fx
 from memopt.facts import facts, is_fusable
 from memopt.graph import StepGraph
 from memopt.passbase import Cleanup, Numerics, PassResult
-from memopt.program import Program, normalised, photograph
+from memopt.places import edited
+from memopt.program import Program, photograph
 
 
 def late_gradients(program: Program) -> PassResult:
     """Move library calls that make nothing but a gradient the caller gets, with its views, behind such readers."""
-    changed = program.copy()
-    graph = photograph(changed)
-    nodes = {changed.name(node): node for node in changed.graph.nodes}
-    behind: dict[int, fx.Node] = {}  # position of a reader -> the last node that stands behind it
-    sites = 0
+    return edited(program, _sites, _moved)
+
+
+def _sites(program: Program) -> list[tuple[fx.Node, int, fx.Node]]:
+    """Such calls, and the position and the node of the reader behind which each belongs."""
+    graph = photograph(program)
+    nodes = {program.name(node): node for node in program.graph.nodes}
+    found = []
     for at, step in enumerate(graph.steps):
         node = nodes.get(step.name)
         if node is None or step.phase != "backward" or is_fusable(node) or not _given_away(node):
             continue
         reader = _reader(graph, at)
         if reader > at:
-            for moved in _with_views(node):
-                behind.setdefault(reader, nodes[graph.steps[reader].name]).append(moved)
-                behind[reader] = moved
-            sites += 1
-    return PassResult(normalised(changed) if sites else program, sites)
+            found.append((node, reader, nodes[graph.steps[reader].name]))
+    return found
+
+
+def _moved(program: Program, sites: list[tuple[fx.Node, int, fx.Node]]) -> None:
+    behind: dict[int, fx.Node] = {}  # position of a reader -> the last node that stands behind it
+    for node, at, reader in sites:
+        for moved in _with_views(node):
+            behind.setdefault(at, reader).append(moved)
+            behind[at] = moved
 
 
 def _reader(graph: StepGraph, at: int) -> int:

@@ -13,26 +13,35 @@ from torch import Tensor, fx
 
 from memopt.facts import facts, is_getitem, storage_bytes
 from memopt.passbase import Cleanup, Numerics, PassResult
-from memopt.program import Program, boundary, changing, normalised
+from memopt.places import edited
+from memopt.program import Program, boundary, changing
 
 Place = tuple[int, int]
 
 
 def late_values(program: Program) -> PassResult:
     """Move such nodes right before their first reader, the last of a chain first."""
-    changed = program.copy()
-    first, overwritten = boundary(changed), set(changing(changed))
-    place: dict[fx.Node, Place] = {node: (at, 0) for at, node in enumerate(changed.graph.nodes)}
-    sites = 0
+    return edited(program, _sites, _moved)
+
+
+def _sites(program: Program) -> list[tuple[fx.Node, fx.Node]]:
+    """Such nodes, and the first reader of each."""
+    first, overwritten = boundary(program), set(changing(program))
+    place: dict[fx.Node, Place] = {node: (at, 0) for at, node in enumerate(program.graph.nodes)}
     begin = place[first] if first is not None else (0, 0)
-    for node in reversed(list(changed.graph.nodes)):
+    found = []
+    for node in reversed(program.graph.nodes):
         if place[node] < begin and _late(node, place, begin) and _gains(node, overwritten):
             reader = min(node.users, key=place.__getitem__)
-            reader.prepend(node)
-            node.meta["partitioner_tag"] = "is_backward"
             place[node] = place[reader][0], place[reader][1] - 1
-            sites += 1
-    return PassResult(normalised(changed) if sites else program, sites)
+            found.append((node, reader))
+    return found
+
+
+def _moved(program: Program, sites: list[tuple[fx.Node, fx.Node]]) -> None:
+    for node, reader in sites:
+        reader.prepend(node)
+        node.meta["partitioner_tag"] = "is_backward"
 
 
 def _late(node: fx.Node, place: dict[fx.Node, Place], first: Place) -> bool:

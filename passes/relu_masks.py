@@ -17,7 +17,8 @@ from torch import fx
 from memopt.facts import FACTS, facts, tensor_inputs
 from memopt.graph import StepGraph
 from memopt.passbase import Cleanup, Numerics, PassResult
-from memopt.program import Program, boundary, normalised, photograph
+from memopt.places import edited
+from memopt.program import Program, boundary, photograph
 
 ATEN = torch.ops.aten
 SAME = (ATEN.detach.default, ATEN.alias.default)
@@ -26,6 +27,13 @@ COMPARISONS = (ATEN.le.Scalar, ATEN.gt.Scalar, ATEN.lt.Scalar, ATEN.ge.Scalar)
 
 def relu_masks(program: Program) -> PassResult:
     """Compare in the forward what the backward would only compare."""
+    return edited(program, _sites, _compare_early)
+
+
+def _sites(program: Program) -> list[fx.Node]:
+    compared = [(node, read) for node in _backward(program) if (read := _compared(node)) is not None]
+    if not compared:
+        return []
     graph = photograph(program)
     late = Counter(
         graph.storage_of(name)
@@ -33,12 +41,7 @@ def relu_masks(program: Program) -> PassResult:
         if not graph.is_view(step)
         for name in step.reads
     )
-    changed = program.copy()
-    compared = ((node, read) for node in _backward(changed) if (read := _compared(node)) is not None)
-    sites = [node for node, read in compared if _alone(changed, graph, late, read) and _alike(node, read)]
-    for node in sites:
-        _compare_early(changed.graph, node)
-    return PassResult(normalised(changed) if sites else program, len(sites))
+    return [node for node, read in compared if _alone(program, graph, late, read) and _alike(node, read)]
 
 
 def _backward(program: Program) -> list[fx.Node]:
@@ -81,7 +84,12 @@ def _alike(node: fx.Node, read: fx.Node) -> bool:
     return (new.dtype, new.shape, new.stride()) == (old.dtype, old.shape, old.stride())
 
 
-def _compare_early(graph: fx.Graph, node: fx.Node) -> None:
+def _compare_early(program: Program, sites: list[fx.Node]) -> None:
+    for node in sites:
+        _early(program.graph, node)
+
+
+def _early(graph: fx.Graph, node: fx.Node) -> None:
     read = _compared(node)
     assert read is not None
     with graph.inserting_after(read):

@@ -17,7 +17,8 @@ from torch import fx
 
 from memopt.facts import FACTS, hint, storage_bytes
 from memopt.passbase import Cleanup, Numerics, PassResult
-from memopt.program import Program, boundary, normalised
+from memopt.places import edited
+from memopt.program import Program, boundary
 
 ATEN = torch.ops.aten
 
@@ -51,14 +52,25 @@ Argument = tuple[fx.Node, int]  # of a node, the argument at this position
 
 def unread_inputs(program: Program) -> PassResult:
     """Hand an empty tensor to each backward that does not read an argument, where that is held for nothing else."""
-    changed = program.copy()
-    late = _late(changed)
+    return edited(program, _sites, _emptied)
+
+
+def _sites(program: Program) -> dict[fx.Node, list[int]]:
+    """Backwards, and which of their arguments."""
+    late = _late(program)
     unread = list(_unread(late))
-    sites = [place for place in unread if _for_nothing(_given(place), unread, late)]
-    for node, at in sites:
-        node.args = (*node.args[:at], _empty(changed.graph, (node, at)), *node.args[at + 1 :])
+    found: dict[fx.Node, list[int]] = {}
+    for node, at in unread:
+        if _for_nothing(_given((node, at)), unread, late):
+            found.setdefault(node, []).append(at)
+    return found
+
+
+def _emptied(program: Program, sites: dict[fx.Node, list[int]]) -> None:
+    for node, places in sites.items():
+        for at in places:
+            node.args = (*node.args[:at], _empty(program.graph, (node, at)), *node.args[at + 1 :])
         node.meta.pop(FACTS, None)
-    return PassResult(normalised(changed) if sites else program, len({node for node, _ in sites}))
 
 
 def _unread(late: dict[fx.Node, None]) -> Iterator[Argument]:

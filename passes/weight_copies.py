@@ -14,7 +14,8 @@ from torch import Tensor, fx
 
 from memopt.facts import FACTS
 from memopt.passbase import Cleanup, Numerics, PassResult
-from memopt.program import Program, normalised
+from memopt.places import edited
+from memopt.program import Program
 
 ATEN = torch.ops.aten
 WEIGHT = {ATEN.convolution.default: 1, ATEN.convolution_backward.default: 2}  # operation -> its argument
@@ -22,14 +23,17 @@ WEIGHT = {ATEN.convolution.default: 1, ATEN.convolution_backward.default: 2}  # 
 
 def weight_copies(program: Program) -> PassResult:
     """Have convolutions read a copy of a parameter, made before the first of them."""
-    changed = program.copy()
-    sites = 0
-    for weight in changed.graph.find_nodes(op="placeholder"):
-        readers = [node for node in changed.graph.nodes if _weight(node) is weight]
-        if readers and _copied(weight.meta["val"]):
-            _copy(changed.graph, weight, readers)
-            sites += 1
-    return PassResult(normalised(changed) if sites else program, sites)
+    return edited(program, _sites, _copy)
+
+
+def _sites(program: Program) -> dict[fx.Node, list[fx.Node]]:
+    """Parameters that are copied, and the convolutions that read each, in order."""
+    read: dict[fx.Node, list[fx.Node]] = {}
+    for node in program.graph.nodes:
+        weight = _weight(node)
+        if isinstance(weight, fx.Node) and weight.op == "placeholder" and _copied(weight.meta["val"]):
+            read.setdefault(weight, []).append(node)
+    return read
 
 
 def _weight(node: fx.Node) -> object:
@@ -44,7 +48,12 @@ def _copied(value: object) -> bool:
     return value.is_contiguous() and not value.is_contiguous(memory_format=torch.channels_last)
 
 
-def _copy(graph: fx.Graph, weight: fx.Node, readers: list[fx.Node]) -> None:
+def _copy(program: Program, sites: dict[fx.Node, list[fx.Node]]) -> None:
+    for weight, readers in sites.items():
+        _copied_once(program.graph, weight, readers)
+
+
+def _copied_once(graph: fx.Graph, weight: fx.Node, readers: list[fx.Node]) -> None:
     with graph.inserting_before(readers[0]):
         twin = graph.call_function(ATEN.clone.default, (weight,), {"memory_format": torch.channels_last})
     twin.meta = {k: v for k, v in readers[0].meta.items() if k in ("stack_trace", "seq_nr", "partitioner_tag")}
