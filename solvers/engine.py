@@ -7,7 +7,7 @@ a simulated plan holds above its row is taken from the row's right side, and the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 import numpy as np
 
@@ -133,16 +133,18 @@ class Engine:
 
     def drop(self, parts: Parts, way: int) -> Parts:
         """Remade in this way wherever it is offered."""
-        regions, v = self.space.regions, self.space.value_of[way]
-        return tuple(
-            (part - {*regions[k].values[v]}) | {way} if way in regions[k].offers else part
-            for k, part in enumerate(parts)
-        )
+        space = self.space
+
+        def taken(k: int) -> Set[int]:
+            here = space.regions[k]
+            return {way} if way in here.offers else parts[k] & {*here.values[v]}
+
+        v = space.value_of[way]
+        return space.with_ways(parts, v, taken)
 
     def keep(self, parts: Parts, v: int) -> Parts:
         """Remade nowhere."""
-        regions = self.space.regions
-        return tuple(part - {*regions[k].values.get(v, ())} for k, part in enumerate(parts))
+        return self.space.with_ways(parts, v, lambda k: frozenset())
 
     def repair(self, state: State, target: int, most: float = math.inf) -> State:
         """Drop what lowers the peak at least seconds a byte, until it holds, nothing lowers it, or `most` seconds."""
@@ -261,11 +263,9 @@ def path(engine: Engine, low: State, high: State) -> Iterable[State]:
     """States on the way from `low` (fewer bytes) to `high` (fewer seconds), one value changed at a time."""
     space = engine.space
     state = low
-    pairs = [*zip(low.parts, high.parts, strict=True)]
-    ways = [way for way in engine.order if any((way in a) != (way in b) for a, b in pairs)]
-    dear = {space.value_of[way]: space.makers[way].seconds for way in ways}
+    differing = {way for a, b in zip(low.parts, high.parts, strict=True) for way in a ^ b}
+    dear = {space.value_of[way]: space.makers[way].seconds for way in engine.order if way in differing}
+    values = [region.values for region in space.regions]
     for v in sorted(dear, key=lambda v: (-dear[v] / max(space.size[v], 1), v)):
-        mine = [{*region.values.get(v, ())} for region in space.regions]
-        parts = tuple((a - ws) | (b & ws) for a, b, ws in zip(state.parts, high.parts, mine, strict=True))
-        state = space.state(parts)
+        state = space.state(space.with_ways(state.parts, v, lambda k, v=v: high.parts[k] & {*values[k][v]}))
         yield state

@@ -12,7 +12,7 @@ answer is simulated by `edit` itself.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -103,6 +103,10 @@ class Space:
                 known.offers[way] = offer
                 known.values.setdefault(self.value_of[way], []).append(way)
         self.movable = {*self.value_of.values(), *self.packed}
+        self.offered_in: dict[int, list[int]] = {}
+        for k, region in enumerate(self.regions):
+            for v in region.values:
+                self.offered_in.setdefault(v, []).append(k)
 
     def _way(self, remake: Remake, named: dict[tuple[int, str], int]) -> int | None:
         """The way of this remake, indexed at first sight; None for one that this simulation does not know."""
@@ -190,6 +194,14 @@ class Space:
         self._let_go = np.array([self.size[p.source] for p in rows], np.int64)
         self._takes = {name: np.array([p.takes.get(name, 0.0) for p in rows]) for name in self.problem.limits}
         self.limits = {n: limit for n, limit in self.problem.limits.items() if self._takes[n].sum() > limit}
+
+    def with_ways(self, parts: Parts, v: int, taken: Callable[[int], Set[int]]) -> Parts:
+        """These ways, but for value v those that `taken` names of each region where it is offered. The other regions'
+        sets stay the same objects, whose simulation is then known at a glance."""
+        changed = list(parts)
+        for k in self.offered_in.get(v, ()):
+            changed[k] = (parts[k] - {*self.regions[k].values[v]}) | taken(k)
+        return tuple(changed)
 
     def covered_in(self, k: int) -> dict[int, tuple[int, int]]:
         """Values of region k read there by original steps -> first and last of those positions."""
