@@ -23,16 +23,16 @@ from benchmarks.record import RESULTS, command, surroundings, write_lines
 from memopt.lowering import LOWERINGS
 
 DEFAULT = ("llama-small", "gpt2-small", "vit", "resnet-18", "unet")  # small: compiling takes longest
-QUICK = ("eager", "torch.compile", "torch.compile + HF checkpointing")
+EVERYBODY = {peer.name: peer for peer in (*PEERS, *FIXED)}
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run and write what was asked for. 0 unless no row ran."""
     asked = arguments(words)
-    peers = [peer for peer in PEERS if not asked.quick or peer.name in QUICK] + [*FIXED] * asked.shares
+    peers = [EVERYBODY[name] for name in met(asked)]
+    bisect = not (asked.peer or asked.shares)
     ran = False
     for bed in asked.bed:
-        bisect = not (asked.quick or asked.shares)
         race = Race(bed, lambda line: print(line, file=sys.stderr, flush=True), asked.threads, peers, bisect)
         rows = race.run(asked.rounds, asked.lowering)
         path = asked.results / f"recompute_cpu_{bed}.jsonl"
@@ -45,13 +45,20 @@ def main(words: Sequence[str] | None = None) -> int:
     return 0 if ran else 1
 
 
+def met(asked: argparse.Namespace) -> list[str]:
+    """The peers' names in the order of the table: those asked for, with eager, which all are compared with."""
+    default = (peer.name for peer in (*PEERS, *(FIXED if asked.shares else ())))
+    wanted = {PEERS[0].name, *asked.peer} if asked.peer else {*default}
+    return [name for name in EVERYBODY if name in wanted]
+
+
 def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     """The options, checked."""
     parser = argparse.ArgumentParser(prog="recompute_cpu", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--bed", nargs="+", choices=BEDS, default=DEFAULT, help="models to run")
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds of timing")
     parser.add_argument("--shares", action="store_true", help="torch's budget at four fixed shares, not bisected")
-    parser.add_argument("--quick", action="store_true", help=f"meet only {', '.join(QUICK)}")
+    parser.add_argument("--peer", nargs="+", choices=EVERYBODY, help="meet eager and these alone, as on rows left open")
     parser.add_argument("--threads", type=int, default=2, help="threads of each variant")
     parser.add_argument("--lowering", choices=LOWERINGS, default="auto", help="memopt's lowering")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")

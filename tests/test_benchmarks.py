@@ -16,7 +16,7 @@ from benchmarks.cpu.summary import Row, markdown, marks, promised, ratios
 from benchmarks.cpu.worker import Job
 from benchmarks.gradients import difference
 from benchmarks.peers import PEERS, Variant
-from benchmarks.recompute_cpu import main
+from benchmarks.recompute_cpu import arguments, main, met
 from benchmarks.record import read_lines, write_lines
 from benchmarks.sweep_cpu import faults, rises, sweep
 from memopt.runtime.measure import measure
@@ -80,7 +80,6 @@ def test_a_dead_worker_is_a_row_with_its_error() -> None:
         assert "budget" in worker.row["error"]
 
 
-@pytest.mark.long
 def test_a_peer_and_its_answer_stand_side_by_side_and_take_turns() -> None:
     peers = {"a": "", "b": "", "least": "", "at a": "a", "at b": "b"}
     assert order(peers, 0) == ["a", "at a", "b", "at b", "least"]
@@ -107,6 +106,15 @@ def test_options_out_of_range_are_usage_errors() -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["--rounds", "0"])
     assert stopped.value.code == 2
+
+
+def test_peers_asked_for_run_beside_eager_in_the_order_of_the_table() -> None:
+    assert met(arguments(["--peer", "torch.compile, budget 0.8", "torch.compile"])) == [
+        "eager", "torch.compile", "torch.compile, budget 0.8",
+    ]  # fmt: skip
+    every = met(arguments([]))
+    assert every == [peer.name for peer in PEERS]
+    assert met(arguments(["--shares"]))[: len(every)] == every
 
 
 def test_lines_come_back_as_written(tmp_path: Path) -> None:
