@@ -128,7 +128,7 @@ class Placer:
             step = self.graph.steps[at]
             if early := [self.begin(fetch, index) for index, fetch in self.early.get(at, ())]:
                 before[at] = early
-            if at not in reading or self.graph.is_view(step):
+            if at not in reading or at in self.graph.viewing:
                 continue  # who reads a view gets a view of the copy
             if placed := self.place(step.reads, at):
                 before.setdefault(at, []).extend(placed)
@@ -274,7 +274,7 @@ def live_steps(steps: Sequence[Step], outputs: Sequence[str]) -> tuple[Step, ...
     """The steps somebody reads, in order: those that write an output, or for a kept step, or have side effects."""
     wanted, kept = set(outputs), []
     for step in reversed(steps):
-        if not step.pure or step.advances or any(name in wanted for name in step.writes) or not step.writes:
+        if not step.pure or step.advances or not step.writes or not wanted.isdisjoint(step.writes):
             wanted.update(step.reads)
             kept.append(step)
     return tuple(reversed(kept))

@@ -14,7 +14,7 @@ from memopt.edit import DISK, HOST, Remake
 from memopt.graph import Step, Storage
 from memopt.tokens import WHOLE, part_of
 
-START, DRAIN, FETCH, ARRIVE = (f"memopt.{kind}_" for kind in ("start", "drain", "fetch", "arrive"))
+START, DRAIN, FETCH, ARRIVE = COPYING = tuple(f"memopt.{kind}_" for kind in ("start", "drain", "fetch", "arrive"))
 OVERLAP = "overlap"  # its name among the passes, to switch it off
 PACK, UNPACK = "memopt.pack_", "memopt.unpack_"
 
@@ -59,14 +59,13 @@ def spent(steps: Iterable[Step], seconds: Callable[[Step], float]) -> Iterator[t
     """
     clock, free, ends = 0.0, {START: 0.0, FETCH: 0.0}, dict[str, float]()
     for step in steps:
-        kind = next((kind for kind in free if step.op.startswith(kind)), None)
-        if kind is not None:
+        if not step.op.startswith(COPYING):
+            cost = seconds(step)
+        elif (kind := next((kind for kind in free if step.op.startswith(kind)), None)) is not None:
             free[kind] = ends[step.writes[0]] = max(free[kind], clock) + seconds(step)
             cost = 0.0
-        elif step.op.startswith((DRAIN, ARRIVE)):
-            cost = max(0.0, ends[step.reads[-1]] - clock)
         else:
-            cost = seconds(step)
+            cost = max(0.0, ends[step.reads[-1]] - clock)
         clock += cost
         yield step, cost
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 
 from memopt.edit import GRADIENT, Remake, edit, taken
 from memopt.graph import Step, StepGraph
@@ -41,6 +42,16 @@ class Problem:
     seconds: Mapping[str, float] = field(default_factory=dict, repr=False)
     block: int = 1
     limits: Mapping[str, float] = field(default_factory=dict)
+
+    def cost(self, step: Step) -> float:
+        """Seconds of the step, or of the one it is a copy of."""
+        found = self.seconds.get(step.name)  # the name as it is comes first: '__and___1' may be a step of its own
+        return self.seconds.get(original(step.name), 0.0) if found is None else found
+
+    @cached_property
+    def elapsed(self) -> float:
+        """Seconds of the step as it is."""
+        return elapsed(self.graph.steps, self.cost)
 
     def allows(self, chosen: Iterable[Remake]) -> bool:
         """Whether these remakes keep to the limits, as solvers do to within their rounding."""
@@ -92,12 +103,7 @@ class Plan:
 def added_seconds(problem: Problem, edited: StepGraph) -> float:
     """Seconds of the steps the edit added less those it made unnecessary, never below zero. Of copies that go on while
     others run, those that somebody waits for (`memopt.overlap.elapsed`)."""
-    seconds = problem.seconds
-
-    def cost(step: Step) -> float:  # the name as it is comes first: '__and___1' may be a step of its own
-        return seconds.get(step.name, seconds.get(original(step.name), 0.0))
-
-    return max(0.0, elapsed(edited.steps, cost) - elapsed(problem.graph.steps, cost))
+    return max(0.0, elapsed(edited.steps, problem.cost) - problem.elapsed)
 
 
 def original(step: str) -> str:

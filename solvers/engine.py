@@ -7,7 +7,7 @@ a simulated plan holds above its row is taken from the row's right side, and the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Set
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -133,18 +133,12 @@ class Engine:
 
     def drop(self, parts: Parts, way: int) -> Parts:
         """Remade in this way wherever it is offered."""
-        space = self.space
-
-        def taken(k: int) -> Set[int]:
-            here = space.regions[k]
-            return {way} if way in here.offers else parts[k] & {*here.values[v]}
-
-        v = space.value_of[way]
-        return space.with_ways(parts, v, taken)
+        only, v = frozenset((way,)), self.space.value_of[way]
+        return self.space.with_ways(parts, v, lambda k, mine: only if way in mine else parts[k] & mine)
 
     def keep(self, parts: Parts, v: int) -> Parts:
         """Remade nowhere."""
-        return self.space.with_ways(parts, v, lambda k: frozenset())
+        return self.space.with_ways(parts, v, lambda k, mine: frozenset())
 
     def repair(self, state: State, target: int, most: float = math.inf) -> State:
         """Drop what lowers the peak at least seconds a byte, until it holds, nothing lowers it, or `most` seconds."""
@@ -265,7 +259,6 @@ def path(engine: Engine, low: State, high: State) -> Iterable[State]:
     state = low
     differing = {way for a, b in zip(low.parts, high.parts, strict=True) for way in a ^ b}
     dear = {space.value_of[way]: space.makers[way].seconds for way in engine.order if way in differing}
-    values = [region.values for region in space.regions]
     for v in sorted(dear, key=lambda v: (-dear[v] / max(space.size[v], 1), v)):
-        state = space.state(space.with_ways(state.parts, v, lambda k, v=v: high.parts[k] & {*values[k][v]}))
+        state = space.state(space.with_ways(state.parts, v, lambda k, mine: high.parts[k] & mine))
         yield state

@@ -197,11 +197,12 @@ class Gaps:
         held, taken, leant, found = played.held, set[str](), set[str](), list[Opening]()
         lives = [life for v, stays in played.lives.items() if self.size[v] for life in stays]
         lives.sort(key=lambda life: (self.price[life.value], life.value, life.uses))
+        begins, ends = (np.array([life.uses[i] for life in lives], np.int64) for i in (0, -1))
         while (most is None or len(found) < most) and int(held.max()) > target:
-            at = int(held.argmax())
+            at, busy = int(held.argmax()), taken | leant
             weighed = list[Opening]()
-            for life in lives:
-                if life.uses[0] < at < life.uses[-1] and at not in life.uses and life.value not in taken | leant:
+            for life in (lives[i] for i in np.flatnonzero((begins < at) & (at < ends))):
+                if at not in life.uses and life.value not in busy:
                     opening = self.weigh(played, held, target, life, at, taken)
                     weighed += [opening] if opening is not None else []
                     if len(weighed) == WEIGHED:

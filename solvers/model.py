@@ -17,6 +17,8 @@ engine adds them as corrections found by simulation.
 from __future__ import annotations
 
 from bisect import bisect_right
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 
 import highspy
@@ -27,6 +29,16 @@ from memopt.edit import live_steps
 from memopt.solvers.space import Parts, Space
 
 Key = tuple[str, int, int]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A memory row: its number, constant bytes, and without B the columns and coefficients of what may be alive."""
+
+    number: int
+    constant: float
+    columns: np.ndarray
+    weights: np.ndarray
 
 
 class Model:
@@ -41,7 +53,7 @@ class Model:
         self.cost: dict[Key, float] = {}
         self.scale = max(space.sizes.max(initial=1), 1) / 100.0  # bytes a unit of the rows: keeps coefficients near 1
         self.seconds = max((m.seconds for m in space.makers.values()), default=0.0) or 1.0
-        self.rows: dict[int, tuple[int, float, dict[int, float]]] = {}  # half-time -> row, constant bytes, coefficients
+        self.rows: dict[int, Row] = {}  # by half-time
         self.pairs: dict[int, list[int]] = {}
         self._constraints()
         self._load()
@@ -165,13 +177,10 @@ class Model:
         if half in self.rows:
             return
         constant, terms = self._row(half)
-        terms[self.index["B", 0, 0]] = -1.0
-        row = int(self.highs.getNumRow())
-        columns = list(terms)
-        self.highs.addRow(
-            -highspy.kHighsInf, -constant / self.scale, len(columns), columns, [terms[c] for c in columns]
-        )
-        self.rows[half] = (row, constant, terms)
+        number = int(self.highs.getNumRow())
+        columns, weights = [*terms, self.index["B", 0, 0]], [*terms.values(), -1.0]
+        self.highs.addRow(-highspy.kHighsInf, -constant / self.scale, len(columns), columns, weights)
+        self.rows[half] = Row(number, constant, np.array([*terms], np.int64), np.array([*terms.values()]))
 
     def _row(self, half: int) -> tuple[float, dict[int, float]]:
         space = self.space
@@ -279,15 +288,14 @@ class Model:
 
     def correct(self, half: int, extra: float) -> None:
         """Lower a row's right side by bytes the model does not see (0 restores the certified row)."""
-        row, constant, _ = self.rows[half]
-        self.highs.changeRowBounds(row, -highspy.kHighsInf, -(constant + extra) / self.scale)
+        row = self.rows[half]
+        self.highs.changeRowBounds(row.number, -highspy.kHighsInf, -(row.constant + extra) / self.scale)
 
     def unseen(self, values: np.ndarray, held: np.ndarray) -> list[tuple[int, float]]:
         """Per row the bytes a simulated plan holds above what the row says of the solution it was rounded from."""
-        b = self.index["B", 0, 0]
         out = []
-        for half, (_, constant, terms) in self.rows.items():
-            said = constant + self.scale * sum(values[c] * w for c, w in terms.items() if c != b)
+        for half, row in self.rows.items():
+            said = row.constant + self.scale * float(values[row.columns] @ row.weights)
             out.append((half, float(held[half]) - said))
         return out
 
@@ -308,12 +316,21 @@ class Model:
 
     def largest_split(self, values: np.ndarray) -> list[int]:
         """Columns x of the value with most bytes of which the solution keeps a part; empty when all are whole."""
-        size = self.space.size
-        part = {v: min(x, 1.0 - x) * size[v] for v, ks in self.pairs.items() for x in [self.lives(values, v, ks[0])]}
-        worst = max(part, key=lambda v: (part[v], -v), default=None)
-        if worst is None or part[worst] <= 0.001 * size[worst]:
+        if not self.pairs:
             return []
+        firsts, sizes = self._firsts
+        part = np.minimum(values[firsts], 1.0 - values[firsts]) * sizes
+        at = int(np.argmax(part))
+        if part[at] <= 0.001 * sizes[at]:
+            return []
+        worst = list(self.pairs)[at]
         return [self.index["x", worst, k] for k in self.pairs[worst]]
+
+    @cached_property
+    def _firsts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of each value in `pairs`, in order, the column of its first x, and its bytes."""
+        columns = [self.index["x", v, ks[0]] for v, ks in self.pairs.items()]
+        return np.array(columns, np.int64), self.space.sizes[[*self.pairs]]
 
     def settle(self, columns: list[int], lower: float, upper: float) -> None:
         """Confine these columns: to 0.0 or 1.0 to settle them, to both to free them."""
@@ -346,19 +363,25 @@ class Model:
         found: float = self.highs.getInfo().mip_dual_bound * self.seconds - dead_seconds(self.space)
         return max(0.0, found) if found < float("inf") else 0.0
 
-    def lives(self, values: np.ndarray, v: int, k: int) -> float:
-        return float(values[self.index["x", v, k]])
-
     def rounded(self, values: np.ndarray, threshold: float = 0.5) -> Parts:
         """Remade: every offered value whose original does not live through its region, by the way most taken."""
+        known = values.tolist()
         return tuple(
             frozenset(
-                ways[0] if len(ways) == 1 else max(ways, key=lambda way: (values[self.index["d", way, k]], -way))
-                for v, ways in region.values.items()
-                if self.lives(values, v, k) < threshold
+                ways[0] if len(ways) == 1 else max(ways, key=lambda way: (known[self.index["d", way, k]], -way))
+                for column, ways in offered
+                if known[column] < threshold
             )
-            for k, region in enumerate(self.space.regions)
+            for k, offered in enumerate(self._offered)
         )
+
+    @cached_property
+    def _offered(self) -> list[list[tuple[int, list[int]]]]:
+        """By region (column x, ways) of each value offered there."""
+        return [
+            [(self.index["x", v, k], ways) for v, ways in region.values.items()]
+            for k, region in enumerate(self.space.regions)
+        ]
 
 
 def droppable(space: Space) -> list[int]:
@@ -367,17 +390,15 @@ def droppable(space: Space) -> list[int]:
     makers = {m.at for m in space.makers.values() if not m.unpacks}
     needed: set[str] = set(graph.outputs)
     spare: list[int] = []
-    inside = [(r.first, r.last, r.values) for r in space.regions]
+    inside = {at: region.values for region in space.regions for at in range(region.first, region.last + 1)}
     for at in reversed(range(len(graph.steps))):
         step = graph.steps[at]
-        late = any(a <= at <= b for a, b, _ in inside)
-        free = (
-            step.pure and not step.advances and step.writes and not late and not any(w in needed for w in step.writes)
-        )
+        spared = step.pure and not step.advances and step.writes and at not in inside
+        free = spared and not any(w in needed for w in step.writes)
         if free and at in makers:
             spare.append(at)
         if not free:
-            offered = next((o for a, b, o in inside if a <= at <= b), {})
+            offered = inside.get(at, {})
             needed.update(r for r in step.reads if space.number[graph.storage_of(r)] not in offered)
     return sorted(spare)
 

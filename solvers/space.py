@@ -12,7 +12,7 @@ answer is simulated by `edit` itself.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -195,12 +195,13 @@ class Space:
         self._takes = {name: np.array([p.takes.get(name, 0.0) for p in rows]) for name in self.problem.limits}
         self.limits = {n: limit for n, limit in self.problem.limits.items() if self._takes[n].sum() > limit}
 
-    def with_ways(self, parts: Parts, v: int, taken: Callable[[int], Set[int]]) -> Parts:
-        """These ways, but for value v those that `taken` names of each region where it is offered. The other regions'
-        sets stay the same objects, whose simulation is then known at a glance."""
+    def with_ways(self, parts: Parts, v: int, taken: Callable[[int, frozenset[int]], frozenset[int]]) -> Parts:
+        """These ways, but for value v those that taken(region, its ways there) gives wherever it is offered. The other
+        regions' sets stay the same objects, whose simulation is then known at a glance."""
         changed = list(parts)
         for k in self.offered_in.get(v, ()):
-            changed[k] = (parts[k] - {*self.regions[k].values[v]}) | taken(k)
+            mine = frozenset(self.regions[k].values[v])
+            changed[k] = (parts[k] - mine) | taken(k, mine)
         return tuple(changed)
 
     def covered_in(self, k: int) -> dict[int, tuple[int, int]]:
