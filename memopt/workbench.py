@@ -46,6 +46,7 @@ OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw4bit": optim.AdamW4bit,
     "galore": lambda params: optim.GaLore(params, rank=128),
     "galore8bit": lambda params: optim.GaLore8bit(params, rank=128),
+    "natural-galore": lambda params: optim.NaturalGaLore(params, rank=128),
     "apollo": lambda params: optim.Apollo(params, rank=256),
     "apollo-mini": lambda params: optim.ApolloMini(params, rank=1),
     "frugal": optim.Frugal,

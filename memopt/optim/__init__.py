@@ -19,6 +19,7 @@ HOMES = {
     "AdaLomo": "memopt.optim.lomo",
     "GaLore": "memopt.optim.galore",
     "GaLore8bit": "memopt.optim.galore",
+    "NaturalGaLore": "memopt.optim.natural",
     "Apollo": "memopt.optim.apollo",
     "ApolloMini": "memopt.optim.apollo",
     "Frugal": "memopt.optim.frugal",

@@ -26,6 +26,7 @@ NOTHING = 1e-8
 class Apollo(Projected):
     """AdamW whose groups may give a rank; see memopt/optim/subspace.py for the keys. seed: of the projections."""
 
+    own = frozenset({"seed"})
     tensorwise = False
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, **options: Any) -> None:

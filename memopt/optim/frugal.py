@@ -22,6 +22,8 @@ from memopt.optim.subspace import Projected, apply, generator, small_direction, 
 class Frugal(Projected):
     """density: the share of a matrix's columns that have moments, in (0, 1]; scale: the others' rate over lr."""
 
+    own = frozenset({"density", "seed"})
+
     def __init__(
         self, params: Iterable[Any], lr: float = 1e-3, *, density: float = 0.25, scale: float = 1.0,
         update_proj_gap: int = 200, seed: int = 0, **options: Any,

@@ -39,8 +39,13 @@ class GaLore(Projected):
             # a wide side with fewer singular vectors than the rank leaves the further columns zero
             projector.zero_()[:, : basis.shape[1]] = basis[:, : projector.shape[1]]
             del u, vh, basis
-        small = small_direction(projector.mT @ g if on_left else g @ projector, state, group).mul_(group["scale"])
+        small = self.turned(projector.mT @ g if on_left else g @ projector, state, group)
+        small = small_direction(small, state, group).mul_(group["scale"])
         apply(p, group, lambda some: projector[some] @ small if on_left else small[some] @ projector.mT)
+
+    def turned(self, small: Tensor, state: State, group: Mapping[str, Any]) -> Tensor:
+        """What Adam is given of a projected gradient: all of it, as it is."""
+        return small
 
 
 class GaLore8bit(GaLore):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,11 +22,15 @@ SIDES = ("std", "reverse_std", "left", "right")
 
 
 class Projected(Family):
-    """Base of the families whose matrices have their moments in a smaller space. Needs `begin` and `project`."""
+    """Base of the families whose matrices have their moments in a smaller space. Needs `begin` and `project`.
+
+    own: the options that a family has besides AdamW's and those that all of these have."""
+
+    own: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, params: Iterable[Any], lr: float, options: Mapping[str, Any]) -> None:
         known = {"state": "fp32", "least": moments.LEAST, "rank": None, "proj_type": "std", **moments.DEFAULTS}
-        if unknown := options.keys() - known.keys() - {"update_proj_gap", "scale", "seed", "density"}:
+        if unknown := options.keys() - known.keys() - {"update_proj_gap", "scale"} - self.own:
             raise ValueError(f"{min(unknown)} is no option of {type(self).__name__}")
         super().__init__(params, {"lr": lr, **known, **options})
 

@@ -91,6 +91,13 @@ CASES = {
         {"second": paper.exactly},
         MATRICES,
     ),
+    "natural_galore": Case(
+        lambda p: optim.NaturalGaLore(p, **LOW, history=5, damping=1e-2),
+        paper.natural_galore,
+        {**TOLD_LOW, "history": 5, "damping": 1e-2},
+        {"history": 4},
+        MATRICES,
+    ),
     "apollo": Case(
         lambda p: optim.Apollo(p, **LOW, seed=3), paper.apollo, {**TOLD_LOW, "seed": 3}, {"seed": 4}, MATRICES
     ),
@@ -154,6 +161,7 @@ BYTES = {
     "adalomo": 4 * (256 + 64),
     "galore": 8 * 4 * 256 + 4 * 4 * 64,
     "galore8bit": 2 * (1024 + 4 * 4) + 4 * 4 * 64,
+    "natural_galore": (8 + 4 * 5) * 4 * 256 + 4 * 4 * 64,
     "apollo": 8 * 4 * 256 + 4,
     "apollo_mini": 8 * 256 + 4,
     "frugal": 8 * 256 * 16,
@@ -332,6 +340,9 @@ def test_lomo_updates_in_backward_and_leaves_no_gradient() -> None:
         (lambda p: optim.Apollo(p, rank=0), "rank=0 refused"),
         (lambda p: optim.Frugal(p, density=1.5), "density=1.5 refused"),
         (lambda p: optim.GaLore(p, ranks=4), "ranks is no option of GaLore"),
+        (lambda p: optim.GaLore(p, history=4), "history is no option of GaLore"),
+        (lambda p: optim.NaturalGaLore(p, rank=4, history=0), "history=0 refused"),
+        (lambda p: optim.NaturalGaLore(p, rank=4, damping=0.0), "damping=0.0 refused"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(build: Any, message: str) -> None:

@@ -93,7 +93,8 @@ def stochastic_bf16(moment: int) -> Encode:
 
 
 def galore(w: Tensor, grads: Sequence[Tensor], lr: float, wd: float, rank: int, gap: int, scale: float,
-           kind: str = "std", first: Encode = exactly, second: Encode = exactly) -> Tensor:  # fmt: skip
+           kind: str = "std", first: Encode = exactly, second: Encode = exactly,
+           turned: Callable[[Tensor], Tensor] = lambda small: small) -> Tensor:  # fmt: skip
     m, n = w.shape
     left = {"std": m < n, "reverse_std": m >= n, "left": True, "right": False}[kind]
     direction = adam(0.9, 0.999, 1e-8, first, second)
@@ -101,9 +102,23 @@ def galore(w: Tensor, grads: Sequence[Tensor], lr: float, wd: float, rank: int, 
         if t % gap == 0:
             u, _, vt = torch.linalg.svd(g.float(), full_matrices=False)  # in fp32: signs are the library's
             p = u[:, :rank].double() if left else vt[:rank].T.double()
-        update = p @ direction(p.T @ g) if left else direction(g @ p) @ p.T
+        update = p @ direction(turned(p.T @ g)) if left else direction(turned(g @ p)) @ p.T
         w = w - lr * wd * w - lr * scale * update
     return w
+
+
+def natural_galore(w: Tensor, grads: Sequence[Tensor], history: int, damping: float, **options: Any) -> Tensor:
+    """By the Fisher matrix itself, inverted whole."""
+    seen: list[Tensor] = []
+
+    def turned(small: Tensor) -> Tensor:
+        seen.append(small.flatten())
+        fisher = damping * torch.eye(small.numel(), dtype=small.dtype)
+        for vector in seen[-history:]:
+            fisher += torch.outer(vector, vector)
+        return torch.linalg.solve(fisher, small.flatten()).view_as(small)
+
+    return galore(w, grads, turned=turned, **options)
 
 
 def apollo(w: Tensor, grads: Sequence[Tensor], lr: float, wd: float, rank: int, gap: int, scale: float, seed: int,
