@@ -58,4 +58,5 @@ class NaturalGaLore(GaLore):
         system.diagonal().add_(group["damping"])
         wanted = torch.zeros_like(system[0])
         wanted[newest] = 1.0
-        return (torch.linalg.solve(system, wanted).float() @ history).view_as(small)
+        shares: Tensor = torch.linalg.solve(system, wanted)
+        return (shares.float() @ history).view_as(small)
