@@ -137,7 +137,9 @@ def test_bare_modules_of_torch_are_compiled_too(make: Callable[[], nn.Module]) -
     assert all(p.grad is not None for p in model.parameters())
 
 
-@pytest.mark.parametrize("keep", [True, False], ids=["logits held", "logits dropped"])
+@pytest.mark.parametrize(
+    "keep", [pytest.param(True, id="logits held"), pytest.param(False, id="logits dropped", marks=pytest.mark.long)]
+)
 def test_a_hugging_face_model_measures_as_predicted_whatever_the_caller_keeps(keep: bool) -> None:
     workload = load("llama-tiny")
     torch.manual_seed(0)

@@ -59,7 +59,7 @@ def test_the_step_is_bit_identical_under_a_budget_that_binds() -> None:
     assert all(map(torch.equal, want, got))
 
 
-@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+@pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.long)])
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_each_shape_gets_a_plan(lowering: str, dynamic: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where Dynamo would trace symbolic sizes, after the second shape or at once, bytes are planned for real ones."""

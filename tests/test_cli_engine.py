@@ -61,6 +61,7 @@ def test_plan_saves_a_plan_that_run_reuses_and_holds(tmp_path: Path) -> None:
     assert "of another model, shape or setting" in other.stderr
 
 
+@pytest.mark.long
 def test_an_infeasible_plan_exits_3_with_floor_binding_and_ways_out_in_the_doors_own_words(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -148,7 +149,12 @@ def test_a_saved_plan_that_is_refused_says_what_its_decisions_need_and_offers_pl
 
 def test_run_exits_3_before_it_builds_anything(monkeypatch: pytest.MonkeyPatch, unadvised: None) -> None:
     monkeypatch.setattr(workbench.Bench, "build", refuse_outside_fakes(workbench.Bench.build))
-    assert answer("run", "llama-tiny", *SMALL, "--budget", "1MB", code=3)["status"] == "infeasible"
+    large = ("--batch", "4", "--seq", "64", "--lowering", "eager", "--passes=-stream")  # activations set its floor
+    found = answer("run", "llama-tiny", *large, "--budget", "1MB", code=3)
+    assert (found["status"], found["ways_out"]) == ("infeasible", [])
+    assert found["floor_bytes"] > found["budget_bytes"] == 1_000_000
+    assert found["binding"]["source"].startswith(("modeling_llama.py:", "loss_utils.py:"))
+    assert sum(found["binding"]["kinds"].values()) == found["binding"]["bytes"]
 
 
 def refuse_outside_fakes(build: Any) -> Any:

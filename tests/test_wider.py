@@ -45,7 +45,7 @@ def chosen(budget: int, lowering: str = "eager") -> Planned:
     return planner.chosen("inputs", ((torch.randn(ROWS, WIDTH), torch.randint(WORDS, (ROWS,))), {}))
 
 
-@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+@pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.long)])
 def test_the_widest_that_fits_is_taken(lowering: str) -> None:
     free = chosen(AMPLE, lowering)
     assert free.chunks == WIDER[0]

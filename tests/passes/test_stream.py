@@ -149,7 +149,7 @@ class ByHand(Compared):
 
 @pytest.mark.parametrize("loss", [Compared, Squares, ByHand])
 @pytest.mark.parametrize("kind", ["before", "after", "frozen"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.long)])
 def test_losses_over_many_words_are_summed_up_chunk_by_chunk(loss: Any, kind: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model, x = loss(kind).to(dtype), torch.randn(2, SEQ, WIDTH).to(dtype)
@@ -403,6 +403,7 @@ class Attending(Mixed):
         return x.square().mean()
 
 
+@pytest.mark.long
 def test_the_step_as_written_is_captured_once_however_it_streams(
     monkeypatch: pytest.MonkeyPatch, unadvised: None
 ) -> None:

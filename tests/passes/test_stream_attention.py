@@ -102,7 +102,7 @@ def test_a_table_that_wants_a_gradient_is_left_outside(frozen: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", ["causal", "none", "of all", "of each sequence", "written out", "split"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.long)])
 def test_gradients_are_as_near_to_fp64_as_they_were(kind: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     model, x = Blocks(2, kind).to(dtype), torch.randn(BATCH, SEQ, WIDTH).to(dtype)
@@ -150,7 +150,8 @@ def floor(model: nn.Module, x: Tensor, lowering: str, passes: str = "") -> int:
     return refused.value.floor_bytes
 
 
-@pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("lowering", ["eager", "inductor"])
 def test_a_budget_below_every_other_plan_is_held(lowering: str, unadvised: None, tmp_path: Any) -> None:
     torch.manual_seed(0)
     model, x = Blocks(2), torch.randn(8, 512, WIDTH)

@@ -66,13 +66,13 @@ LIMITS = st.sampled_from(({}, {GRADIENT: 0.06}, {GRADIENT: 0.02, DISK: 3.0}, {GR
 PROBLEMS = st.builds(problem_of, st.integers(0, 10**6), st.sampled_from((0.0, 0.3, 0.6, 0.95)), LIMITS)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(PROBLEMS)
 def test_milp_is_brute_force_only_faster(problem: Problem) -> None:
     agrees(problem)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(PROBLEMS)
 def test_no_bound_is_above_the_optimum(problem: Problem) -> None:
     bounded(problem)
