@@ -14,7 +14,7 @@ Places = TypeVar("Places", bound=Sized)
 def edited(program: Program, find: Callable[[Program], Places], edit: Callable[[Program, Places], None]) -> PassResult:
     """The program with the places that `find` names edited in a copy; itself where there are none.
 
-    A copy costs more than most searches: of a program of 32 layers, about a hundredth of the time to plan it.
+    find: is asked twice, of the program and of its copy, whose nodes are others. A copy costs more than most searches.
     """
     if not find(program):
         return PassResult(program, 0)

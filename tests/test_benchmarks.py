@@ -15,7 +15,7 @@ from benchmarks.cpu.race import Race, Worker, between, order
 from benchmarks.cpu.summary import Row, markdown, marks, promised, ratios
 from benchmarks.cpu.worker import Job
 from benchmarks.gradients import difference
-from benchmarks.peers import PEERS, Variant
+from benchmarks.peers import FIXED, PEERS, Variant
 from benchmarks.recompute_cpu import arguments, main, met
 from benchmarks.record import read_lines, write_lines
 from benchmarks.sweep_cpu import faults, rises, sweep
@@ -112,9 +112,8 @@ def test_peers_asked_for_run_beside_eager_in_the_order_of_the_table() -> None:
     assert met(arguments(["--peer", "torch.compile, budget 0.8", "torch.compile"])) == [
         "eager", "torch.compile", "torch.compile, budget 0.8",
     ]  # fmt: skip
-    every = met(arguments([]))
-    assert every == [peer.name for peer in PEERS]
-    assert met(arguments(["--shares"]))[: len(every)] == every
+    assert met(arguments([])) == [peer.name for peer in PEERS]
+    assert met(arguments(["--shares"])) == [peer.name for peer in (*PEERS, *FIXED)]
 
 
 def test_lines_come_back_as_written(tmp_path: Path) -> None:
