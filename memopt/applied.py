@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from memopt.edit import Remake, edit
 from memopt.errors import VerifyError
 from memopt.graph import TANGENTS, StepGraph, verify
-from memopt.program import Program, insert, photograph
+from memopt.insertion import insert
+from memopt.photograph import photograph
+from memopt.program import Program
 
 
 def apply_plan(program: Program, whole: StepGraph, remakes: Sequence[Remake]) -> Program:

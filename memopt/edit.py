@@ -1,6 +1,6 @@
 """The one edit behind every trade: let a value go after its early reads, make it again before its late ones.
 
-`edit` applies remakes to the photograph; `memopt.program.insert` applies the same remakes to the fx graph, and the
+`edit` applies remakes to the photograph; `memopt.insertion.insert` applies the same remakes to the fx graph, and the
 pipeline demands that both agree. Nobody writes byte effects down: the bytes of a plan are `peak(edit(graph, chosen))`.
 
 How copies are placed. A remake serves the reads of its storage by steps inside its span. Just before the first such

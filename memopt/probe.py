@@ -24,9 +24,11 @@ from memopt.cost import codec_of
 from memopt.devices import device as known_device
 from memopt.edit import Remake
 from memopt.graph import StepGraph
+from memopt.insertion import insert
 from memopt.noise import Class, class_of
 from memopt.passbase import Trade
-from memopt.program import Program, argument_places, insert, photograph
+from memopt.photograph import photograph
+from memopt.program import Program, argument_places
 from memopt.smaller import Call
 from memopt.timeline import peak
 

@@ -17,7 +17,8 @@ from memopt.capture import Capture, Survey
 from memopt.facts import storage_bytes
 from memopt.graph import verify
 from memopt.joints import Part, Sent
-from memopt.program import Program, argument_places, photograph
+from memopt.photograph import photograph
+from memopt.program import Program, argument_places
 
 
 def parts_of(survey: Survey) -> tuple[Part, ...]:

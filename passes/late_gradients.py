@@ -15,8 +15,9 @@ from torch import Tensor, fx
 from memopt.facts import facts, is_fusable
 from memopt.graph import StepGraph
 from memopt.passbase import Cleanup, Numerics, PassResult
+from memopt.photograph import photograph
 from memopt.places import edited
-from memopt.program import Program, photograph
+from memopt.program import Program
 
 
 def late_gradients(program: Program) -> PassResult:

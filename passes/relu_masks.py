@@ -17,8 +17,9 @@ from torch import fx
 from memopt.facts import FACTS, facts, tensor_inputs
 from memopt.graph import StepGraph
 from memopt.passbase import Cleanup, Numerics, PassResult
+from memopt.photograph import photograph
 from memopt.places import edited
-from memopt.program import Program, boundary, photograph
+from memopt.program import Program, boundary
 
 ATEN = torch.ops.aten
 SAME = (ATEN.detach.default, ATEN.alias.default)

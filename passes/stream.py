@@ -20,7 +20,8 @@ from memopt.algebra.regions import Seeds, Stretch, attends, draws, settle, stret
 from memopt.facts import source_line
 from memopt.forward import Forward, gives_gradient, trained
 from memopt.passbase import Numerics, Rewrite, Site
-from memopt.streamed import REGIONS, STREAMED, Like, Region
+from memopt.regions import Like, Region
+from memopt.streamed import REGIONS, STREAMED
 
 SEEDS = 1 << 62
 

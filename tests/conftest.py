@@ -19,7 +19,9 @@ from memopt import pipeline, planning
 from memopt.edit import edit
 from memopt.errors import VerifyError
 from memopt.graph import StepGraph, verify
-from memopt.program import Program, insert, photograph
+from memopt.insertion import insert
+from memopt.photograph import photograph
+from memopt.program import Program
 from memopt.refusal import Refused
 from memopt.runtime.trace import make_way
 

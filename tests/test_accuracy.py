@@ -13,11 +13,11 @@ import memopt
 from memopt import accuracy, probe
 from memopt.capture import survey
 from memopt.edit import GRADIENT, taken
+from memopt.insertion import insert
 from memopt.kernels import quantise
 from memopt.kernels.codec import relative_error
 from memopt.noise import Noise, class_of
 from memopt.passes.quantise import Int4Activations
-from memopt.program import insert
 from tests.passes.test_packing import stepped
 from tests.passes.test_quantise import Stack, compiled, inputs
 

@@ -12,9 +12,10 @@ from torch.nn import functional as F
 import memopt
 from memopt.capture import survey
 from memopt.models import from_preset
+from memopt.photograph import photograph
 from memopt.pipeline import prepare
 from memopt.presets import PRESETS
-from memopt.program import photograph, saved_for_backward
+from memopt.program import saved_for_backward
 from memopt.report import PlanResult
 from memopt.runtime.measure import measure_step
 

@@ -12,11 +12,13 @@ from torch import Tensor, fx, nn
 
 from memopt.edit import edit
 from memopt.graph import StepGraph
+from memopt.insertion import insert
 from memopt.lowering import lower
 from memopt.passes.recompute import Recompute
+from memopt.photograph import photograph
 from memopt.pipeline import prepare
 from memopt.plans import Problem
-from memopt.program import Program, insert, photograph
+from memopt.program import Program
 from memopt.solvers.gaps import Gaps
 from memopt.timeline import timeline
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from memopt.capture import survey
+from memopt.photograph import photograph
 from memopt.pipeline import prepare
-from memopt.program import photograph, saved_for_backward
+from memopt.program import saved_for_backward
 
 BATCH, SEQ, WIDTH, HIDDEN, RANK, WORDS = 3, 5, 16, 48, 2, 24
 ROWS = BATCH * SEQ

@@ -8,7 +8,8 @@ from torch import nn
 import memopt
 from memopt.capture import survey
 from memopt.passes.batch_statistics import BACKWARD, batch_statistics
-from memopt.program import Program, photograph
+from memopt.photograph import photograph
+from memopt.program import Program
 
 
 class Normed(nn.Module):

@@ -14,8 +14,8 @@ from memopt.edit import edit
 from memopt.graph import StepGraph, verify
 from memopt.passes.few_bit import ApproxBP, FewBit, read_for_slope
 from memopt.passes.recompute import Recompute
+from memopt.photograph import photograph
 from memopt.plans import Problem, simulated
-from memopt.program import photograph
 from memopt.runtime.measure import measure_step
 from memopt.solvers.space import Space
 from tests.passes.test_packing import captured, stepped

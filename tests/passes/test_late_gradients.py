@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from memopt.capture import survey
 from memopt.graph import StepGraph
 from memopt.passes.late_gradients import late_gradients
-from memopt.program import Program, photograph
+from memopt.photograph import photograph
+from memopt.program import Program
 from memopt.timeline import peak, timeline
 
 WIDTH = 32

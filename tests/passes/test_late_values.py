@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from memopt.capture import survey
 from memopt.graph import StepGraph
 from memopt.passes.late_values import late_values
-from memopt.program import Program, photograph
+from memopt.photograph import photograph
+from memopt.program import Program
 
 INDICES = "offsets_to_indices"
 

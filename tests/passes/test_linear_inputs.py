@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import memopt
 from memopt.passes.linear_inputs import CompAct, WtaCrs, multiplied
-from memopt.program import photograph
+from memopt.photograph import photograph
 from memopt.runtime.measure import measure_step
 from tests.passes.test_packing import captured, stepped
 from tests.passes.test_quantise import compiled

@@ -16,7 +16,8 @@ from memopt.passes.narrow_indices import NarrowIndices
 from memopt.passes.pack_masks import PackMasks
 from memopt.passes.relu_masks import relu_masks
 from memopt.passes.replay_random import replay_random
-from memopt.program import Program, photograph
+from memopt.photograph import photograph
+from memopt.program import Program
 from memopt.runtime.measure import measure_step
 
 

@@ -13,7 +13,8 @@ from memopt.capture import survey
 from memopt.listing import listing
 from memopt.passbase import Numerics
 from memopt.passes.replay_random import ReplayRandom, replay_random
-from memopt.program import Program, photograph
+from memopt.photograph import photograph
+from memopt.program import Program
 
 
 class Dropped(nn.Module):

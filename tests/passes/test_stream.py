@@ -19,8 +19,9 @@ from memopt.forward import Forward, forward_of
 from memopt.lowering import lower
 from memopt.passes.stream import Stream, run
 from memopt.planfile import save_plan
+from memopt.regions import sum_type
 from memopt.runtime.measure import measure_step
-from memopt.streamed import REGIONS, STREAMED, sum_type
+from memopt.streamed import REGIONS, STREAMED
 from tests.test_forward import traced
 
 ATEN = torch.ops.aten

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 import memopt
 from memopt.capture import survey
 from memopt.passes.unread_inputs import unread_inputs
-from memopt.program import photograph, saved_for_backward
+from memopt.photograph import photograph
+from memopt.program import saved_for_backward
 from memopt.runtime.measure import measure_step
 from tests.passes.test_packing import stepped
 

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import memopt
 from memopt.capture import survey
 from memopt.facts import op_name
-from memopt.program import photograph
+from memopt.photograph import photograph
 from memopt.recurrent import by_onednn
 from memopt.refusal import Refused
 from memopt.runtime.lstm_layer import _asked, lstm_layer, workspace_bytes
