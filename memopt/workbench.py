@@ -47,6 +47,7 @@ OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
     "galore": lambda params: optim.GaLore(params, rank=128),
     "galore8bit": lambda params: optim.GaLore8bit(params, rank=128),
     "natural-galore": lambda params: optim.NaturalGaLore(params, rank=128),
+    "q-galore": lambda params: optim.QGaLore(params, rank=128),
     "apollo": lambda params: optim.Apollo(params, rank=256),
     "apollo-mini": lambda params: optim.ApolloMini(params, rank=1),
     "frugal": optim.Frugal,

@@ -20,6 +20,7 @@ HOMES = {
     "GaLore": "memopt.optim.galore",
     "GaLore8bit": "memopt.optim.galore",
     "NaturalGaLore": "memopt.optim.natural",
+    "QGaLore": "memopt.optim.qgalore",
     "Apollo": "memopt.optim.apollo",
     "ApolloMini": "memopt.optim.apollo",
     "Frugal": "memopt.optim.frugal",

@@ -26,26 +26,46 @@ class GaLore(Projected):
 
     def begin(self, p: Tensor, group: Mapping[str, Any]) -> State:
         """Moments and projector."""
-        side = p.shape[0] if left(p, group) else p.shape[1]
-        projector = torch.zeros(side, min(group["rank"], side), device=p.device)
-        return {**super().begin(p, group), "projector": projector}
+        return {**super().begin(p, group), "projector": torch.zeros(*shape_of(p, group), device=p.device)}
 
     def project(self, p: Tensor, grad: Tensor, state: State, group: Mapping[str, Any]) -> None:
         """One step of a matrix."""
-        g, on_left, projector = grad.float(), left(p, group), state["projector"]
-        if turns(state, group)[1]:
-            u, _, vh = torch.linalg.svd(g, full_matrices=False)
-            basis = u if on_left else vh.mT
-            # a wide side with fewer singular vectors than the rank leaves the further columns zero
-            projector.zero_()[:, : basis.shape[1]] = basis[:, : projector.shape[1]]
-            del u, vh, basis
+        g, on_left = grad.float(), left(p, group)
+        if self.turns(state, group):
+            self.turn(singular_vectors(g, on_left, group["rank"]), p, state, group)
+        projector = self.projector(p, state, group)
         small = self.turned(projector.mT @ g if on_left else g @ projector, state, group)
         small = small_direction(small, state, group).mul_(group["scale"])
         apply(p, group, lambda some: projector[some] @ small if on_left else small[some] @ projector.mT)
 
+    def turns(self, state: State, group: Mapping[str, Any]) -> bool:
+        """Whether this update begins with a new projector."""
+        return turns(state, group)[1]
+
+    def turn(self, vectors: Tensor, p: Tensor, state: State, group: Mapping[str, Any]) -> None:
+        """Make the new projector of a gradient's singular vectors; further columns, if they are too few, are zero."""
+        state["projector"].zero_()[:, : vectors.shape[1]] = vectors
+
+    def projector(self, p: Tensor, state: State, group: Mapping[str, Any]) -> Tensor:
+        """(side, rank), fp32."""
+        return state["projector"]
+
     def turned(self, small: Tensor, state: State, group: Mapping[str, Any]) -> Tensor:
         """What Adam is given of a projected gradient: all of it, as it is."""
         return small
+
+
+def shape_of(p: Tensor, group: Mapping[str, Any]) -> tuple[int, int]:
+    """A projector's: the side that is projected, and the rank."""
+    side = p.shape[0] if left(p, group) else p.shape[1]
+    return side, min(group["rank"], side)
+
+
+def singular_vectors(g: Tensor, on_left: bool, count: int) -> Tensor:
+    """The first left (right) singular vectors of a matrix, as columns: `count`, or as many as it has."""
+    u, _, vh = torch.linalg.svd(g, full_matrices=False)
+    vectors: Tensor = u if on_left else vh.mT
+    return vectors[:, :count]
 
 
 class GaLore8bit(GaLore):

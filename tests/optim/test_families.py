@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from memopt import optim
+from memopt.optim import qgalore
 from memopt.optim.photograph import photograph_optimizer
 from memopt.optim.stored import Tables, rounded
 from memopt.runtime.resident import distinct_bytes, resident_tensors
@@ -98,6 +99,13 @@ CASES = {
         {"history": 4},
         MATRICES,
     ),
+    "q_galore": Case(
+        lambda p: optim.QGaLore(p, **{**LOW, "update_proj_gap": 4}, least=0, checks=2),
+        paper.q_galore,
+        {**TOLD_LOW, **blockwise(8), "gap": 4, "alike": 0.4, "checks": 2},
+        {"alike": 1.0},
+        MATRICES,
+    ),
     "apollo": Case(
         lambda p: optim.Apollo(p, **LOW, seed=3), paper.apollo, {**TOLD_LOW, "seed": 3}, {"seed": 4}, MATRICES
     ),
@@ -162,6 +170,7 @@ BYTES = {
     "galore": 8 * 4 * 256 + 4 * 4 * 64,
     "galore8bit": 2 * (1024 + 4 * 4) + 4 * 4 * 64,
     "natural_galore": (8 + 4 * 5) * 4 * 256 + 4 * 4 * 64,
+    "q_galore": 2 * (1024 + 4 * 4) + (128 + 5) + 4 * 64 + 4 * (2 + 2),
     "apollo": 8 * 4 * 256 + 4,
     "apollo_mini": 8 * 256 + 4,
     "frugal": 8 * 256 * 16,
@@ -320,6 +329,40 @@ def test_stochastic_rounding_is_unbiased_and_keeps_what_is_not_finite() -> None:
     assert rounded(odd, 1, 0)[2].isnan()
 
 
+@pytest.mark.parametrize("count", [1, 255, 256, 700])
+@pytest.mark.parametrize("shift", [0.0, 3.0, -3.0])
+def test_a_projector_in_four_bits_is_off_by_half_a_step(count: int, shift: float) -> None:
+    """Also where all of a group's elements are of one sign, and where the last group is not full."""
+    x = torch.randn(count, generator=torch.Generator().manual_seed(count)) + shift
+    stored = torch.zeros(qgalore.nbytes(count), dtype=torch.uint8)
+    qgalore.encode(x, stored)
+    error = (qgalore.decode(stored, count) - x).abs()
+    for at in range(0, count, 256):
+        group = torch.cat((x[at : at + 256], torch.zeros(1)))
+        assert (
+            error[at : at + 256].max() <= 1.01 * (group.max() - group.min()) / 15
+        )  # z's rounding moves a range's ends
+        assert error[at : at + 256].median() <= 0.51 * (group.max() - group.min()) / 15
+    qgalore.encode(torch.zeros(count), stored)
+    assert not qgalore.decode(stored, count).any()
+
+
+def test_a_gap_grows_only_where_the_space_stays() -> None:
+    """A gradient that stays where it is, and one whose first direction is another each time."""
+
+    def gaps(grads: Callable[[int], Tensor]) -> float:
+        p = nn.Parameter(torch.zeros(8, 32))
+        optimizer = optim.QGaLore([p], rank=2, update_proj_gap=3, checks=2)
+        for step in range(13):  # projectors before updates 0, 3, 6 (then 12) or 0, 3, 6, 9, 12
+            p.grad = grads(step)
+            optimizer.step()
+        return float(optimizer.state[p]["rhythm"][0])
+
+    axis = torch.eye(8)
+    assert gaps(lambda step: axis[0][:, None] + 0.01 * torch.randn(8, 32)) == 12
+    assert gaps(lambda step: axis[step // 3][:, None] + 0.01 * torch.randn(8, 32)) == 3
+
+
 def test_lomo_updates_in_backward_and_leaves_no_gradient() -> None:
     model, groups = small_model()
     optimizer = optim.AdaLomo(groups, lr=1e-2)
@@ -343,6 +386,8 @@ def test_lomo_updates_in_backward_and_leaves_no_gradient() -> None:
         (lambda p: optim.GaLore(p, history=4), "history is no option of GaLore"),
         (lambda p: optim.NaturalGaLore(p, rank=4, history=0), "history=0 refused"),
         (lambda p: optim.NaturalGaLore(p, rank=4, damping=0.0), "damping=0.0 refused"),
+        (lambda p: optim.QGaLore(p, rank=4, alike=1.5), "alike=1.5 refused"),
+        (lambda p: optim.QGaLore(p, rank=4, checks=0), "checks=0 refused"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(build: Any, message: str) -> None:

@@ -107,6 +107,29 @@ def galore(w: Tensor, grads: Sequence[Tensor], lr: float, wd: float, rank: int, 
     return w
 
 
+def q_galore(w: Tensor, grads: Sequence[Tensor], lr: float, wd: float, rank: int, gap: int, scale: float, alike: float,
+             checks: int, first: Encode = exactly, second: Encode = exactly) -> Tensor:  # fmt: skip
+    """The projector in 4 bits, one group; its gap doubled where its first vector stays where it is."""
+    m, n = w.shape
+    direction = adam(0.9, 0.999, 1e-8, first, second)
+    last, cosines = None, []
+    for t, g in enumerate(grads):
+        if t % gap == 0:
+            u, _, vt = torch.linalg.svd(g.float(), full_matrices=False)
+            exact = (u[:, :rank] if m < n else vt[:rank].T).double()
+            if last is not None:
+                cosines.append(abs(float(last @ exact[:, 0])))
+                if len(cosines) >= checks and sum(cosines[-checks:]) / checks >= alike:
+                    gap *= 2
+            last = exact[:, 0]
+            step = (exact.max() - exact.min()) / 15
+            zero = (-exact.min() / step).round()
+            p = step * (((exact / step).round() + zero).clamp(0, 15) - zero)
+        update = p @ direction(p.T @ g) if m < n else direction(g @ p) @ p.T
+        w = w - lr * wd * w - lr * scale * update
+    return w
+
+
 def natural_galore(w: Tensor, grads: Sequence[Tensor], history: int, damping: float, **options: Any) -> Tensor:
     """By the Fisher matrix itself, inverted whole."""
     seen: list[Tensor] = []
