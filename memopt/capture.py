@@ -31,6 +31,7 @@ from memopt.calls import misfit
 from memopt.errors import CaptureError, Killed, MemoptError
 from memopt.forward import Found, joined
 from memopt.frames import dynamo_set, forget, only_critical
+from memopt.garbage import collected_later
 from memopt.hosts import as_in_eager
 from memopt.lowering import Transform, lower, signature
 from memopt.passbase import Rewrite
@@ -65,7 +66,7 @@ class Capture:
         return bool(self.program.outputs[1])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # equal only to itself: what is derived from one is kept by it (memopt.seams)
 class Survey:
     """What the dry run found. model: as given. outputs: its fake output. notes: what was not seen, said out loud.
 
@@ -241,6 +242,7 @@ def survey(
     return Survey(tuple(recorder.captures), model, outputs, recorder.loss_only, notes, kept, found, lowering, chunks)
 
 
+@collected_later()
 def _dry_run(
     twin: nn.Module, args: Any, kwargs: Any, mode: FakeTensorMode, recorder: _Recorder, whole: bool = False
 ) -> tuple[Any, tuple[str, ...]]:

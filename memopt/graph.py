@@ -7,10 +7,10 @@ imports torch, so a graph loads in milliseconds and its algorithms are pure func
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Literal
+from functools import cached_property, wraps
+from typing import Any, Literal, TypeVar
 
 from memopt.errors import VerifyError
 
@@ -134,6 +134,11 @@ class StepGraph:
         return {name: tuple(at) for name, at in found.items()}
 
     @cached_property
+    def derived(self) -> dict[str, Any]:
+        """What others found out of this graph alone, by the name of the function: see `once_a_graph`."""
+        return {}
+
+    @cached_property
     def boundary(self) -> int:
         """Position of the first step that is not forward (the number of steps if there is none)."""
         return next((at for at, step in enumerate(self.steps) if step.phase != "forward"), len(self.steps))
@@ -161,6 +166,24 @@ class StepGraph:
     def bytes_of(self, tensors: Iterable[str]) -> int:
         """Bytes of the distinct storages behind these tensors."""
         return sum(self.storages[name].nbytes for name in {self.tensors[t].storage for t in tensors})
+
+
+Found = TypeVar("Found")
+
+
+def once_a_graph(function: Callable[[StepGraph], Found]) -> Callable[[StepGraph], Found]:
+    """A function of a graph that is computed once for each: graphs never change, nor may what it returns."""
+
+    key = f"{function.__module__}.{function.__qualname__}"  # by name: a graph can be pickled
+
+    @wraps(function)
+    def found(graph: StepGraph) -> Found:
+        if key not in graph.derived:
+            graph.derived[key] = function(graph)
+        made: Found = graph.derived[key]
+        return made
+
+    return found
 
 
 def verify(graph: StepGraph) -> StepGraph:

@@ -62,10 +62,13 @@ class _Photographer:
         reads = tuple(self.program.name(arg) for arg in tensor_inputs(node) if arg not in own_statistics(node))
         again = node.target in AGAIN.values()  # what a copy of a draw holds: `memopt.edit.workspace_again`
         workspace = self.storages[self.tensors[reads[0]].storage].nbytes if again else known.workspace
-        advances = known.advances and not again
-        step = Step(name, known.op, phase, reads, writes, known.source, known.key, known.flops, workspace)
         pure = known.pure and not self.changed_later(node)
-        self.steps.append(replace(step, pure=pure, advances=advances, fusable=known.fusable))
+        self.steps.append(
+            Step(
+                name, known.op, phase, reads, writes, known.source, known.key, known.flops, workspace, pure=pure,
+                advances=known.advances and not again, fusable=known.fusable,
+            )
+        )  # fmt: skip
 
     def changed_later(self, node: fx.Node) -> bool:
         """Reads an input that is overwritten within the step: run again, it would read the new value."""

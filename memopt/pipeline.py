@@ -21,6 +21,7 @@ from memopt.early import overtaken
 from memopt.edit import Remake, edit
 from memopt.fences import fenced
 from memopt.fusion import Fences, Fused, expanded, fused, fused_seconds, unfused
+from memopt.garbage import collected_later
 from memopt.graph import StepGraph
 from memopt.joints import Part
 from memopt.noise import Noise
@@ -179,6 +180,7 @@ def prepare(lowering: str, off: frozenset[str] = frozenset()) -> Callable[[Progr
     return run
 
 
+@collected_later()
 def make_plan(
     survey: Survey,
     request: Request,

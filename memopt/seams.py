@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx
@@ -20,9 +21,17 @@ from memopt.joints import Part, Sent
 from memopt.photograph import photograph
 from memopt.program import Program, argument_places
 
+FOUND: WeakKeyDictionary[Survey, tuple[Part, ...]] = WeakKeyDictionary()  # a survey is planned several times
+
 
 def parts_of(survey: Survey) -> tuple[Part, ...]:
     """The graphs of the step in the order their forwards run, and what they pass to one another."""
+    if survey not in FOUND:
+        FOUND[survey] = _parts(survey)
+    return FOUND[survey]
+
+
+def _parts(survey: Survey) -> tuple[Part, ...]:
     seams = _Seams(survey.kept)
     parts = [seams.part(capture) for capture in survey.captures]
     taken = {source for part in parts for source in part.received.values()}

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from memopt.cost import ITEMSIZE
 from memopt.edit import Remake
-from memopt.graph import Step, StepGraph, Storage, TensorInfo
+from memopt.graph import Step, StepGraph, Storage, TensorInfo, once_a_graph
 from memopt.kernels.codec import INLINED, PACKED_BYTES
 from memopt.passbase import Trade
 from memopt.passes.recompute import needed, remakeable, shared_values
@@ -84,12 +84,18 @@ def packed(graph: StepGraph, trade: str, value: str, codec: Codec) -> Remake:
 def read_late(graph: StepGraph, values: Set[str]) -> Iterator[tuple[tuple[str, str], str]]:
     """(span of a block's backward, value) for each of these values that its steps read, or the makers of what those
     read, in the order of the graph."""
+    for span, read in _reads_by_region(graph):
+        yield from ((span, value) for value in values if value in read)
+
+
+@once_a_graph
+def _reads_by_region(graph: StepGraph) -> list[tuple[tuple[str, str], set[str]]]:
+    """The span of each block's backward, and the storages that its steps read, or the makers of those."""
     blocks, makers = find_blocks(graph), remakeable(graph)
-    shared = shared_values(graph, blocks)
-    for region in filter(None, blocks.regions):
-        first, last = region
-        again = needed(graph, blocks, makers, shared, region)
+    shared, found = shared_values(graph, blocks), []
+    for first, last in filter(None, blocks.regions):
+        again = needed(graph, blocks, makers, shared, (first, last))
         steps = (*graph.steps[first : last + 1], *(step for value in again for step in makers[value]))
         read = {graph.storage_of(name) for step in steps if not graph.is_view(step) for name in step.reads}
-        span = (graph.steps[first].name, graph.steps[last].name)
-        yield from ((span, value) for value in values if value in read)
+        found.append(((graph.steps[first].name, graph.steps[last].name), read))
+    return found

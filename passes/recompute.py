@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from memopt.edit import Remake
-from memopt.graph import Step, StepGraph
+from memopt.graph import Step, StepGraph, once_a_graph
 from memopt.passbase import Numerics, Trade
 from memopt.solvers.blocks import Blocks, find_blocks
 
@@ -41,6 +41,7 @@ def cost(steps: Iterable[Step], seconds: Mapping[str, float]) -> float:
     return sum(seconds.get(step.name, 0.0) for step in steps)
 
 
+@once_a_graph
 def remakeable(graph: StepGraph) -> dict[str, tuple[Step, ...]]:
     """Storage -> the one step that creates it, in the order of the graph.
 

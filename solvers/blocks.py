@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from memopt.graph import StepGraph
+from memopt.graph import StepGraph, once_a_graph
 
 VALLEY = 0.75  # a cut crosses at most this share of the smaller of the two ridges beside it
 
@@ -121,6 +121,7 @@ def hash_of(graph: StepGraph, first: int, end: int) -> tuple[str, ...]:
     return tuple(step.key or step.op for step in graph.steps[first:end])
 
 
+@once_a_graph
 def find_blocks(graph: StepGraph) -> Blocks:
     """Blocks of the forward and their regions. A step without forward or backward is one block without a region."""
     starts = [0, *(cut + 1 for cut in merged(refined(valleys(crossing(graph)), graph), graph))]

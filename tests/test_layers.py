@@ -16,7 +16,7 @@ FOLDERS = {"memopt": ROOT / "memopt", "memopt.passes": ROOT / "passes", "memopt.
 
 # A module has the level of its longest listed prefix, so that one line serves a whole folder.
 LEVELS = {
-    0: "graph units errors presets files calls",
+    0: "graph units errors presets files calls garbage",
     1: "plans edit tokens overlap cost timeline devices fusion joints",
     2: "program photograph insertion places facts listing unwrapped passbase operations forward algebra kernels "
     "solvers",

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
+from dataclasses import replace
+
 import pytest
 
 from memopt.edit import Remake, edit
 from memopt.graph import Step, StepGraph, Storage, TensorInfo
 from memopt.plans import Problem, added_seconds, original
+from memopt.solvers.blocks import find_blocks
+from tests.synthetic import llama
 
 
 @pytest.mark.parametrize(
@@ -36,3 +41,15 @@ def test_a_step_that_looks_like_a_copy_keeps_its_own_seconds() -> None:
     problem = Problem(graph, (again,), 100, {"__and___1": 3.0, "use": 1.0, "late": 1.0})
     assert added_seconds(problem, graph) == 0.0
     assert added_seconds(problem, edit(graph, (again,))) == 3.0
+
+
+def test_what_follows_from_a_graph_alone_is_found_once_and_belongs_to_that_graph() -> None:
+    graph, _ = llama(2)
+    longer, _ = llama(3)
+    blocks = find_blocks(graph)
+    assert find_blocks(graph) is blocks
+    assert len(find_blocks(longer).starts) > len(blocks.starts)
+    assert replace(graph) == graph
+    assert find_blocks(replace(graph)) is not blocks
+    assert find_blocks(replace(graph)) == blocks
+    assert pickle.loads(pickle.dumps(graph)) == graph
