@@ -146,7 +146,7 @@ def test_a_sweep_of_four_budgets_keeps_its_order() -> None:
 
 HELD = {"model": "gpt2", "lowering": "inductor", "share": "60%", "budget": 9 * MIB, "floor": 5 * MIB, "free": 12 * MIB,
         "predicted": 8 * MIB, "measured": 8 * MIB, "equal": False, "difference": 9.0, "loss_off": 0.0,
-        "off": 1e-6, "plain_off": 1e-6, "corrections": 0}  # fmt: skip
+        "off": 1e-6, "plain_off": 1e-6, "compiled_off": 1e-6, "corrections": 0}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -158,6 +158,8 @@ HELD = {"model": "gpt2", "lowering": "inductor", "share": "60%", "budget": 9 * M
         ({"off": 9e-3}, "from fp64"),
         ({"off": 9e-3, "plain_off": 5e-3}, "from fp64"),
         ({"off": 9e-3, "plain_off": 8e-3}, ""),
+        ({"off": 9e-3, "compiled_off": 5e-3}, "plain PyTorch's 1.0e-06, compiled 5.0e-03"),
+        ({"off": 9e-3, "compiled_off": 8e-3}, ""),
         ({"off": float("nan")}, "from fp64"),
         ({"loss_off": float("nan")}, "loss is"),
         ({"lowering": "eager"}, "bit for bit"),
