@@ -9,9 +9,12 @@ import pytest
 import torch
 from torch import nn
 
+from memopt.api import make_request
 from memopt.capture import survey
+from memopt.devices import device
 from memopt.errors import CaptureError
 from memopt.garbage import collected_later
+from memopt.pipeline import Costs, make_plan
 from memopt.program import Program
 from memopt.seams import FOUND, parts_of
 
@@ -33,7 +36,7 @@ def test_the_collector_is_as_it_was(was: bool) -> None:
     assert gc.isenabled() == was
 
 
-def test_it_rests_while_a_model_is_captured_and_not_after_its_error() -> None:
+def test_it_rests_while_a_model_is_captured_and_planned_and_not_after_an_error() -> None:
     seen: list[bool] = []
 
     def prepare(program: Program) -> Program:
@@ -46,6 +49,11 @@ def test_it_rests_while_a_model_is_captured_and_not_after_its_error() -> None:
     assert gc.isenabled()
     with pytest.raises(CaptureError):
         survey(model, (torch.zeros(2, 5),), {}, prepare)
+    assert gc.isenabled()
+    request = make_request(device("cpu"), "1GB", None, (), "exact", "eager", "", 1, "model")
+    make_plan(found, request, Costs(), 0.0, lambda stage, fraction: seen.append(gc.isenabled()))
+    assert not any(seen)
+    assert len(seen) > 1
     assert gc.isenabled()
     assert parts_of(found) is parts_of(found)
     before = len(FOUND)
