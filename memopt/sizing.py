@@ -99,19 +99,38 @@ class Elsewhere:
         return tuple(remake for trade in offered for remake in trade.propose(graph, {}))
 
 
-def largest(fits: Callable[[int], bool], guess: int) -> int:
-    """The largest size for which `fits` holds, 0 if there is none. Assumes that what fits also fits smaller.
+def largest(over: Callable[[int], int | None], guess: int) -> int:
+    """The largest size that fits, 0 if there is none. Assumes that what fits also fits smaller.
 
-    Asks at the guess, then one away from it, then ever further, until one fits and one does not; then halves.
+    over: by how many bytes a size exceeds the budget; 0 where it fits, None where it does not and no bytes are known.
+    Asks at the guess, then one away from it, then ever further, until one fits and one does not. In between it asks
+    where the line through the two least refusals meets the budget, and where that narrows little, in the middle.
     """
     low, high = 0, 0  # 0: not known yet
+    refused: dict[int, int] = {}
+
+    def ask(size: int) -> None:
+        nonlocal low, high
+        found = over(size)
+        low, high = (size, high) if found == 0 else (low, size)
+        if found:
+            refused[size] = found
+
     size, step = max(1, guess), 1
     while not high or (not low and high > 1):
-        low, high = (size, high) if fits(size) else (low, size)
+        ask(size)
         if low and high:
             break
-        size, step = max(1, size + step if low else size - step), step * 2
+        size, step = max(1, size + step if low else size - step), step * 4
+    straight = True
     while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        before, crossing = high - low, _crossing(refused) if straight else None
+        ask((low + high) // 2 if crossing is None else min(max(crossing, low + 1), high - 1))
+        straight = not straight or 2 * (high - low) <= before
     return low
+
+
+def _crossing(refused: Mapping[int, int]) -> int | None:
+    """The last size within the budget by the line through the two least that are not; None where there is no line."""
+    (one, above), (other, more) = [*sorted(refused.items())[:2], (0, 0), (0, 0)][:2]
+    return one - -(-above * (other - one) // (more - above)) if 0 < above < more else None

@@ -288,16 +288,16 @@ def fit_workload(workload: Workload, *, vary: str = "batch", **options: Any) -> 
     def resized(size: int) -> Bench:
         return replace(made, batch=size) if vary == "batch" else replace(made, seq=size)
 
-    def fits(size: int) -> bool:
+    def over(size: int) -> int | None:
         try:
             seen[size] = _planned(resized(size), asked)
         except ValueError:
             if size <= getattr(made, vary):
                 raise
-            return False
-        return not seen[size].infeasible
+            return None
+        return max(seen[size].plan.peak - seen[size].budget, 1) if seen[size].infeasible else 0
 
-    best = largest(fits, _guess(made, asked, vary))
+    best = largest(over, _guess(made, asked, vary))
     if best == 0:
         refused = _planned(resized(1), asked, advise=True)
         return 0, replace(refused, notes=(*refused.notes, f"no {vary} fits; this is the step with a {vary} of 1"))
