@@ -140,6 +140,9 @@ def test_largest_asks_few_sizes_where_the_least_bytes_grow_evenly() -> None:
 
     assert largest(over, 27) == 103
     assert len(asked) <= 9
+    asked.clear()
+    assert largest(lambda size: over(size - 900), 100) == 1003
+    assert len(asked) <= 11
 
 
 def test_decisions_are_carried_to_a_photograph_with_other_names() -> None:
