@@ -126,7 +126,7 @@ def largest(over: Callable[[int], int | None], guess: int) -> int:
     while high - low > 1:
         before, crossing = high - low, _crossing(refused) if straight else None
         ask((low + high) // 2 if crossing is None else min(max(crossing, low + 1), high - 1))
-        straight = not straight or 2 * (high - low) <= before
+        straight = not straight or low == crossing or 2 * (high - low) <= before
     return low
 
 
