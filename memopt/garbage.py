@@ -1,4 +1,5 @@
-"""Stretches of work that make many objects, nearly all of which stay: the collector finds little in them."""
+"""`collected_later`: a stretch of work that makes many objects, nearly all of which stay, without Python's collector of
+cyclic garbage, which finds little in it. In capture and planning it took a tenth of the processor time."""
 
 from __future__ import annotations
 

@@ -6,8 +6,9 @@ last one's; where the latest `checks` cosines are `alike` on average, the matrix
 singular vector is the library's whim, so cosines count without theirs (the authors' code takes them as they come).
 Moments are in 8 bits. The paper's weights in INT8 are no part of this optimizer.
 
-Bytes of a matrix projected on a side of m to rank r, beside the moments: m r / 2 of codes, 5 a group, 4 m for the
-vector that is compared, and 4 (2 + checks).
+Parameters, gradients and keys of a group are GaLore's (memopt/optim/galore.py). Bytes of a matrix projected on a side of
+m to rank r, beside the moments: m r / 2 of codes, 5 a group of them, 4 m for the vector that is compared, and
+4 (2 + checks).
 """
 
 from __future__ import annotations
@@ -91,11 +92,8 @@ def nbytes(count: int) -> int:
 def split(stored: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Views of s, z and the codes, two to a byte, of each group."""
     groups = stored.numel() // nbytes(GROUP)
-    return (
-        stored[: 4 * groups].view(torch.float32),
-        stored[4 * groups : 5 * groups],
-        stored[5 * groups :].view(groups, -1),
-    )
+    steps, zeros, codes = stored.split((4 * groups, groups, groups * GROUP // 2))
+    return steps.view(torch.float32), zeros, codes.view(groups, -1)
 
 
 def encode(x: Tensor, stored: Tensor) -> None:
