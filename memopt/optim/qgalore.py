@@ -6,8 +6,8 @@ last one's; where the latest `checks` cosines are `alike` on average, the matrix
 singular vector is the library's whim, so cosines count without theirs (the authors' code takes them as they come).
 Moments are in 8 bits. The paper's weights in INT8 are no part of this optimizer.
 
-Parameters, gradients and keys of a group are GaLore's (memopt/optim/galore.py). Bytes of a matrix projected on a side of
-m to rank r, beside the moments: m r / 2 of codes, 5 a group of them, 4 m for the vector that is compared, and
+Parameters, gradients and keys of a group are GaLore's (memopt/optim/galore.py). Bytes of a matrix projected on a side
+of m to rank r, beside the moments: m r / 2 of codes, 5 a group of them, 4 m for the vector that is compared, and
 4 (2 + checks).
 """
 
