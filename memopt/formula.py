@@ -8,7 +8,7 @@ polynomial a step, and the peak the largest of the few that are largest somewher
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations
@@ -194,7 +194,7 @@ def _fits(
         photographs[point] = new
         tables.append(sizes(new))
         fits = fit_all(list(photographs), tables) if len(tables) >= LEAST else fits
-        if fits and None not in fits.values():
+        if fits and (None not in fits.values() or len(tables) > len(_told(photographs))):
             break
     # A workspace measured at some of the sizes only gives no polynomial, however many photographs there are.
     partly = {name for table in tables for name in table} - fits.keys()
@@ -229,15 +229,19 @@ def fit(points: Sequence[Point], values: Sequence[int]) -> Polynomial | None:
 
     Coefficients are whole, or fractions down to 1 / FINEST.
     """
-    table = [monomials(point) for point in points]
-    still = [axis for axis in (0, 1) if len({point[axis] for point in points}) == 1]
-    told = [at for at, power in enumerate(POWERS) if not any(power[axis] for axis in still)]
+    table, told = [monomials(point) for point in points], _told(points)
     for count in range(1, min(len(points), len(told) + 1)):
         for chosen in combinations(told, count):
             solved = solve_exactly([[row[at] for at in chosen] for row in table], values)
             if solved is not None and max(x.denominator for x in solved) <= FINEST:
                 return tuple(solved[chosen.index(at)] if at in chosen else Fraction(0) for at in range(len(POWERS)))
     return None
+
+
+def _told(points: Collection[Point]) -> list[int]:
+    """Which monomials differ at these sizes. With more sizes than those, what none fits no further size can mend."""
+    still = [axis for axis in (0, 1) if len({point[axis] for point in points}) == 1]
+    return [at for at, power in enumerate(POWERS) if not any(power[axis] for axis in still)]
 
 
 def solve_exactly(rows: Sequence[Sequence[int]], values: Sequence[int]) -> list[Fraction] | None:

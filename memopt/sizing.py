@@ -26,8 +26,11 @@ log = logging.getLogger("memopt")
 
 
 def surveyed(session: Session, inputs: Mapping[str, Any], lowering: str = "", chunks: int = 0) -> Survey:
-    """The session's step for these keyword inputs, captured but not planned. Raises CaptureError."""
-    return session.capture(((), dict(inputs)), lowering=lowering, chunks=chunks)
+    """The session's step for these keyword inputs, captured but not planned, nor as it was written.
+
+    Raises CaptureError.
+    """
+    return session.capture(((), dict(inputs)), lowering=lowering, beside=False, chunks=chunks)
 
 
 def floor_plan(session: Session, found: Survey) -> Planned:

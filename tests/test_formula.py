@@ -116,6 +116,20 @@ def test_sizes_that_are_no_polynomial_are_bounded_and_named() -> None:
     assert found.rough == ("rotary.freq",)
 
 
+@pytest.mark.parametrize(("axes", "photographs"), [((0, 1), 7), ((0,), 3), ((1,), 4)])
+def test_no_more_photographs_than_can_tell_that_there_is_no_polynomial(axes: tuple[int, ...], photographs: int) -> None:
+    def padded(batch: int, seq: int) -> StepGraph:
+        graph = synthetic(batch, seq)
+        size = replace(graph.storages["rotary.freq"], nbytes=7 ** (batch * seq // 16) % 10007)
+        return replace(graph, storages={**graph.storages, "rotary.freq": size})
+
+    graph = padded(*BASE)
+    found = find_formula(graph, graph, 1, BASE, padded, (axes,))
+    assert found is not None
+    assert found.rough == ("rotary.freq",)
+    assert len(found.points) == photographs
+
+
 @given(st.integers(0, 300), st.integers(1, 300), st.sampled_from(["line", "steps", "curve", "silent"]))
 def test_largest_finds_the_edge_from_any_guess(edge: int, guess: int, shape: str) -> None:
     asked: list[int] = []
