@@ -31,6 +31,7 @@ from memopt.runtime import disk, host
 from memopt.runtime.here import device_of
 from memopt.session import Session
 from memopt.units import resolve_budget
+from memopt.weights import WEIGHTS
 
 GRADIENTS = ("loss", "all")
 UPDATES = ("step", "backward")
@@ -65,8 +66,9 @@ def compile(
     the step; None assumes AdamW. numerics: "exact" permits only bit-identical levers and the eager lowering.
     lowering: "inductor", "eager" or "auto" (Inductor, or eager where its code cannot hold the budget). accumulate:
     backwards per optimizer step. gradients: "loss" or "all" outputs carry gradients (memopt.outputs). plan_file: reuse
-    a saved plan. allow: lossy levers that may be used, by name: of activations, or how AdamW's moments are stored
-    ("adamw_bf16", "adamw8bit", "adamw4bit"). max_grad_error: how far off those of activations may put the gradient
+    a saved plan. allow: lossy levers that may be used, by name: of activations, how AdamW's moments are stored
+    ("adamw_bf16", "adamw8bit", "adamw4bit"), or frozen weights ("int8_weights", "nf4_weights"; packed in place, see
+    memopt.weights). max_grad_error: how far off those of activations may put the gradient
     together, ||g' - g|| / ||g||, estimated on the first batch. host_budget: what saved activations of a step on a GPU
     may take of the host's memory, written as `budget` is. disk_budget: what they may take on disk, of the space free in
     disk_path (the system's folder for temporary files if left out). update: "backward" lets the backward update
@@ -148,7 +150,7 @@ def make_request(
     """Check every option and resolve it. ValueError in one sentence with what is known."""
     check_environment()
     _known("numerics", numerics, ("exact", "reordered"))
-    levers = (*LOSSY, *STATES)
+    levers = (*LOSSY, *STATES, *WEIGHTS)
     allowed = frozenset(_known("allow", name, levers) for name in ([allow] if isinstance(allow, str) else allow))
     if allowed and numerics == "exact":
         raise ValueError(
@@ -173,6 +175,7 @@ def make_request(
         max_grad_error=_share("max_grad_error", max_grad_error),
         update=_known("update", update, UPDATES),
         states=tuple(name for name in STATES if name in allowed),
+        weights=tuple(name for name in WEIGHTS if name in allowed),
         spare="eager" if lowering == "auto" and first != "eager" else "",
     )
 

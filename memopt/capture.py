@@ -218,7 +218,7 @@ def survey(
     """
     _refuse_sparse(model)
     _refuse_misfit(model, args, kwargs)
-    mode = _mode_of(model) or FakeTensorMode(allow_non_fake_inputs=True)
+    mode = mode_of(model) or FakeTensorMode(allow_non_fake_inputs=True)
     twin = faked(model, mode)
     args, kwargs = tree_map_only(torch.Tensor, lambda t: fake_tensor(t, mode), (tuple(args), dict(kwargs)))
     recorder = _Recorder(tensor_names(twin), prepare, lowering, gradients == "loss", exact, rewrites, beside, chunks)
@@ -350,11 +350,14 @@ def tensor_names(model: nn.Module) -> dict[int, str]:
 
 
 def faked(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """A deep copy of the model on fake tensors: no byte of its parameters is copied. A fake model comes back as is."""
-    if _mode_of(model) is not None:
+    """A deep copy of the model on fake tensors: no byte of its parameters is copied. A fake model comes back as is; of
+    one that is fake in part, those tensors are shared."""
+    tensors = [*model.parameters(), *model.buffers()]
+    fakes = {id(t): t for t in tensors if isinstance(t, FakeTensor)}
+    if fakes and len(fakes) == len({*map(id, tensors)}):
         return model
     with FakeCopyMode(mode):
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, fakes)
 
 
 def fake_tensor(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
@@ -362,6 +365,7 @@ def fake_tensor(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
     return tensor if isinstance(tensor, FakeTensor) else mode.from_tensor(tensor, static_shapes=True)
 
 
-def _mode_of(model: nn.Module) -> FakeTensorMode | None:
+def mode_of(model: nn.Module) -> FakeTensorMode | None:
+    """The mode of its fake tensors; None if it has none."""
     tensors = [*model.parameters(), *model.buffers()]
     return next((t.fake_mode for t in tensors if isinstance(t, FakeTensor)), None)

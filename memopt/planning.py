@@ -24,7 +24,7 @@ from memopt.planfile import PlanFile
 from memopt.plans import Plan
 from memopt.profiling import measured_costs
 from memopt.recurrent import fused_cells
-from memopt.refusal import Refused, Spelling, hopeless, infeasible
+from memopt.refusal import FOUR, Refused, Spelling, hopeless, infeasible
 from memopt.report import PlanResult
 from memopt.request import Request
 from memopt.reused import chunks_of, identity
@@ -34,6 +34,7 @@ from memopt.smaller import Call
 from memopt.streams import LADDER, WIDER, as_written, in_chunks, plain_of, streams
 from memopt.table import to_text
 from memopt.timeline import peak
+from memopt.weights import WEIGHTS, packable, packed_twin
 
 WORTH = 0.9  # of the seconds with a rewrite, to do without it
 SEQUENCES = frozenset({StreamAttention.name})  # streams along the batch, and is left out first: it takes longest
@@ -224,13 +225,14 @@ class Planner:
         beside: bool = True,
         left_out: frozenset[str] = frozenset(),
         chunks: int = 0,
+        model: nn.Module | None = None,
     ) -> Survey:
         """Every graph of the step for these inputs. exact, lowering: if left out as requested. beside, chunks: as in
-        `survey`. left_out: rewrites to do without. Raises CaptureError."""
+        `survey`. left_out: rewrites to do without. model: another one than this. Raises CaptureError."""
         lowering = lowering or self.request.lowering
         exact = self.request.exact if exact is None else exact
         clean, rewrites = prepare(lowering, self.request.off), self.request.without(left_out)
-        return survey(self.model, *call, clean, lowering, self.gradients, exact, rewrites, beside, chunks)
+        return survey(model or self.model, *call, clean, lowering, self.gradients, exact, rewrites, beside, chunks)
 
     def saved_of(self, found: Survey) -> bool:
         """Whether the saved plan is of this survey's graphs."""
@@ -290,9 +292,12 @@ class Planner:
         capture = partial(self.capture, lowering=planned.lowering, beside=False)
         reordered = partial(capture, exact=False) if any(fused_cells(c.program.graph) for c in found.captures) else None
         eager = partial(self.capture, lowering="eager", beside=False) if planned.lowering == "inductor" else None
+        packs = FOUR not in request.weights and bool(packable(self.model))
         refused = Refused(
-            result, found, request, self.costs, call, capture, reordered, eager, self.spelling, self.accuracy.used
-        )
+            result, found, request, self.costs, call, capture, reordered, eager,
+            (lambda call: capture(call, model=packed_twin(self.model, WEIGHTS[FOUR])[0])) if packs else None,
+            self.spelling, self.accuracy.used,
+        )  # fmt: skip
         return replace(result, ways_out=refused.ways_out())
 
     def costs(self, found: Survey) -> Costs:

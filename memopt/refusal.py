@@ -77,6 +77,7 @@ def round_off(error: float) -> float:
 
 
 EIGHT = "adamw8bit"  # the way to store moments that is tried where none was allowed
+FOUR = "nf4_weights"  # the same of frozen weights
 WITHOUT_STATE = tuple(kind for kind in LASTING if kind != "state")
 ANY = 1 << 62  # bytes of a disk as large as one likes
 MANY = 5_000  # steps above which no lossy lever that nobody named is tried, nor another lowering: minutes for 80 layers
@@ -131,7 +132,8 @@ class Refused:
     price: the costs of a survey's operations. capture: surveys a call with other inputs.
     call: the positional and keyword inputs, or None if they are not known. reordered: surveys that call as it runs with
     reordered numerics, where that runs other operations; else None. eager: surveys it in the eager lowering, where the
-    other was asked for. noise: what is known of lossy levers.
+    other was asked for; lighter: with frozen weights in 4 bits, where there are some. noise: what is known of lossy
+    levers.
     """
 
     result: PlanResult
@@ -142,6 +144,7 @@ class Refused:
     capture: Callable[[Call], Survey]
     reordered: Callable[[Call], Survey] | None = None
     eager: Callable[[Call], Survey] | None = None
+    lighter: Callable[[Call], Survey] | None = None
     spelling: Spelling = Spelling()
     noise: Noise = UNMEASURED
 
@@ -166,6 +169,7 @@ class Refused:
         yield from self._lowering()
         yield from self._in_backward()
         yield from self._fewer_bits()
+        yield from self._lighter()
         yield from self._optimizers()
         yield from self._smaller()
 
@@ -258,6 +262,16 @@ class Refused:
         if wanted and not hopeless(self.result, WITHOUT_STATE):
             request = replace(self.request, states=(EIGHT,))
             yield self._way(self.spelling.allow.format(EIGHT), "lossy", self._plan(self.found, request))
+
+    def _lighter(self) -> Iterator[WayOut]:
+        """Frozen weights in 4 bits."""
+        if self.lighter is None or self.call is None:
+            return
+        try:
+            found = self.lighter(self.call)
+        except MemoptError:
+            return  # as of the eager lowering
+        yield self._way(self.spelling.allow.format(FOUR), "lossy", self._plan(found, self.request))
 
     def _optimizers(self) -> Iterator[WayOut]:
         """One without state, if this one has some."""

@@ -18,11 +18,11 @@ from memopt.dumps import PLANNED, dump_program
 from memopt.early import Updates, anchors
 from memopt.errors import BudgetError
 from memopt.hosts import without_full_mask
+from memopt.lighter import LighterPlanner
 from memopt.lowering import Transform, lower, signature
 from memopt.optim.stepper import Stepper
 from memopt.pipeline import Planned, prepare
 from memopt.planfile import PlanFile
-from memopt.planning import Planner
 from memopt.program import Program, copied
 from memopt.report import PlanResult
 from memopt.runtime.resident import resident_tensors
@@ -37,7 +37,7 @@ CORRECTIONS = 2  # times a step that broke the budget is planned again
 
 
 @dataclass
-class Session(Planner):
+class Session(LighterPlanner):
     """State behind one compiled model. plans: by what `input_key` gives; current: the key of the latest step.
 
     corrections: how often a step that broke the budget led to another plan.
@@ -65,7 +65,9 @@ class Session(Planner):
         key = input_key(self.model, args, kwargs)
         if key not in self.plans:
             make = partial(self.by_file, key, (tuple(args), dict(kwargs)))
-            self.plans[key] = agreed(self.request.optimizer, self.plan_file, make)
+            planned = agreed(self.request.optimizer, self.plan_file, make)
+            key = input_key(self.model, args, kwargs)  # another one, if planning packed frozen weights
+            self.plans[key] = planned
         self.current = key
         return self.plans[key]
 

@@ -24,6 +24,8 @@ from memopt.session import Session
 
 log = logging.getLogger("memopt")
 
+AHEAD = 4  # times a size that fits, where nothing is known not to
+
 
 def surveyed(session: Session, inputs: Mapping[str, Any], lowering: str = "", chunks: int = 0) -> Survey:
     """The session's step for these keyword inputs, captured but not planned, nor as it was written.
@@ -102,12 +104,14 @@ class Elsewhere:
         return tuple(remake for trade in offered for remake in trade.propose(graph, {}))
 
 
-def largest(over: Callable[[int], int | None], guess: int) -> int:
+def largest(over: Callable[[int], int | None], guess: int, spare: int | None = None) -> int:
     """The largest size that fits, 0 if there is none. Assumes that what fits also fits smaller.
 
     over: by how many bytes a size exceeds the budget; 0 where it fits, None where it does not and no bytes are known.
-    Asks at the guess, then one away from it, then ever further, until one fits and one does not. In between it asks
-    where the line through the two least refusals meets the budget, and where that narrows little, in the middle.
+    spare: bytes of the budget that a size of 0 would leave.
+    Asks at the guess, then one away from it, then at four times what fits, until something does not. In between it asks
+    where the line through the two least sizes known not to fit, or through one and `spare`, meets the budget, and where
+    that narrows little, in the middle.
     """
     low, high = 0, 0  # 0: not known yet
     refused: dict[int, int] = {}
@@ -119,21 +123,24 @@ def largest(over: Callable[[int], int | None], guess: int) -> int:
         if found:
             refused[size] = found
 
-    size, step = max(1, guess), 1
-    while not high or (not low and high > 1):
-        ask(size)
-        if low and high:
-            break
-        size, step = max(1, size + step if low else size - step), step * 4
+    ask(max(1, guess))
+    if low or high > 1:
+        ask(low + 1 if low else high - 1)
+    while not high:
+        ask(AHEAD * low)
     straight = True
     while high - low > 1:
-        before, crossing = high - low, _crossing(refused) if straight else None
+        before, crossing = high - low, _crossing(refused, spare) if straight else None
         ask((low + high) // 2 if crossing is None else min(max(crossing, low + 1), high - 1))
         straight = not straight or low == crossing or 2 * (high - low) <= before
     return low
 
 
-def _crossing(refused: Mapping[int, int]) -> int | None:
-    """The last size within the budget by the line through the two least that are not; None where there is no line."""
-    (one, above), (other, more) = [*sorted(refused.items())[:2], (0, 0), (0, 0)][:2]
-    return one - -(-above * (other - one) // (more - above)) if 0 < above < more else None
+def _crossing(refused: Mapping[int, int], spare: int | None) -> int | None:
+    """The last size within the budget by the line through the two least that are not, or the least and a size of 0;
+    None where there is no line."""
+    known = sorted(refused.items())[:2] + ([] if spare is None else [(0, -spare)])
+    if len(known) < 2:
+        return None
+    (one, above), (other, more) = sorted(known[:2], reverse=True)
+    return one + -above * (one - other) // (above - more) if more < above else None

@@ -297,15 +297,17 @@ def fit_workload(workload: Workload, *, vary: str = "batch", **options: Any) -> 
             return None
         return max(seen[size].plan.peak - seen[size].budget, 1) if seen[size].infeasible else 0
 
-    best = largest(over, _guess(made, asked, vary))
+    best = largest(over, *_guess(made, asked, vary))
     if best == 0:
         refused = _planned(resized(1), asked, advise=True)
         return 0, replace(refused, notes=(*refused.notes, f"no {vary} fits; this is the step with a {vary} of 1"))
     return best, seen[best]
 
 
-def _guess(made: Bench, asked: Asked, vary: str) -> int:
-    """Where the least peak there is reaches the budget, by its formula; the workload's own size if there is none.
+def _guess(made: Bench, asked: Asked, vary: str) -> tuple[int, int | None]:
+    """Where the least peak there is reaches the budget, by its formula, and bytes of the budget a size of 0 leaves.
+
+    The workload's own size and None if there is no formula.
 
     A batch of 1 is traced as a program of its own, so the formula is made at 2 at least.
     """
@@ -316,7 +318,10 @@ def _guess(made: Bench, asked: Asked, vary: str) -> int:
     elsewhere = Elsewhere(session, partial(made.fake_inputs, model), first, session.request.lowering)
     found = elsewhere.formula(floor_plan(session, first), (made.batch, made.seq), ((int(vary == "seq"),),))
     size, other = (made.batch, made.seq) if vary == "batch" else (made.seq, made.batch)
-    return found.largest(session.request.budget, vary, other) if found else size
+    if found is None:
+        return size, None
+    budget, none = session.request.budget, (0, other) if vary == "batch" else (other, 0)
+    return found.largest(budget, vary, other), budget - found.at(*none)
 
 
 def _split(workload: Workload, options: dict[str, Any]) -> tuple[Bench, Asked]:

@@ -130,8 +130,11 @@ def test_no_more_photographs_than_can_tell_that_there_is_no_polynomial(axes: tup
     assert len(found.points) == photographs
 
 
-@given(st.integers(0, 300), st.integers(1, 300), st.sampled_from(["line", "steps", "curve", "silent"]))
-def test_largest_finds_the_edge_from_any_guess(edge: int, guess: int, shape: str) -> None:
+@given(
+    st.integers(0, 300), st.integers(1, 300), st.sampled_from(["line", "steps", "curve", "silent"]),
+    st.none() | st.integers(-100, 10_000),
+)  # fmt: skip
+def test_largest_finds_the_edge_from_any_guess(edge: int, guess: int, shape: str, spare: int | None) -> None:
     asked: list[int] = []
 
     def over(size: int) -> int | None:
@@ -139,7 +142,7 @@ def test_largest_finds_the_edge_from_any_guess(edge: int, guess: int, shape: str
         far = size - edge
         return 0 if far <= 0 else {"line": 70 * far, "steps": 1 + far // 40, "curve": far**3, "silent": None}[shape]
 
-    assert largest(over, guess) == edge
+    assert largest(over, guess, spare) == edge
     assert len(asked) == len(set(asked))
     assert guess != edge or len(asked) == 2
 
@@ -154,6 +157,12 @@ def test_largest_asks_few_sizes_where_the_least_bytes_grow_evenly() -> None:
 
     assert largest(over, 27) == 103
     assert len(asked) <= 9
+    asked.clear()
+    assert largest(over, 27, 5_800_000) == 103
+    assert len(asked) <= 5
+    asked.clear()
+    assert largest(over, 300, 5_800_000) == 103
+    assert len(asked) <= 4
     asked.clear()
     assert largest(lambda size: over(size - 900), 100) == 1003
     assert len(asked) <= 11

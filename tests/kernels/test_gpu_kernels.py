@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from memopt.kernels import fewbit, fp8, pack_bits, quantise
+from memopt.kernels import fewbit, fp8, nf4, pack_bits, quantise
 from memopt.kernels.codec import kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -76,6 +76,14 @@ def test_fp8(dtype: torch.dtype, count: int, size: float) -> None:
     assert torch.equal(left, right)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [*COUNTS, nf4.EACH * nf4.BLOCK + 70])
+def test_nf4(dtype: torch.dtype, count: int) -> None:
+    want, found, left, right = both(nf4.pack, nf4.unpack, values(count, dtype))
+    assert torch.equal(want, found)
+    assert torch.equal(left, right)
+
+
 def test_fp8_of_every_magnitude_and_tie() -> None:
     codes = torch.arange(0, 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     between = (codes[1:] + codes[:-1]) / 2
@@ -122,5 +130,5 @@ def test_every_kernel_builds_for_three_architectures_without_a_gpu() -> None:
     done = subprocess.run(words, env=clean, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == 3 * 38  # a build for each type that a kernel takes
+    assert len(lines) == 3 * 41  # a build for each type that a kernel takes
     assert {line.split()[-3] for line in lines} == {"sm_80", "sm_90", "sm_100"}

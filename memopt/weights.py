@@ -1,0 +1,208 @@
+"""Frozen weights in fewer bits, read again where the step uses them: lossy, and by consent.
+
+A frozen matrix becomes bytes, from which each use makes the matrix anew (`torch.nn.utils.parametrize`). That is an
+operation of the step like any other: the planner sees its bytes and seconds, and rather than hold what it made for the
+backward it can make it again. So QLoRA (Dettmers et al., arXiv:2305.14314) is a model whose frozen weights are packed,
+adapters on top, and a plan. Gradients are those of the model with the matrices as they are read, exactly.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.utils import parametrize
+
+from memopt.capture import fake_tensor, mode_of
+from memopt.kernels import nf4, quantise  # noqa: F401  # their operations
+from memopt.operations import overload
+
+WEIGHTS = {
+    "int8_weights": "int8",
+    "nf4_weights": "nf4",
+}  # by consent; tried in this order, the least loss first
+CODECS = tuple(WEIGHTS.values())
+LEAST = 4096  # elements below which packing saves nothing worth an operation
+NAME, STORED = "weight", "original0"  # the second is parametrize's name
+
+
+@dataclass(frozen=True)
+class PackedWeights:
+    """What was packed. names: of the weights; before, after: bytes of all of them."""
+
+    codec: str
+    names: tuple[str, ...]
+    before: int
+    after: int
+
+
+class Packed(nn.Module):
+    """How a weight is read: of its bytes. The state is the owner's; this knows the shape alone."""
+
+    def __init__(self, codec: str, weight: Tensor) -> None:
+        super().__init__()
+        self.codec, self.size, self.strides, self.dtype = codec, tuple(weight.shape), weight.stride(), weight.dtype
+
+    def forward(self, packed: Tensor) -> Tensor:
+        """The weight, a new tensor each time."""
+        return self.unpack(packed)
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor]:
+        """Its bytes, in a tuple: `parametrize` takes one tensor for the weight itself, of its type."""
+        made: Tensor = overload(f"memopt.pack_{self.codec}.default")(weight.detach(), self.strides)
+        return (made,)
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        made: Tensor = overload(f"memopt.unpack_{self.codec}.default")(packed, self.size, self.strides, self.dtype)
+        return made
+
+    def extra_repr(self) -> str:
+        return f"{self.codec}, {str(self.dtype)[6:]}{list(self.size)}"
+
+
+def packable(model: nn.Module) -> dict[str, nn.Module]:
+    """Owners of the weights that can be packed, by the weights' names: frozen matrices of one layer each, but for
+    embeddings, whose rows are looked up, and output heads, whose loss reads them in parts."""
+    owners: dict[int, int] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    heads = {id(head) for head in _heads(model)}
+    found = {}
+    for name, module in model.named_modules():
+        weight = module._parameters.get(NAME)
+        if weight is None or weight.requires_grad or owners[id(weight)] > 1 or weight.dim() != 2:
+            continue
+        if isinstance(module, nn.Embedding) or id(module) in heads or parametrize.is_parametrized(module):
+            continue
+        if weight.is_floating_point() and weight.numel() >= LEAST and weight.is_contiguous():
+            found[f"{name}.{NAME}" if name else NAME] = module
+    return found
+
+
+def _heads(model: nn.Module) -> Iterator[nn.Module]:
+    """Output layers, of models that name theirs as transformers' do."""
+    for module in model.modules():
+        head = getattr(module, "get_output_embeddings", lambda: None)()
+        if isinstance(head, nn.Module):
+            yield head
+
+
+@torch.no_grad()
+def pack_weights(model: nn.Module, codec: str = "nf4", names: Collection[str] | None = None) -> PackedWeights:
+    """Pack the model's frozen weights in place. codec: "nf4" (4.13 bits an element) or "int8" (8.25). names: of which
+    ones, among those of `packable`; None: all of them.
+
+    Keys and values of `state_dict` stay those of the plain model, with the weights as they are read; loading weights
+    packs them, and loading what is there already changes no bit. A layer's `weight` is then a new tensor each time it
+    is read: what is written into it is lost, so adapters are merged after `unpack_weights`.
+    Raises ValueError, nothing packed, for an unknown codec, where nothing can be packed, and for weights that are not
+    finite.
+    """
+    if codec not in CODECS:
+        raise ValueError(f"codec={codec!r} is not known; known are {', '.join(CODECS)}")
+    found = packable(model)
+    if unknown := [name for name in names or () if name not in found]:
+        raise ValueError(f"{unknown[0]!r} cannot be packed; what can is {', '.join(found) or 'nothing'}")
+    found = {name: module for name, module in found.items() if names is None or name in names}
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no weight to pack: no frozen matrix of {LEAST} elements or more that one "
+            "layer has to itself; freeze what is not trained by requires_grad_(False)"
+        )
+    _refuse_infinite(found)
+    before = sum(module.get_parameter(NAME).nbytes for module in found.values())
+    for module in found.values():
+        _pack(module, codec)
+    return PackedWeights(codec, tuple(found), before, sum(_bytes_of(module).nbytes for module in found.values()))
+
+
+def packed_twin(model: nn.Module, codec: str, names: Collection[str] | None = None) -> tuple[nn.Module, PackedWeights]:
+    """The model as `pack_weights` would leave it, for planning: a copy whose packed weights are fake, and that shares
+    every other tensor with it."""
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    mode = mode_of(model) or FakeTensorMode(allow_non_fake_inputs=True)
+    for name, module in packable(twin).items():
+        if names is None or name in names:
+            weight = fake_tensor(twin.get_parameter(name).detach(), mode)
+            module._parameters[NAME] = nn.Parameter(weight, requires_grad=False)
+    return twin, pack_weights(twin, codec, names)
+
+
+def _refuse_infinite(found: dict[str, nn.Module]) -> None:
+    for name, module in found.items():
+        weight = module.get_parameter(NAME)
+        if not isinstance(weight, FakeTensor) and not bool(torch.isfinite(weight.sum(dtype=torch.float64))):
+            raise ValueError(f"{name} is not finite, so it cannot be packed; nothing was changed")
+
+
+def _pack(module: nn.Module, codec: str) -> None:
+    reader = Packed(codec, module.get_parameter(NAME))
+    parametrize.register_parametrization(module, NAME, reader, unsafe=True)
+    home = _home(module)
+    home.register_buffer(STORED, home._parameters.pop(STORED).detach())  # type: ignore[union-attr]
+    module._register_state_dict_hook(_plain_keys)
+    module._register_load_state_dict_pre_hook(_packed_keys, with_module=True)
+
+
+def unpack_weights(model: nn.Module) -> tuple[str, ...]:
+    """Make packed weights frozen parameters again, of the values that are read. Their names are returned."""
+    found = {f"{name}.{NAME}" if name else NAME: module for name, module in model.named_modules() if packed(module)}
+    for module in found.values():
+        weight = _weight_of(module)
+        parametrize.remove_parametrizations(module, NAME, leave_parametrized=True)
+        setattr(module, NAME, nn.Parameter(weight, requires_grad=False))
+        for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
+            for key, hook in list(hooks.items()):
+                if getattr(hook, "hook", hook) in (_plain_keys, _packed_keys):
+                    del hooks[key]
+    return tuple(found)
+
+
+def packed(module: nn.Module) -> bool:
+    """Whether this layer's weight is packed."""
+    return parametrize.is_parametrized(module, NAME) and isinstance(_reader(module), Packed)
+
+
+def _home(module: nn.Module) -> parametrize.ParametrizationList:
+    return cast(parametrize.ParametrizationList, cast(nn.ModuleDict, module.parametrizations)[NAME])
+
+
+def _reader(module: nn.Module) -> Any:
+    return _home(module)[0]
+
+
+def _bytes_of(module: nn.Module) -> Tensor:
+    return _home(module).get_buffer(STORED)
+
+
+def _weight_of(module: nn.Module) -> Tensor:
+    made: Tensor = _reader(module).unpack(_bytes_of(module).detach())
+    return made
+
+
+def _key(prefix: str) -> str:
+    return f"{prefix}parametrizations.{NAME}.{STORED}"
+
+
+def _plain_keys(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """The weight as it is read in place of its bytes."""
+    if state.pop(_key(prefix), None) is not None:
+        state[f"{prefix}{NAME}"] = _weight_of(module)
+
+
+@torch.no_grad()
+def _packed_keys(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Bytes in place of the weight: those that are there if they stand for it, which packing it again might change."""
+    weight = state.pop(f"{prefix}{NAME}", None)
+    reader, here = _reader(module), _bytes_of(module)
+    if isinstance(weight, Tensor) and tuple(weight.shape) == reader.size:
+        weight = weight.to(device=here.device, dtype=reader.dtype)
+        state[_key(prefix)] = here if torch.equal(weight, reader.unpack(here)) else reader.right_inverse(weight)[0]
+    elif weight is not None:
+        state[f"{prefix}{NAME}"] = weight  # unexpected as it is, and said so by torch
