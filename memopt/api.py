@@ -31,7 +31,7 @@ from memopt.runtime import disk, host
 from memopt.runtime.here import device_of
 from memopt.session import Session
 from memopt.units import resolve_budget
-from memopt.weights import WEIGHTS
+from memopt.weights import ELSEWHERE, WEIGHTS, ways
 
 GRADIENTS = ("loss", "all")
 UPDATES = ("step", "backward")
@@ -160,7 +160,7 @@ def make_request(
         raise ValueError(f"accumulate={accumulate!r} refused: it counts backwards per optimizer step, 1 or more")
     on_host, on_disk = host_limit(host_budget, device), disk_limit(disk_budget, disk_path, device)
     unnamed = {trade.name for trade, limit in ((OffloadHost, on_host), (OffloadDisk, on_disk)) if not limit[0]}
-    first = resolve_lowering(lowering, device, numerics)
+    first, off = resolve_lowering(lowering, device, numerics), switched_off(passes)
     return Request(
         budget=resolve_budget(budget, capacity=device.memory),
         device=device,
@@ -168,14 +168,14 @@ def make_request(
         model=name,
         optimizer=optimizer,
         numerics=numerics,
-        off=switched_off(passes) | (frozenset(LOSSY) - allowed) | unnamed,
+        off=off | (frozenset(LOSSY) - allowed) | unnamed,
         accumulate=accumulate,
         host=on_host,
         disk=on_disk,
         max_grad_error=_share("max_grad_error", max_grad_error),
         update=_known("update", update, UPDATES),
         states=tuple(name for name in STATES if name in allowed),
-        weights=tuple(name for name in WEIGHTS if name in allowed),
+        weights=ways(on_disk, on_host, off | (frozenset(WEIGHTS) - allowed)),
         spare="eager" if lowering == "auto" and first != "eager" else "",
     )
 
@@ -244,7 +244,7 @@ def resolve_lowering(lowering: str, device: Device, numerics: str) -> str:
 
 def switched_off(passes: str) -> frozenset[str]:
     """Names switched off by "+a,-b". ValueError for a name there is no pass for."""
-    known = (*(r.name for r in REWRITES), *(c.name for c in CLEANUPS), *(t.name for t in TRADES), OVERLAP)
+    known = (*(r.name for r in REWRITES), *(c.name for c in CLEANUPS), *(t.name for t in TRADES), OVERLAP, *ELSEWHERE)
     off = set()
     for word in filter(None, (part.strip() for part in passes.split(","))):
         name = _known("passes", word.lstrip("+-"), known)

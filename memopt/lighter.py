@@ -1,24 +1,29 @@
-"""A plan with frozen weights in fewer bits, by consent, where the model as it is has none within the budget."""
+"""A plan with frozen weights elsewhere, or by consent in fewer bits, where the model as it is has none."""
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Any
 
-import torch
+from torch import Tensor, nn
 
+from memopt.edit import HOST
 from memopt.errors import BudgetError, PlanFileError
 from memopt.kernels.codec import PACKED_BYTES, relative_error
 from memopt.pipeline import Planned
 from memopt.planning import Planner
 from memopt.report import Lever, PlanResult
+from memopt.request import Request
+from memopt.runtime.host import room
 from memopt.shapes import input_key
 from memopt.smaller import Call
-from memopt.weights import WEIGHTS, PackedWeights, pack_weights, packable, packed_twin
+from memopt.tokens import elsewhere
+from memopt.weights import ELSEWHERE, WEIGHTS, PackedWeights, pack_weights, packable, packed_twin
 
+Way = tuple[str, str]  # lever, codec
 ROOM = 1.05  # times what a plan exceeds the budget by, that weights are to save
 
 
@@ -45,27 +50,29 @@ class LighterPlanner(Planner):
             self.request, self.advise = plain, advise
         return self.packed(ways, call)
 
-    def ways(self) -> tuple[str, ...]:
+    def ways(self) -> tuple[Way, ...]:
         """Ways to pack weights that are left to try: none where there is nothing to pack, a saved plan's where there is
         one. Raises PlanFileError where that is not allowed here."""
         saved = () if self.plan_file is None else self.plan_file.levers
-        used = tuple(each["lever"] for each in saved if each["lever"] in WEIGHTS)
-        if refused := [way for way in used if way not in self.request.weights]:
+        used = tuple(each["lever"] for each in saved if each["lever"] in (*WEIGHTS, *ELSEWHERE))
+        known = dict(self.request.weights)
+        if refused := [name for name in used if name not in known]:
             raise PlanFileError(
                 f"the plan packs frozen weights ({refused[0]}), which this call does not allow; allow it as when the "
                 "plan was made, or plan anew"
             )
-        ways = self.request.weights if self.plan_file is None else used
-        return ways if ways and packable(self.model) else ()
+        ways = self.request.weights if self.plan_file is None else tuple((name, known[name]) for name in used)
+        return tuple(way for way in ways if self.fitting(way))
 
-    def packed(self, ways: Sequence[str], call: Call) -> Planned:
+    def packed(self, ways: Sequence[Way], call: Call) -> Planned:
         """The plan in the first of these ways that has one, with no more weights packed than must be."""
         before, tries = self.refused, [(way, names) for way in ways for names in self.portions(way)]
-        tries = tries or [(ways[-1], None)]
+        tries = tries or [(ways[-1], tuple(self.fitting(ways[-1])))]
         for at, (way, names) in enumerate(tries):
-            twin, done = packed_twin(self.model, WEIGHTS[way], names)
+            twin, done = packed_twin(self.model, way[1], names)
             given = {each.name: getattr(self, each.name) for each in fields(Planner)}
-            other = Planner(**{**given, "model": twin, "surveys": {}, "refused": None})
+            request = lessened(self.request, self.model, done)
+            other = Planner(**{**given, "model": twin, "request": request, "surveys": {}, "refused": None})
             other.advise = self.advise and at == len(tries) - 1
             try:
                 planned = other.chosen(input_key(twin, *call), call)
@@ -74,29 +81,37 @@ class LighterPlanner(Planner):
                 if at == len(tries) - 1:
                     raise
                 continue
-            self.surveys = other.surveys
+            self.surveys, self.request = other.surveys, request
             self.settle(twin, done)
-            return replace(planned, result=told(planned.result, way, done, before))
+            return replace(planned, result=told(planned.result, way[0], done, before))
         raise AssertionError("there is always one to try")
 
-    def portions(self, way: str) -> tuple[Sequence[str] | None, ...]:
+    def fitting(self, way: Way) -> dict[str, Tensor]:
+        """The weights that can be packed so, the first ones: where they lie elsewhere, as many as there is room for."""
+        weights: dict[str, Tensor] = {name: self.model.get_parameter(name) for name in packable(self.model)}
+        if not elsewhere(way[1]):
+            return weights
+        takes = [*accumulate(taken(way[1], weight) for weight in weights.values())]
+        return dict(islice(weights.items(), bisect_right(takes, limit_of(self.request, way[1]))))
+
+    def portions(self, way: Way) -> tuple[Sequence[str], ...]:
         """Which weights to pack, the fewest first: as many as a saved plan; else as many of the first ones as save what
         the least plan exceeds the budget by, and all. Empty where all would not."""
-        names, codec = tuple(packable(self.model)), WEIGHTS[way]
+        weights, codec = self.fitting(way), way[1]
+        names = tuple(weights)
         if self.plan_file is not None:
-            count = next(each["count"] for each in self.plan_file.levers if each["lever"] == way)
+            count = next(each["count"] for each in self.plan_file.levers if each["lever"] == way[0])
             return (names[:count],)
         assert self.refused is not None
-        weights = [self.model.get_parameter(name) for name in names]
-        saved = list(accumulate(w.nbytes - PACKED_BYTES[codec](w.shape, w.itemsize) for w in weights))
+        saved = [*accumulate(w.nbytes - PACKED_BYTES[codec](w.shape, w.itemsize) for w in weights.values())]
         over = self.refused.plan.peak - self.refused.budget
-        if saved[-1] < over:
+        if not saved or saved[-1] < over:
             return ()
-        in_use = max(w.nbytes for w in weights)
+        in_use = max(w.nbytes for w in weights.values())
         some = names[: bisect_left(saved, ROOM * over + in_use) + 1]
         return (some, names) if len(some) < len(names) else (names,)
 
-    def settle(self, twin: torch.nn.Module, done: PackedWeights) -> None:
+    def settle(self, twin: nn.Module, done: PackedWeights) -> None:
         """From here on the model is packed. An optimizer that holds its frozen weights would keep their bytes: they are
         left empty, and it never sees a gradient of them."""
         if not self.measure:
@@ -111,13 +126,35 @@ class LighterPlanner(Planner):
                 weight.data = weight.data.new_empty(0)
 
 
+def taken(codec: str, weight: Tensor) -> int:
+    """Bytes a weight takes in this pool."""
+    return room(weight.nbytes) if codec.startswith(HOST) else weight.nbytes
+
+
+def limit_of(request: Request, codec: str) -> int:
+    """Bytes that may lie in this pool."""
+    return (request.host if codec.startswith(HOST) else request.disk)[0]
+
+
+def lessened(request: Request, model: nn.Module, done: PackedWeights) -> Request:
+    """The request when these weights of the model are packed: what they take elsewhere no activation can take."""
+    request = replace(request, weights=())
+    if not elsewhere(done.codec):
+        return request
+    takes = sum(taken(done.codec, model.get_parameter(name)) for name in done.names)
+    left = limit_of(request, done.codec) - takes, done.codec
+    return replace(request, host=left) if done.codec.startswith(HOST) else replace(request, disk=left)
+
+
 def told(result: PlanResult, way: str, done: PackedWeights, before: PlanResult | None) -> PlanResult:
     """The result with the lever, and compared with the step of the model as it was. before: its refusal."""
     operation = f"memopt.unpack_{done.codec}.default"
     seconds = sum(result.seconds_of(step) for step in result.before.steps if step.op == operation)
-    lever = Lever(way, "lossy", done.before - done.after, seconds, len(done.names))
-    off = f"each is read {relative_error(done.codec):.1%} off"
-    note = f"frozen weights are stored in {done.codec} (lossy, allowed as {way}): {off}"
+    away = elsewhere(done.codec)
+    lever = Lever(way, "exact" if away else "lossy", done.before - done.after, seconds, len(done.names))
+    place = "in host memory" if done.codec.startswith(HOST) else "on disk"
+    off = "" if away else f"in {done.codec} (lossy, allowed as {way}), each read {relative_error(done.codec):.1%} off"
+    note = f"{len(done.names)} frozen weights are stored {f'{place} (exact)' if away else off}"
     lighter = replace(result, rewrites=(*result.rewrites, lever), notes=(*result.notes, note))
     if before is None:
         return lighter

@@ -292,7 +292,7 @@ class Planner:
         capture = partial(self.capture, lowering=planned.lowering, beside=False)
         reordered = partial(capture, exact=False) if any(fused_cells(c.program.graph) for c in found.captures) else None
         eager = partial(self.capture, lowering="eager", beside=False) if planned.lowering == "inductor" else None
-        packs = FOUR not in request.weights and bool(packable(self.model))
+        packs = FOUR not in dict(request.weights) and bool(packable(self.model))
         refused = Refused(
             result, found, request, self.costs, call, capture, reordered, eager,
             (lambda call: capture(call, model=packed_twin(self.model, WEIGHTS[FOUR])[0])) if packs else None,

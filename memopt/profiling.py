@@ -18,6 +18,7 @@ from memopt.facts import cost_key
 from memopt.graph import Step, TensorInfo
 from memopt.kernels.codec import INLINED
 from memopt.operations import overload
+from memopt.overlap import UNPACK
 from memopt.pipeline import Costs
 from memopt.program import Program
 from memopt.runtime import disk
@@ -26,7 +27,7 @@ from memopt.runtime.loops import loop_cost
 from memopt.runtime.opcost import OpCost, OpCosts, called
 from memopt.runtime.opinputs import fake_arguments
 from memopt.runtime.rng import draw
-from memopt.tokens import moved, part_of
+from memopt.tokens import elsewhere, moved, part_of
 
 CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
 SECONDS = 30.0  # time limit of measuring; operations left over are priced by the roofline
@@ -41,14 +42,28 @@ def measured_costs(programs: Iterable[Program], device: Device, measure: bool, l
     if device.kind == "cuda" and not torch.cuda.is_available():
         return Costs()
     channels_last = lowering == "inductor" and device.kind == "cpu" and torch.backends.mkldnn.is_available()
-    run = {cost_key(node): as_run(node, channels_last) for node in calls(programs)}
+    every = calls(programs)
+    run = {cost_key(node): as_run(node, channels_last) for node in every if not elsewhere(stored_in(node))}
     with OpCosts(device.kind, seconds_limit=SECONDS if measure else 0.0) as meter:
         known = meter.measure_all(run.values())
     found = {key: known[own] for key, node in run.items() if (own := cost_key(node)) in known}
+    read = {cost_key(node): read_seconds(node) for node in every if stored_in(node).startswith(DISK)}
     workspaces = {key: cost.workspace for key, cost in found.items() if cost.workspace > 0}
     libraries = kept_by_libraries(torch.device(device.kind)) if measure else 0
     packing = partial(_packing, meter, lowering == "inductor" and device.kind == "cpu")
-    return Costs({key: cost.seconds for key, cost in found.items()}, workspaces, libraries, packing)
+    return Costs({key: cost.seconds for key, cost in found.items()} | read, workspaces, libraries, packing)
+
+
+def stored_in(node: fx.Node) -> str:
+    """The codec of what the program itself unpacks: a frozen weight (memopt/weights.py); '' of any other operation."""
+    name = str(node.target)
+    return name.removeprefix(UNPACK).removesuffix(".default") if name.startswith(UNPACK) else ""
+
+
+def read_seconds(node: fx.Node) -> float:
+    """Of a weight that lies on disk, by the rates of its folder."""
+    known, value = disk.pool_of(stored_in(node)).rates(), node.meta["val"]
+    return float(known.least + value.nbytes / known.read)
 
 
 def as_run(node: fx.Node, channels_last: bool) -> fx.Node:

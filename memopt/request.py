@@ -21,9 +21,9 @@ class Request:
     take where no plan of the first holds the budget; "" where the first was asked for by name. host, disk: bytes that
     offloads may take there, and the codec of the pool they go to. max_grad_error: relative, of lossy levers together.
     update: "backward" if parameters may be updated there, where the budget needs it. states: names of ways to store
-    AdamW's moments in fewer bits that may be used (memopt/optim/precision.py), in the order to try them; weights: of
-    ways to store frozen weights (memopt/weights.py). quick: it is only compared with others: no lower bound is sought,
-    nor the lowest peak where none can be within the budget.
+    AdamW's moments in fewer bits that may be used (memopt/optim/precision.py), in the order to try them; weights: the
+    same of frozen weights, (name, codec) (memopt/weights.py). quick: it is only compared with others: no lower bound is
+    sought, nor the lowest peak where none can be within the budget.
     """
 
     budget: int
@@ -42,7 +42,7 @@ class Request:
     spare: str = ""
     update: str = "step"
     states: tuple[str, ...] = ()
-    weights: tuple[str, ...] = ()
+    weights: tuple[tuple[str, str], ...] = ()
     quick: bool = False
 
     @property

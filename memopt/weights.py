@@ -1,9 +1,10 @@
-"""Frozen weights in fewer bits, read again where the step uses them: lossy, and by consent.
+"""Frozen weights in fewer bits (lossy, by consent), or on disk or in host memory (exact), read where they are used.
 
 A frozen matrix becomes bytes, from which each use makes the matrix anew (`torch.nn.utils.parametrize`). That is an
 operation of the step like any other: the planner sees its bytes and seconds, and rather than hold what it made for the
 backward it can make it again. So QLoRA (Dettmers et al., arXiv:2305.14314) is a model whose frozen weights are packed,
-adapters on top, and a plan. Gradients are those of the model with the matrices as they are read, exactly.
+adapters on top, and a plan; with the bytes a token of what lies elsewhere (memopt/tokens.py), it is a model whose
+frozen weights are streamed. Gradients are those of the model with the matrices as they are read, exactly.
 """
 
 from __future__ import annotations
@@ -21,14 +22,26 @@ from torch.nn.utils import parametrize
 from memopt.capture import fake_tensor, mode_of
 from memopt.kernels import nf4, quantise  # noqa: F401  # their operations
 from memopt.operations import overload
+from memopt.tokens import elsewhere
 
 WEIGHTS = {
     "int8_weights": "int8",
     "nf4_weights": "nf4",
 }  # by consent; tried in this order, the least loss first
 CODECS = tuple(WEIGHTS.values())
+ELSEWHERE = ("weights_on_host", "weights_on_disk")  # exact: they lie there, and each use copies them back
 LEAST = 4096  # elements below which packing saves nothing worth an operation
-NAME, STORED = "weight", "original0"  # the second is parametrize's name
+NAME, STORED = "weight", "original"  # the second is parametrize's name
+
+
+def ways(disk: tuple[int, str], host: tuple[int, str], off: Collection[str]) -> tuple[tuple[str, str], ...]:
+    """(name, codec) of the ways to store frozen weights that are permitted, in the order to try them: exact ones first.
+
+    disk, host: bytes that may lie there, 0 for none, and the pool's codec. off: names that are not.
+    """
+    pools = zip(ELSEWHERE, (host, disk), strict=True)
+    every = (*((name, codec) for name, (limit, codec) in pools if limit), *WEIGHTS.items())
+    return tuple(way for way in every if way[0] not in off)
 
 
 @dataclass(frozen=True)
@@ -52,10 +65,10 @@ class Packed(nn.Module):
         """The weight, a new tensor each time."""
         return self.unpack(packed)
 
-    def right_inverse(self, weight: Tensor) -> tuple[Tensor]:
-        """Its bytes, in a tuple: `parametrize` takes one tensor for the weight itself, of its type."""
+    def pack(self, weight: Tensor) -> Tensor:
+        """Its bytes. What stands for a weight that lies elsewhere is this very tensor: its death frees the place."""
         made: Tensor = overload(f"memopt.pack_{self.codec}.default")(weight.detach(), self.strides)
-        return (made,)
+        return made
 
     def unpack(self, packed: Tensor) -> Tensor:
         made: Tensor = overload(f"memopt.unpack_{self.codec}.default")(packed, self.size, self.strides, self.dtype)
@@ -104,7 +117,7 @@ def pack_weights(model: nn.Module, codec: str = "nf4", names: Collection[str] | 
     Raises ValueError, nothing packed, for an unknown codec, where nothing can be packed, and for weights that are not
     finite.
     """
-    if codec not in CODECS:
+    if codec not in CODECS and not elsewhere(codec):
         raise ValueError(f"codec={codec!r} is not known; known are {', '.join(CODECS)}")
     found = packable(model)
     if unknown := [name for name in names or () if name not in found]:
@@ -117,8 +130,15 @@ def pack_weights(model: nn.Module, codec: str = "nf4", names: Collection[str] | 
         )
     _refuse_infinite(found)
     before = sum(module.get_parameter(NAME).nbytes for module in found.values())
-    for module in found.values():
-        _pack(module, codec)
+    done: list[nn.Module] = []
+    try:
+        for module in found.values():
+            _pack(module, codec)
+            done.append(module)
+    except BaseException:  # a disk that is full: what lies there comes back
+        for module in done:
+            _unpack(module)
+        raise
     return PackedWeights(codec, tuple(found), before, sum(_bytes_of(module).nbytes for module in found.values()))
 
 
@@ -142,10 +162,13 @@ def _refuse_infinite(found: dict[str, nn.Module]) -> None:
 
 
 def _pack(module: nn.Module, codec: str) -> None:
-    reader = Packed(codec, module.get_parameter(NAME))
+    weight = module.get_parameter(NAME)
+    reader = Packed(codec, weight)
+    made = reader.pack(weight)
     parametrize.register_parametrization(module, NAME, reader, unsafe=True)
     home = _home(module)
-    home.register_buffer(STORED, home._parameters.pop(STORED).detach())  # type: ignore[union-attr]
+    del home._parameters[STORED]  # the weight itself
+    home.register_buffer(STORED, made)
     module._register_state_dict_hook(_plain_keys)
     module._register_load_state_dict_pre_hook(_packed_keys, with_module=True)
 
@@ -154,14 +177,19 @@ def unpack_weights(model: nn.Module) -> tuple[str, ...]:
     """Make packed weights frozen parameters again, of the values that are read. Their names are returned."""
     found = {f"{name}.{NAME}" if name else NAME: module for name, module in model.named_modules() if packed(module)}
     for module in found.values():
-        weight = _weight_of(module)
-        parametrize.remove_parametrizations(module, NAME, leave_parametrized=True)
-        setattr(module, NAME, nn.Parameter(weight, requires_grad=False))
-        for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
-            for key, hook in list(hooks.items()):
-                if getattr(hook, "hook", hook) in (_plain_keys, _packed_keys):
-                    del hooks[key]
+        _unpack(module)
     return tuple(found)
+
+
+def _unpack(module: nn.Module) -> None:
+    weight = _weight_of(module)
+    parametrize.remove_parametrizations(module, NAME, leave_parametrized=False)
+    del module._buffers[NAME]  # the bytes
+    setattr(module, NAME, nn.Parameter(weight, requires_grad=False))
+    for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
+        for key, hook in list(hooks.items()):
+            if getattr(hook, "hook", hook) in (_plain_keys, _packed_keys):
+                del hooks[key]
 
 
 def packed(module: nn.Module) -> bool:
@@ -203,6 +231,8 @@ def _packed_keys(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
     reader, here = _reader(module), _bytes_of(module)
     if isinstance(weight, Tensor) and tuple(weight.shape) == reader.size:
         weight = weight.to(device=here.device, dtype=reader.dtype)
-        state[_key(prefix)] = here if torch.equal(weight, reader.unpack(here)) else reader.right_inverse(weight)[0]
+        if not torch.equal(weight, reader.unpack(here)):
+            _home(module).register_buffer(STORED, reader.pack(weight))
+        state[_key(prefix)] = _bytes_of(module)
     elif weight is not None:
         state[f"{prefix}{NAME}"] = weight  # unexpected as it is, and said so by torch

@@ -99,7 +99,7 @@ class Model:
         space = self.space
         for name, limit in space.limits.items():
             takes = {p: packed.takes.get(name, 0.0) for p, packed in space.packed.items() if p in self.pairs}
-            top = max(takes.values()) or 1.0
+            top = max(takes.values(), default=0.0) or 1.0
             terms = [(self.var("x", p, self.pairs[p][0]), -amount / top) for p, amount in takes.items() if amount]
             self.at_least(terms, -limit / top)
 

@@ -15,6 +15,7 @@ import memopt
 from memopt.kernels import nf4
 from memopt.planfile import save_plan
 from memopt.refusal import Refused
+from memopt.runtime import disk
 from memopt.runtime.measure import measure_step
 from memopt.weights import LEAST, pack_weights, packable, packed, unpack_weights
 
@@ -321,3 +322,61 @@ def test_a_refusal_names_it_as_a_way_out() -> None:
     way = next(way for way in refused.value.ways_out if way.change == 'allow=("nf4_weights",)')
     assert way.fits
     assert way.numerics == "lossy"
+
+
+def on_disk(model: nn.Module, share: float, folder: Any, **options: Any) -> tuple[Any, int]:
+    """A plan in this share of the plain floor, with room on disk."""
+    budget = int(share * plain_floor())
+    return measured(model, budget, disk_budget="10MB", disk_path=folder, **{"numerics": "exact", **options})
+
+
+def test_weights_on_disk_need_no_consent_and_change_no_bit(tmp_path: Any) -> None:
+    model = tower(4)
+    plan, peak = on_disk(model, 0.75, tmp_path)
+    assert peak == plan.peak <= 0.75 * plain_floor()
+    lever = next(each for each in plan.levers if each.lever == "weights_on_disk")
+    assert lever.numerics == "exact"
+    plain = read_as(model)
+    assert all(torch.equal(value, plain.state_dict()[key]) for key, value in model.state_dict().items())
+    for each in (model, plain):
+        each.zero_grad()
+        each(ids()).backward()
+    want, got = gradients(plain), gradients(model)
+    assert all(torch.equal(want[name], got[name]) for name in want)
+    assert want.keys() == got.keys()
+
+
+@pytest.mark.long
+def test_weights_take_no_more_disk_than_there_is_and_can_be_switched_off(tmp_path: Any) -> None:
+    """A quarter of the weights' bytes; switched off, nothing of them."""
+    room: dict[str, Any] = {"disk_budget": 2 * 2 * WIDTH * WIDTH * 4 + 100, "disk_path": tmp_path}
+    floor, least_of = plain_floor(), least(tower(4), **room)
+    assert 0.75 * floor < least_of < 0.95 * floor
+    plan, peak = measured(tower(4), least_of, **room)
+    assert peak == plan.peak
+    assert next(each.count for each in plan.levers if each.lever == "weights_on_disk") == 2
+    off = PLAIN["passes"] + ",-weights_on_disk"
+    assert least(tower(4), **room, passes=off) > least_of
+
+
+def test_a_disk_that_fails_while_weights_are_written_leaves_the_model_as_it_was(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, model = disk.use(tmp_path, 1 << 20), tower(4)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    put, written = pool.put, [0]
+
+    def full(data: memoryview, offset: int) -> None:
+        written[0] += 1
+        if written[0] > 3:
+            raise disk.DiskError("no space left")
+        put(data, offset)
+
+    monkeypatch.setattr(pool, "put", full)
+    with pytest.raises(disk.DiskError, match="no space left"):
+        pack_weights(model, pool.codec)
+    assert written[0] == 4
+    assert not any(packed(module) for module in model.modules())
+    assert {n for n, _ in model.named_parameters()} == {n for n, _ in tower(4).named_parameters()}
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert pool.held == 0
