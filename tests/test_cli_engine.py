@@ -89,15 +89,15 @@ def test_what_is_offered_as_a_way_out_is_one() -> None:
         budget = () if name == "--budget" else ("--budget", "2.6MB")
         done = answer(*words, *budget, *ways[name]["change"].split())
         assert done["status"] != "infeasible"
-        within = done["budget_bytes"] if name == "--budget" else ways[name]["peak_bytes"]
-        assert done["predicted"]["peak_bytes"] <= within
+        assert done["predicted"]["peak_bytes"] <= done["budget_bytes"]  # the way's own peak is of a quick plan
 
 
 @pytest.mark.long
 def test_ways_out_multiply_what_is_accumulated_already_and_say_which_are_not_enough(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    words = ("plan", "llama-tiny", "--batch", "9", "--seq", "32", "--lowering", "eager", "--accumulate", "3")
+    words = ("plan", "llama-tiny", "--batch", "9", "--seq", "32", "--lowering", "eager", "--accumulate", "3",
+             "--passes=-stream,-stream_attention")  # fmt: skip  # with them nothing is left that a disk helps with
     found = answer(*words, "--budget", "2.55MB", "--optimizer", "adamw", code=3)
     ways = {way["change"].split()[0]: way for way in found["ways_out"]}
     size, _, turns = ways["--batch"]["change"].split()[1:]
