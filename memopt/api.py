@@ -62,16 +62,16 @@ def compile(
     The plan is made at the first training step, or now if `example_inputs` (a tuple of positional or a mapping of
     keyword inputs) is given; `model.memopt` then offers `.plan`, `.report()` and `.measured`.
 
-    budget: int bytes, "24GB", "24GiB", "80%" of the device, "-2GiB" (left free) or "auto". optimizer: planned with
-    the step; None assumes AdamW. numerics: "exact" permits only bit-identical levers and the eager lowering.
-    lowering: "inductor", "eager" or "auto" (Inductor, or eager where its code cannot hold the budget). accumulate:
-    backwards per optimizer step. gradients: "loss" or "all" outputs carry gradients (memopt.outputs). plan_file: reuse
-    a saved plan. allow: lossy levers that may be used, by name: of activations, how AdamW's moments are stored
-    ("adamw_bf16", "adamw8bit", "adamw4bit"), or frozen weights ("int8_weights", "nf4_weights"; packed in place, see
-    memopt.weights). max_grad_error: how far off those of activations may put the gradient
-    together, ||g' - g|| / ||g||, estimated on the first batch. host_budget: what saved activations of a step on a GPU
-    may take of the host's memory, written as `budget` is. disk_budget: what they may take on disk, of the space free in
-    disk_path (the system's folder for temporary files if left out). update: "backward" lets the backward update
+    budget: int bytes, "24GB", "24GiB", "80%" of the device, "-2GiB" (left free) or "auto". optimizer: planned with the
+    step; None assumes AdamW. numerics: "exact" permits only bit-identical levers and the eager lowering. lowering:
+    "inductor", "eager" or "auto" (Inductor, or eager where its code cannot hold the budget). accumulate: backwards per
+    optimizer step. gradients: "loss" or "all" outputs carry gradients (memopt.outputs). plan_file: reuse a saved plan.
+    allow: lossy levers that may be used, by name: of activations, how AdamW's moments are stored ("adamw_bf16",
+    "adamw8bit", "adamw4bit"), or frozen weights ("int8_weights", "nf4_weights"; packed in place, see memopt.weights).
+    max_grad_error: how far off those of activations may put the gradient together, ||g' - g|| / ||g||, estimated on the
+    first batch. host_budget: what saved activations of a step on a GPU may take of the host's memory, written as
+    `budget` is, and frozen weights where that does not do. disk_budget: what they may take on disk, of the space free
+    in disk_path (the system's folder for temporary files if left out). update: "backward" lets the backward update
     parameters where the budget needs it, each as soon as its gradient is final: the same bits, but `.grad` is None when
     `backward()` returns, so nothing may clip, accumulate, scale or read gradients before `optimizer.step()`, which then
     does what remains.
@@ -197,7 +197,8 @@ def host_limit(budget: int | str | None, device: Device) -> tuple[int, str]:
     if device.kind == "cpu":
         raise ValueError("host_budget is for steps on a GPU; this one is in the host's memory already: use disk_budget")
     limit = resolve_budget(budget, capacity=known_device("cpu").memory if torch.cuda.is_available() else None)
-    return limit, host.use(limit).codec
+    pool = host.use(limit)
+    return limit - pool.held, pool.codec
 
 
 def disk_limit(budget: int | str | None, folder: str | Path | None, device: Device) -> tuple[int, str]:
@@ -215,7 +216,8 @@ def disk_limit(budget: int | str | None, folder: str | Path | None, device: Devi
     if not place.is_dir():
         raise ValueError(f"disk_path {str(place)!r} is not a folder; name one that exists, on the disk to use")
     limit = resolve_budget(budget, capacity=shutil.disk_usage(place).free)
-    return limit, disk.use(place, limit).codec
+    pool = disk.use(place, limit)
+    return limit - pool.held, pool.codec
 
 
 def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:

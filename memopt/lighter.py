@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import accumulate, islice
 from typing import Any
 
@@ -31,19 +31,23 @@ ROOM = 1.05  # times what a plan exceeds the budget by, that weights are to save
 class LighterPlanner(Planner):
     """Plans as `Planner` does, then with the model's frozen weights packed, of the ways allowed the least lossy first.
 
-    Once such a plan is taken the model is packed: in place where it is to run, else (`measure` False) a copy of it.
+    Once such a plan is taken, `settle` packs the model: in place where it is to run, else (`measure` False) a copy.
+    stored: what is packed, by lever; found: what the latest plan is to pack besides, and the planner of it.
     """
+
+    stored: dict[str, PackedWeights] = field(default_factory=dict)
+    found: tuple[str, PackedWeights, Planner] | None = None
 
     def chosen(self, key: Any, call: Call) -> Planned:
         """The plan. Raises BudgetError with the floor of the last way tried."""
-        ways = self.ways()
+        self.found, ways = None, self.ways()
         if not ways:
-            return super().chosen(key, call)
+            return self.with_stored(super().chosen(key, call))
         plain, advise, saved = self.request, self.advise, self.plan_file is not None
         self.request, self.advise = replace(plain, weights=()), False
         try:
             if not saved:
-                return super().chosen(key, call)
+                return self.with_stored(super().chosen(key, call))
         except BudgetError:
             pass  # with the weights as they are; what is refused in the end is the last of the ways
         finally:
@@ -55,7 +59,7 @@ class LighterPlanner(Planner):
         one. Raises PlanFileError where that is not allowed here."""
         saved = () if self.plan_file is None else self.plan_file.levers
         used = tuple(each["lever"] for each in saved if each["lever"] in (*WEIGHTS, *ELSEWHERE))
-        known = dict(self.request.weights)
+        used, known = tuple(name for name in used if name not in self.stored), dict(self.request.weights)
         if refused := [name for name in used if name not in known]:
             raise PlanFileError(
                 f"the plan packs frozen weights ({refused[0]}), which this call does not allow; allow it as when the "
@@ -81,10 +85,25 @@ class LighterPlanner(Planner):
                 if at == len(tries) - 1:
                     raise
                 continue
-            self.surveys, self.request = other.surveys, request
-            self.settle(twin, done)
-            return replace(planned, result=told(planned.result, way[0], done, before))
+            self.found = way[0], done, other
+            return self.with_stored(planned, before)
         raise AssertionError("there is always one to try")
+
+    def with_stored(self, planned: Planned, before: PlanResult | None = None) -> Planned:
+        """The plan with the levers of what is packed, by it and before it. before: as in `told`."""
+        result = planned.result
+        for way, done in self.every().items():
+            result = told(result, way, done, before)
+        return replace(planned, result=result)
+
+    def every(self) -> dict[str, PackedWeights]:
+        """What is packed, and what the latest plan is to pack besides, by lever."""
+        if self.found is None:
+            return self.stored
+        way, new, _ = self.found
+        old = self.stored.get(way, PackedWeights(new.codec, (), 0, 0))
+        both = PackedWeights(new.codec, (*old.names, *new.names), old.before + new.before, old.after + new.after)
+        return {**self.stored, way: both}
 
     def fitting(self, way: Way) -> dict[str, Tensor]:
         """The weights that can be packed so, the first ones: where they lie elsewhere, as many as there is room for."""
@@ -96,7 +115,7 @@ class LighterPlanner(Planner):
 
     def portions(self, way: Way) -> tuple[Sequence[str], ...]:
         """Which weights to pack, the fewest first: as many as a saved plan; else as many of the first ones as save what
-        the least plan exceeds the budget by, and all. Empty where all would not."""
+        the least plan exceeds the budget by, twice as many, and all. Empty where all would not."""
         weights, codec = self.fitting(way), way[1]
         names = tuple(weights)
         if self.plan_file is not None:
@@ -108,22 +127,29 @@ class LighterPlanner(Planner):
         if not saved or saved[-1] < over:
             return ()
         in_use = max(w.nbytes for w in weights.values())
-        some = names[: bisect_left(saved, ROOM * over + in_use) + 1]
-        return (some, names) if len(some) < len(names) else (names,)
+        some = bisect_left(saved, ROOM * over + in_use) + 1
+        return tuple(names[:count] for count in (some, 2 * some) if count < len(names)) + (names,)
 
-    def settle(self, twin: nn.Module, done: PackedWeights) -> None:
-        """From here on the model is packed. An optimizer that holds its frozen weights would keep their bytes: they are
-        left empty, and it never sees a gradient of them."""
-        if not self.measure:
-            self.model = twin
+    def settle(self) -> None:
+        """The latest plan is the one to run: pack what it does. An optimizer that holds frozen weights would keep their
+        bytes: it gets empty ones in their place, which never have a gradient."""
+        if self.found is None:
             return
-        weights = [self.model.get_parameter(name) for name in done.names]
-        pack_weights(self.model, done.codec, done.names)
-        optimizer = self.request.optimizer
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]} if optimizer is not None else set()
-        for weight in weights:
-            if id(weight) in held:
-                weight.data = weight.data.new_empty(0)
+        (_, done, other), every = self.found, self.every()
+        if self.measure:
+            weights = {id(self.model.get_parameter(name)) for name in done.names}
+            pack_weights(self.model, done.codec, done.names)
+            for group in self.request.optimizer.param_groups if self.request.optimizer is not None else ():
+                group["params"] = [emptied(p) if id(p) in weights else p for p in group["params"]]
+        else:
+            self.model = other.model
+        self.surveys, self.request = other.surveys, replace(other.request, weights=self.request.weights)
+        self.stored, self.found = every, None
+
+
+def emptied(weight: Tensor) -> nn.Parameter:
+    """A frozen parameter of no elements."""
+    return nn.Parameter(weight.detach().new_empty(0), requires_grad=False)
 
 
 def taken(codec: str, weight: Tensor) -> int:

@@ -66,7 +66,8 @@ class Session(LighterPlanner):
         if key not in self.plans:
             make = partial(self.by_file, key, (tuple(args), dict(kwargs)))
             planned = agreed(self.request.optimizer, self.plan_file, make)
-            key = input_key(self.model, args, kwargs)  # another one, if planning packed frozen weights
+            self.settle()
+            key = input_key(self.model, args, kwargs)  # another one, if frozen weights were packed
             self.plans[key] = planned
         self.current = key
         return self.plans[key]

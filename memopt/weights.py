@@ -10,13 +10,13 @@ frozen weights are streamed. Gradients are those of the model with the matrices 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 from torch.nn.utils import parametrize
 
 from memopt.capture import fake_tensor, mode_of
@@ -24,10 +24,8 @@ from memopt.kernels import nf4, quantise  # noqa: F401  # their operations
 from memopt.operations import overload
 from memopt.tokens import elsewhere
 
-WEIGHTS = {
-    "int8_weights": "int8",
-    "nf4_weights": "nf4",
-}  # by consent; tried in this order, the least loss first
+# By consent; tried in this order, the least loss first.
+WEIGHTS = {"int8_weights": "int8", "nf4_weights": "nf4"}
 CODECS = tuple(WEIGHTS.values())
 ELSEWHERE = ("weights_on_host", "weights_on_disk")  # exact: they lie there, and each use copies them back
 LEAST = 4096  # elements below which packing saves nothing worth an operation
@@ -55,18 +53,25 @@ class PackedWeights:
 
 
 class Packed(nn.Module):
-    """How a weight is read: of its bytes. The state is the owner's; this knows the shape alone."""
+    """How a weight is read: of its bytes, which are its owner's buffer. kept: what `pack` made, also when the owner was
+    moved since: the death of what stands for a weight that lies elsewhere frees the place."""
 
     def __init__(self, codec: str, weight: Tensor) -> None:
         super().__init__()
         self.codec, self.size, self.strides, self.dtype = codec, tuple(weight.shape), weight.stride(), weight.dtype
+        self.kept = self.pack(weight)
 
     def forward(self, packed: Tensor) -> Tensor:
         """The weight, a new tensor each time."""
         return self.unpack(packed)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:
+        """The owner is converted, as by `.half()`: so is what is read."""
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.kept.device)).dtype
+        return cast(Packed, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
+
     def pack(self, weight: Tensor) -> Tensor:
-        """Its bytes. What stands for a weight that lies elsewhere is this very tensor: its death frees the place."""
+        """Its bytes."""
         made: Tensor = overload(f"memopt.pack_{self.codec}.default")(weight.detach(), self.strides)
         return made
 
@@ -113,9 +118,10 @@ def pack_weights(model: nn.Module, codec: str = "nf4", names: Collection[str] | 
 
     Keys and values of `state_dict` stay those of the plain model, with the weights as they are read; loading weights
     packs them, and loading what is there already changes no bit. A layer's `weight` is then a new tensor each time it
-    is read: what is written into it is lost, so adapters are merged after `unpack_weights`.
-    Raises ValueError, nothing packed, for an unknown codec, where nothing can be packed, and for weights that are not
-    finite.
+    is read: what is written into it is lost, so adapters are merged after `unpack_weights`. What a weight was packed
+    into is held beside it until all are packed: if that fails, the model is as it was.
+    Raises ValueError, nothing packed, for an unknown codec, where nothing can be packed, and for weights that are to be
+    in fewer bits and are not finite.
     """
     if codec not in CODECS and not elsewhere(codec):
         raise ValueError(f"codec={codec!r} is not known; known are {', '.join(CODECS)}")
@@ -128,25 +134,21 @@ def pack_weights(model: nn.Module, codec: str = "nf4", names: Collection[str] | 
             f"{type(model).__name__} has no weight to pack: no frozen matrix of {LEAST} elements or more that one "
             "layer has to itself; freeze what is not trained by requires_grad_(False)"
         )
-    _refuse_infinite(found)
+    if not elsewhere(codec):
+        _refuse_infinite(found)
+    made = {name: Packed(codec, module.get_parameter(NAME)) for name, module in found.items()}
     before = sum(module.get_parameter(NAME).nbytes for module in found.values())
-    done: list[nn.Module] = []
-    try:
-        for module in found.values():
-            _pack(module, codec)
-            done.append(module)
-    except BaseException:  # a disk that is full: what lies there comes back
-        for module in done:
-            _unpack(module)
-        raise
-    return PackedWeights(codec, tuple(found), before, sum(_bytes_of(module).nbytes for module in found.values()))
+    for name, module in found.items():
+        _pack(module, made[name])
+    return PackedWeights(codec, tuple(found), before, sum(reader.kept.nbytes for reader in made.values()))
 
 
 def packed_twin(model: nn.Module, codec: str, names: Collection[str] | None = None) -> tuple[nn.Module, PackedWeights]:
     """The model as `pack_weights` would leave it, for planning: a copy whose packed weights are fake, and that shares
     every other tensor with it."""
-    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     mode = mode_of(model) or FakeTensorMode(allow_non_fake_inputs=True)
+    with FakeCopyMode(mode):
+        twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     for name, module in packable(twin).items():
         if names is None or name in names:
             weight = fake_tensor(twin.get_parameter(name).detach(), mode)
@@ -161,14 +163,11 @@ def _refuse_infinite(found: dict[str, nn.Module]) -> None:
             raise ValueError(f"{name} is not finite, so it cannot be packed; nothing was changed")
 
 
-def _pack(module: nn.Module, codec: str) -> None:
-    weight = module.get_parameter(NAME)
-    reader = Packed(codec, weight)
-    made = reader.pack(weight)
+def _pack(module: nn.Module, reader: Packed) -> None:
     parametrize.register_parametrization(module, NAME, reader, unsafe=True)
     home = _home(module)
     del home._parameters[STORED]  # the weight itself
-    home.register_buffer(STORED, made)
+    home.register_buffer(STORED, reader.kept)
     module._register_state_dict_hook(_plain_keys)
     module._register_load_state_dict_pre_hook(_packed_keys, with_module=True)
 
@@ -182,7 +181,9 @@ def unpack_weights(model: nn.Module) -> tuple[str, ...]:
 
 
 def _unpack(module: nn.Module) -> None:
-    weight = _weight_of(module)
+    weight, mixed = _weight_of(module), type(module)
+    own = {name: value for name, value in vars(mixed).items() if name not in ("__dict__", "__weakref__")}
+    module.__class__ = type(mixed.__name__, mixed.__bases__, own)  # a deep copy shares the class that is taken apart
     parametrize.remove_parametrizations(module, NAME, leave_parametrized=False)
     del module._buffers[NAME]  # the bytes
     setattr(module, NAME, nn.Parameter(weight, requires_grad=False))
@@ -232,7 +233,8 @@ def _packed_keys(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
     if isinstance(weight, Tensor) and tuple(weight.shape) == reader.size:
         weight = weight.to(device=here.device, dtype=reader.dtype)
         if not torch.equal(weight, reader.unpack(here)):
-            _home(module).register_buffer(STORED, reader.pack(weight))
+            reader.kept = reader.pack(weight)
+            _home(module).register_buffer(STORED, reader.kept)
         state[_key(prefix)] = _bytes_of(module)
     elif weight is not None:
         state[f"{prefix}{NAME}"] = weight  # unexpected as it is, and said so by torch

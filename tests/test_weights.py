@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from functools import cache
 from typing import Any
 
@@ -336,8 +337,9 @@ def test_weights_on_disk_need_no_consent_and_change_no_bit(tmp_path: Any) -> Non
     assert peak == plan.peak <= 0.75 * plain_floor()
     lever = next(each for each in plan.levers if each.lever == "weights_on_disk")
     assert lever.numerics == "exact"
-    plain = read_as(model)
-    assert all(torch.equal(value, plain.state_dict()[key]) for key, value in model.state_dict().items())
+    plain, first = read_as(model), tower(4).state_dict()
+    frozen = [key for key in first if "base" in key]
+    assert all(torch.equal(model.state_dict()[key], first[key]) for key in frozen)
     for each in (model, plain):
         each.zero_grad()
         each(ids()).backward()
@@ -373,10 +375,72 @@ def test_a_disk_that_fails_while_weights_are_written_leaves_the_model_as_it_was(
         put(data, offset)
 
     monkeypatch.setattr(pool, "put", full)
+    own = dict(model.named_parameters())
     with pytest.raises(disk.DiskError, match="no space left"):
         pack_weights(model, pool.codec)
     assert written[0] == 4
+    assert all(p is own[name] for name, p in model.named_parameters())
     assert not any(packed(module) for module in model.modules())
     assert {n for n, _ in model.named_parameters()} == {n for n, _ in tower(4).named_parameters()}
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert pool.held == 0
+
+
+def test_a_copy_is_unpacked_by_itself() -> None:
+    model = tower()
+    pack_weights(model)
+    loss, other = model(ids()), copy.deepcopy(model)
+    unpack_weights(other)
+    assert torch.equal(other(ids()), loss)
+    assert torch.equal(model(ids()), loss)
+    assert len(unpack_weights(model)) == 6
+    assert torch.equal(model(ids()), loss)
+
+
+def test_a_model_that_is_converted_reads_its_weights_converted() -> None:
+    model = tower()
+    pack_weights(model)
+    model.to(torch.bfloat16)
+    assert model.layers[0][0].base.weight.dtype is torch.bfloat16
+    model(ids()).backward()
+
+
+def test_weights_on_disk_outlive_a_move_of_their_layer(tmp_path: Any) -> None:
+    pool, model = disk.use(tmp_path, 1 << 20), tower()
+    want = model(ids())
+    pack_weights(model, pool.codec)
+    for module in model.modules():  # as `.cuda()` replaces buffers
+        module._buffers.update({name: b.clone() for name, b in module._buffers.items() if b is not None})
+    assert torch.equal(model(ids()), want)
+    del model
+    gc.collect()
+    assert pool.held == 0
+
+
+def test_an_optimizer_gets_empty_parameters_and_others_keep_the_weight() -> None:
+    model, options = tower(4), {**PLAIN, "allow": "nf4_weights", "example_inputs": (ids(),)}
+    weight = model.layers[0][0].base.weight
+    before, optimizer = weight.clone(), torch.optim.AdamW(model.parameters(), lr=1e-3)
+    memopt.compile(model, budget=int(0.75 * plain_floor()), optimizer=optimizer, **options)
+    assert torch.equal(weight, before)
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert not any(p is weight for p in held)
+    assert len(held) == len(list(tower(4).parameters()))
+    model(ids()).backward()
+    optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
+@pytest.mark.long
+def test_a_longer_batch_packs_what_a_shorter_one_left() -> None:
+    model = tower(4)
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-3)
+    memopt.compile(model, budget=int(0.97 * plain_floor()), optimizer=optimizer, **PLAIN, allow="nf4_weights")
+    counts = []
+    for rows in (1, 2):
+        model(ids().expand(rows, -1)).backward()
+        optimizer.zero_grad()
+        (lever,) = (each for each in model.memopt.plan.levers if each.lever == "nf4_weights")  # type: ignore[union-attr]
+        assert lever.count == sum(packed(module) for module in model.modules())
+        counts.append(lever.count)
+    assert 0 < counts[0] < counts[1]

@@ -6,6 +6,7 @@ happens once, by the reference.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -35,12 +36,17 @@ def unpack_kernel(s, codes, levels, out, count, blocks, BLOCK: tl.constexpr, ROW
         tl.store(out + at, (level * size[:, None]).to(out.dtype.element_ty), mask=at < count)
 
 
+@lru_cache(maxsize=8)
+def table(device: torch.device) -> Tensor:
+    """The levels, where they are read."""
+    return torch.tensor(levels(), device=device)
+
+
 def unpack(packed: Tensor, out: Tensor) -> None:
     """Write s times the codes' levels."""
     if blocks := triton.cdiv(out.numel(), BLOCK):
-        table = torch.tensor(levels(), device=packed.device)
         unpack_kernel[(triton.cdiv(blocks, ROWS),)](
-            sizes(packed), split(packed)[2], table, out, out.numel(), blocks, BLOCK=BLOCK, ROWS=ROWS
+            sizes(packed), split(packed)[2], table(packed.device), out, out.numel(), blocks, BLOCK=BLOCK, ROWS=ROWS
         )
 
 
