@@ -128,7 +128,7 @@ class LighterPlanner(Planner):
             return ()
         in_use = max(w.nbytes for w in weights.values())
         some = bisect_left(saved, ROOM * over + in_use) + 1
-        return tuple(names[:count] for count in (some, 2 * some) if count < len(names)) + (names,)
+        return (*(names[:count] for count in (some, 2 * some) if count < len(names)), names)
 
     def settle(self) -> None:
         """The latest plan is the one to run: pack what it does. An optimizer that holds frozen weights would keep their
