@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import memopt
+from memopt.api import make_request
+from memopt.devices import device
 from memopt.kernels import nf4
+from memopt.lighter import lessened
 from memopt.planfile import save_plan
 from memopt.refusal import Refused
 from memopt.runtime import disk
 from memopt.runtime.measure import measure_step
-from memopt.weights import LEAST, pack_weights, packable, packed, unpack_weights
+from memopt.weights import LEAST, pack_weights, packable, packed, packed_twin, unpack_weights
 
 PLAIN: dict[str, Any] = {"lowering": "eager", "passes": "-stream,-stream_attention"}  # each is a capture of its own
 WIDTH, WORDS, BATCH, SEQ = 64, 80, 1, 16
@@ -346,6 +349,18 @@ def test_weights_on_disk_need_no_consent_and_change_no_bit(tmp_path: Any) -> Non
     want, got = gradients(plain), gradients(model)
     assert all(torch.equal(want[name], got[name]) for name in want)
     assert want.keys() == got.keys()
+
+
+def test_what_weights_take_on_disk_no_activation_can(tmp_path: Any) -> None:
+    request = make_request(
+        device("cpu"), "1GB", None, (), "exact", "eager", "", 1, "m", disk_budget="10MB", disk_path=tmp_path
+    )
+    ((lever, codec),) = request.weights
+    assert lever == "weights_on_disk"
+    model = tower()
+    left = lessened(request, model, packed_twin(model, codec)[1])
+    assert left.disk == (10_000_000 - 6 * 2 * WIDTH * WIDTH * 4, codec)
+    assert not left.weights
 
 
 @pytest.mark.long
