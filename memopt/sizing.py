@@ -24,7 +24,7 @@ from memopt.session import Session
 
 log = logging.getLogger("memopt")
 
-AHEAD = 4  # times a size that fits, where nothing is known not to
+AHEAD = 4  # sizes further than one that fits, where nothing is known not to; as many times further each time
 
 
 def surveyed(session: Session, inputs: Mapping[str, Any], lowering: str = "", chunks: int = 0) -> Survey:
@@ -109,7 +109,7 @@ def largest(over: Callable[[int], int | None], guess: int, spare: int | None = N
 
     over: by how many bytes a size exceeds the budget; 0 where it fits, None where it does not and no bytes are known.
     spare: bytes of the budget that a size of 0 would leave.
-    Asks at the guess, then one away from it, then at four times what fits, until something does not. In between it asks
+    Asks at the guess, then one away from it, then ever further, until something does not fit. In between it asks
     where the line through the two least sizes known not to fit, or through one and `spare`, meets the budget, and where
     that narrows little, in the middle.
     """
@@ -126,8 +126,10 @@ def largest(over: Callable[[int], int | None], guess: int, spare: int | None = N
     ask(max(1, guess))
     if low or high > 1:
         ask(low + 1 if low else high - 1)
+    step = AHEAD
     while not high:
-        ask(AHEAD * low)
+        ask(low + step)
+        step *= AHEAD
     straight = True
     while high - low > 1:
         before, crossing = high - low, _crossing(refused, spare) if straight else None
