@@ -5,7 +5,7 @@
     memopt run examples/qlora.py:small --lowering eager --budget 12MB --allow nf4_weights
 
 The planner packs the frozen weights (memopt.weights) where nothing exact fits. Each function returns a model and its
-inputs; `python examples/qlora.py` trains the small one on text.
+inputs; `python examples/qlora.py` trains the small one on text. The adapters are PEFT's (`pip install peft`).
 """
 
 from __future__ import annotations

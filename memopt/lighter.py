@@ -32,15 +32,15 @@ class LighterPlanner(Planner):
     """Plans as `Planner` does, then with the model's frozen weights packed, of the ways allowed the least lossy first.
 
     Once such a plan is taken, `settle` packs the model: in place where it is to run, else (`measure` False) a copy.
-    stored: what is packed, by lever; found: what the latest plan is to pack besides, and the planner of it.
+    stored: what is packed, by lever; pending: what the latest plan is to pack besides, and the planner of it.
     """
 
     stored: dict[str, PackedWeights] = field(default_factory=dict)
-    found: tuple[str, PackedWeights, Planner] | None = None
+    pending: tuple[str, PackedWeights, Planner] | None = None
 
     def chosen(self, key: Any, call: Call) -> Planned:
         """The plan. Raises BudgetError with the floor of the last way tried."""
-        self.found, ways = None, self.ways()
+        self.pending, ways = None, self.ways()
         if not ways:
             return self.with_stored(super().chosen(key, call))
         plain, advise, saved = self.request, self.advise, self.plan_file is not None
@@ -85,7 +85,7 @@ class LighterPlanner(Planner):
                 if at == len(tries) - 1:
                     raise
                 continue
-            self.found = way[0], done, other
+            self.pending = way[0], done, other
             return self.with_stored(planned, before)
         raise AssertionError("there is always one to try")
 
@@ -98,9 +98,9 @@ class LighterPlanner(Planner):
 
     def every(self) -> dict[str, PackedWeights]:
         """What is packed, and what the latest plan is to pack besides, by lever."""
-        if self.found is None:
+        if self.pending is None:
             return self.stored
-        way, new, _ = self.found
+        way, new, _ = self.pending
         old = self.stored.get(way, PackedWeights(new.codec, (), 0, 0))
         both = PackedWeights(new.codec, (*old.names, *new.names), old.before + new.before, old.after + new.after)
         return {**self.stored, way: both}
@@ -133,9 +133,9 @@ class LighterPlanner(Planner):
     def settle(self) -> None:
         """The latest plan is the one to run: pack what it does. An optimizer that holds frozen weights would keep their
         bytes: it gets empty ones in their place, which never have a gradient."""
-        if self.found is None:
+        if self.pending is None:
             return
-        (_, done, other), every = self.found, self.every()
+        (_, done, other), every = self.pending, self.every()
         if self.measure:
             weights = {id(self.model.get_parameter(name)) for name in done.names}
             pack_weights(self.model, done.codec, done.names)
@@ -144,7 +144,7 @@ class LighterPlanner(Planner):
         else:
             self.model = other.model
         self.surveys, self.request = other.surveys, replace(other.request, weights=self.request.weights)
-        self.stored, self.found = every, None
+        self.stored, self.pending = every, None
 
 
 def emptied(weight: Tensor) -> nn.Parameter:
@@ -184,6 +184,5 @@ def told(result: PlanResult, way: str, done: PackedWeights, before: PlanResult |
     lighter = replace(result, rewrites=(*result.rewrites, lever), notes=(*result.notes, note))
     if before is None:
         return lighter
-    return replace(
-        lighter, plain=before.baseline, plain_seconds=before.plain_seconds if before.plain else before.seconds
-    )
+    seconds_of = before.seconds if before.plain is None else before.plain_seconds
+    return replace(lighter, plain=before.baseline, plain_seconds=seconds_of)

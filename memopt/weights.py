@@ -53,13 +53,13 @@ class PackedWeights:
 
 
 class Packed(nn.Module):
-    """How a weight is read: of its bytes, which are its owner's buffer. kept: what `pack` made, also when the owner was
-    moved since: the death of what stands for a weight that lies elsewhere frees the place."""
+    """How a weight is read: of its bytes, which are its owner's buffer. kept: what stands for a weight that lies
+    elsewhere, whose death frees the place: held also when the owner was moved, which replaces its buffers."""
 
     def __init__(self, codec: str, weight: Tensor) -> None:
         super().__init__()
         self.codec, self.size, self.strides, self.dtype = codec, tuple(weight.shape), weight.stride(), weight.dtype
-        self.kept = self.pack(weight)
+        self.kept: Tensor | None = None
 
     def forward(self, packed: Tensor) -> Tensor:
         """The weight, a new tensor each time."""
@@ -67,12 +67,13 @@ class Packed(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Packed:
         """The owner is converted, as by `.half()`: so is what is read."""
-        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.kept.device)).dtype
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         return cast(Packed, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
     def pack(self, weight: Tensor) -> Tensor:
         """Its bytes."""
         made: Tensor = overload(f"memopt.pack_{self.codec}.default")(weight.detach(), self.strides)
+        self.kept = made if elsewhere(self.codec) else None
         return made
 
     def unpack(self, packed: Tensor) -> Tensor:
@@ -136,11 +137,13 @@ def pack_weights(model: nn.Module, codec: str = "nf4", names: Collection[str] | 
         )
     if not elsewhere(codec):
         _refuse_infinite(found)
-    made = {name: Packed(codec, module.get_parameter(NAME)) for name, module in found.items()}
-    before = sum(module.get_parameter(NAME).nbytes for module in found.values())
+    weights = {name: module.get_parameter(NAME) for name, module in found.items()}
+    readers = {name: Packed(codec, weight) for name, weight in weights.items()}
+    made = {name: readers[name].pack(weight) for name, weight in weights.items()}
     for name, module in found.items():
-        _pack(module, made[name])
-    return PackedWeights(codec, tuple(found), before, sum(reader.kept.nbytes for reader in made.values()))
+        _pack(module, readers[name], made[name])
+    before, after = (sum(tensor.nbytes for tensor in held.values()) for held in (weights, made))
+    return PackedWeights(codec, tuple(found), before, after)
 
 
 def packed_twin(model: nn.Module, codec: str, names: Collection[str] | None = None) -> tuple[nn.Module, PackedWeights]:
@@ -163,11 +166,11 @@ def _refuse_infinite(found: dict[str, nn.Module]) -> None:
             raise ValueError(f"{name} is not finite, so it cannot be packed; nothing was changed")
 
 
-def _pack(module: nn.Module, reader: Packed) -> None:
+def _pack(module: nn.Module, reader: Packed, made: Tensor) -> None:
     parametrize.register_parametrization(module, NAME, reader, unsafe=True)
     home = _home(module)
     del home._parameters[STORED]  # the weight itself
-    home.register_buffer(STORED, reader.kept)
+    home.register_buffer(STORED, made)
     module._register_state_dict_hook(_plain_keys)
     module._register_load_state_dict_pre_hook(_packed_keys, with_module=True)
 
@@ -233,8 +236,7 @@ def _packed_keys(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
     if isinstance(weight, Tensor) and tuple(weight.shape) == reader.size:
         weight = weight.to(device=here.device, dtype=reader.dtype)
         if not torch.equal(weight, reader.unpack(here)):
-            reader.kept = reader.pack(weight)
-            _home(module).register_buffer(STORED, reader.kept)
+            _home(module).register_buffer(STORED, reader.pack(weight))
         state[_key(prefix)] = _bytes_of(module)
     elif weight is not None:
         state[f"{prefix}{NAME}"] = weight  # unexpected as it is, and said so by torch
