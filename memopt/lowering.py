@@ -53,7 +53,7 @@ def lower(
     what they found. updates: what the backward of this program is to update (memopt/early.py).
     chunks: as in `memopt.forward.Forward`.
     """
-    as_untraced(module, fused=exact and lowering == "eager")
+    as_untraced(module, exact=exact and lowering == "eager")
     detached = detach_beside_loss(module) if loss_only else None
     changed = rewritten(module, rewrites, chunks)
     module = changed.module

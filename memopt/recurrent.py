@@ -1,7 +1,8 @@
 """`nn.LSTM`, `nn.GRU` and `nn.RNN` in a Dynamo graph, so that what is traced computes what untraced torch computes.
 
-torch's decompositions (torch/_decomp/decompositions.py, 2.13) differ from it three times: an LSTM on CPU becomes cells
-where torch runs oneDNN's layers, which round differently; the dropout between layers is lost (`_rnn_helper` sets it to
+torch's decompositions (torch/_decomp/decompositions.py, 2.13) differ from it four times: an LSTM on CPU becomes cells
+where torch runs oneDNN's layers, which round differently; a GRU's gates are computed in tensors of their own, which on
+CPU round differently from torch's slices of a wider one; the dropout between layers is lost (`_rnn_helper` sets it to
 0.0); and an LSTM whose input needs no gradient gets oneDNN's inference layer, whose backward reads a workspace that is
 not there and takes the process down.
 """
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 
 from memopt.runtime.lstm_layer import lstm_layer
@@ -21,14 +23,14 @@ from memopt.runtime.lstm_layer import lstm_layer
 Layer = Callable[[Tensor, tuple[Tensor, ...], Sequence[Tensor]], tuple[Tensor, ...]]
 
 
-def as_untraced(module: fx.GraphModule, fused: bool) -> None:
-    """Have the graph's recurrent networks computed as untraced torch does, in place. fused: oneDNN's LSTM layers too.
+def as_untraced(module: fx.GraphModule, exact: bool) -> None:
+    """Have the graph's recurrent networks computed as untraced torch does, in place. exact: to the bit on CPU.
 
     Packed sequences are left as they are.
     """
     for node in module.graph.nodes:
         if node.op == "call_function" and node.target in OPERATIONS and _padded(node):
-            node.args = (node.target.__name__, fused, *node.args)
+            node.args = (node.target.__name__, exact, *node.args)
             node.target = recurrent
     module.recompile()
 
@@ -47,13 +49,15 @@ def _padded(node: fx.Node) -> bool:
 
 
 def recurrent(
-    name: str, fused: bool, x: Tensor, states: Any, weights: Sequence[Tensor], biased: bool, layers: int,
+    name: str, exact: bool, x: Tensor, states: Any, weights: Sequence[Tensor], biased: bool, layers: int,
     dropout: float, train: bool, bidirectional: bool, batch_first: bool,
 ) -> Any:  # fmt: skip
     """What the operation of that name computes with these arguments; run while AOTAutograd traces, on fake tensors."""
     op = getattr(torch, name)
-    if fused and op is torch.lstm and by_onednn(x, states, weights):
-        layer: Layer = _Onednn(2 if bidirectional else 1)
+    if exact and op is torch.lstm and by_onednn(x, states, weights):
+        layer: Layer = _Directions(_by_onednn, 2 if bidirectional else 1)
+    elif exact and op is torch.gru and x.device.type == "cpu":
+        layer = _Directions(_gru, 2 if bidirectional else 1)
     elif dropout == 0 or not train or layers == 1:
         with _cells():
             return op(x, states, weights, biased, layers, dropout, train, bidirectional, batch_first)
@@ -105,27 +109,48 @@ def _stacked(
     return x.transpose(0, 1) if batch_first else x, *last
 
 
-class _Onednn:
-    """A layer of oneDNN's, one operation a direction. Two biases or none follow the two weights."""
+class _Directions:
+    """A layer computed one direction at a time. Two biases or none follow the two weights of each."""
 
-    def __init__(self, directions: int) -> None:
-        self.directions = directions
+    def __init__(self, run: Callable[..., tuple[Tensor, ...]], directions: int) -> None:
+        self.run, self.directions = run, directions
 
     def __call__(self, x: Tensor, states: tuple[Tensor, ...], weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
         share = len(weights) // self.directions
         made = [
-            self.run(x, [s[at].contiguous() for s in states], weights[at * share : (at + 1) * share], at == 1)
+            self.run(x, [s[at] for s in states], weights[at * share : (at + 1) * share], at == 1)
             for at in range(self.directions)
         ]
-        y, h, c, _ = zip(*made, strict=True)
-        return torch.cat(y, -1) if len(y) > 1 else y[0], torch.stack(h), torch.stack(c)
+        y, *ends = zip(*made, strict=True)
+        return torch.cat(y, -1) if len(y) > 1 else y[0], *map(torch.stack, ends)
 
-    @staticmethod
-    def run(x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], reverse: bool) -> Any:
-        dtype = _dtype(x)
-        w_ih, w_hh, b_ih, b_hh = (*(w.to(dtype) for w in weights), None, None)[:4]
-        h, c = (state.to(dtype) for state in states)
-        return lstm_layer(x.to(dtype), w_ih, w_hh, b_ih, b_hh, h, c, reverse)
+
+def _by_onednn(x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], reverse: bool) -> tuple[Tensor, ...]:
+    dtype = _dtype(x)
+    w_ih, w_hh, b_ih, b_hh = (*(w.to(dtype) for w in weights), None, None)[:4]
+    h, c = (state.contiguous().to(dtype) for state in states)
+    y, h, c, _ = lstm_layer(x.to(dtype), w_ih, w_hh, b_ih, b_hh, h, c, reverse)
+    return y, h, c
+
+
+def _gru(x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], reverse: bool) -> tuple[Tensor, ...]:
+    """The cell of `nn.GRU`'s documentation in the order of aten/src/ATen/native/RNN.cpp.
+
+    Its reset and update gates stay slices of one tensor, so that torch vectorises no more of a row than it does
+    untraced: the rest of a row gets the scalar sigmoid, which rounds differently.
+    """
+    w_ih, w_hh, *biases = weights
+    b_ih, b_hh = biases or (None, None)
+    (h,), made = states, []
+    inputs = F.linear(x, w_ih, b_ih).unbind(0)
+    for step in reversed(inputs) if reverse else inputs:
+        gates, new = step.split((2 * h.shape[-1], h.shape[-1]), 1)
+        from_state, new_from_state = F.linear(h, w_hh, b_hh).split((2 * h.shape[-1], h.shape[-1]), 1)
+        reset, update = (part.sigmoid() for part in (from_state + gates).chunk(2, 1))
+        new = (new + new_from_state * reset).tanh()
+        h = (h - new) * update + new
+        made.append(h)
+    return torch.stack(made[::-1] if reverse else made), h
 
 
 class _Cells:

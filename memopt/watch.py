@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from memopt.plans import MeasuredStep
 from memopt.runtime.guard import Guard
+from memopt.runtime.trace import inside_backward
 
 log = logging.getLogger("memopt")
 
@@ -74,9 +75,9 @@ class StepWatch:
             output.register_hook(lambda _: self.waiting.clear())
 
     def end(self) -> None:
-        """The step is over, unless a backward may still come. What was measured of it waits for `take`."""
+        """The step is over, unless a backward runs or may still come. What was measured of it waits for `take`."""
         guard = self.guards.get(self.watching)
-        if guard is None or self.pending:
+        if guard is None or self.pending or inside_backward():
             return
         before = guard.measured
         guard.end_step()

@@ -102,6 +102,25 @@ def test_back_at_an_earlier_shape_its_plan_is_shown_and_watched(caplog: pytest.L
     assert said(caplog) == []
 
 
+def test_updates_inside_the_backward_do_not_end_the_step() -> None:
+    """The recipe of torch's tutorial: an optimizer for each parameter, stepped by a hook of its gradient."""
+    torch._dynamo.reset()
+    model = memopt.compile(Net(), "1GB", lowering="eager")
+    optimizers, watched = {p: torch.optim.SGD([p]) for p in model.parameters()}, []
+
+    def update(parameter: Tensor) -> None:
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+        watched.append(model.memopt._session.watch.watching is not None)
+
+    for parameter in optimizers:
+        parameter.register_post_accumulate_grad_hook(update)
+    for _ in range(3):
+        model(torch.randn(256, 32)).backward()
+    assert watched == [True] * 12
+    assert model.memopt.measured is not None
+
+
 def test_a_step_over_budget_that_no_plan_holds_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     """What already trains is never ended by a refusal."""
     model, optimizer = compiled()

@@ -14,7 +14,7 @@ from torch import Tensor
 from memopt.plans import MeasuredStep
 from memopt.runtime.phases import CudaPeaks
 from memopt.runtime.resident import distinct_bytes
-from memopt.runtime.trace import Recording, make_way, profiler_is_active
+from memopt.runtime.trace import Recording, inside_backward, make_way, profiler_is_active
 
 SHARE, SLACK = 0.01, 2**20  # what a prediction may be off by before the guard speaks: 1 % + 1 MiB
 
@@ -68,7 +68,9 @@ class Guard:
         self.end_step()
 
     def begin_step(self) -> None:
-        """A training step begins; the one before, if any, has ended."""
+        """A training step begins; the one before, if any, has ended. Nothing inside a backward begins or ends one."""
+        if inside_backward():
+            return
         self.end_step()
         self.steps += 1
         if self.device.type == "cuda":
@@ -84,8 +86,8 @@ class Guard:
         self._began = self._clock()
 
     def end_step(self) -> None:
-        """The step has ended: compare. Does nothing if none is being observed."""
-        if not self._watching:
+        """The step has ended: compare. Does nothing if none is being observed, or inside a backward."""
+        if not self._watching or inside_backward():
             return
         self._watching = False
         if thinned(self.steps):

@@ -18,6 +18,7 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -76,6 +77,14 @@ def profiler_is_active() -> bool:
     return bool(torch.autograd._profiler_enabled())  # type: ignore[attr-defined]
 
 
+def inside_backward() -> bool:
+    """Whether autograd runs a node in this thread.
+
+    A profiler that is stopped there corrupts the heap: torch 2.13 dies where the result is freed (SIGSEGV).
+    """
+    return torch._C._current_graph_task_id() != -1
+
+
 class Recording:
     """A recording that begins now and ends with `stop`, where it cannot be a `with` block. One at a time.
 
@@ -102,8 +111,15 @@ class Recording:
         self.profile.__exit__(None, None, None)
 
     def abandon(self) -> None:
-        """End it if it still runs in this thread: nobody is left who would stop it, and all that runs is recorded."""
-        if Recording.yielding is self and profiler_is_active():
+        """End it if it still runs in this thread: nobody is left who would stop it, and all that runs is recorded.
+
+        Garbage may be collected in the middle of a backward: then at a later collection.
+        """
+        if Recording.yielding is not self or not profiler_is_active():
+            return
+        if inside_backward():
+            weakref.finalize(_Garbage(), self.abandon)
+        else:
             make_way()
 
     def stop(self, contested: bool = False) -> Trace | None:
@@ -128,13 +144,20 @@ class Recording:
         return any(p.entered and p.kineto_results is None for p in others if p is not self.profile.profiler)
 
 
+class _Garbage:
+    """Lives until the garbage collector runs next."""
+
+    def __init__(self) -> None:
+        self.me = self
+
+
 def make_way() -> bool:
     """End a guard's recording, if that is what runs: a later one goes first. Whether nothing runs any more.
 
     Its model may never take another step, and would keep every other from being watched.
     """
     running = Recording.yielding
-    if running is not None and not running.taken_over():
+    if running is not None and not inside_backward() and not running.taken_over():
         running.give_way()
     return not profiler_is_active()
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import logging
 import weakref
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from memopt.runtime.guard import Guard, thinned, tolerated
-from memopt.runtime.trace import profiler_is_active
+from memopt.runtime.trace import make_way, profiler_is_active
 
 MB = 2**20
 
@@ -66,6 +67,29 @@ def test_a_guard_that_nobody_holds_records_no_longer() -> None:
     guard.begin_step()
     assert profiler_is_active()
     del guard
+    assert not profiler_is_active()
+
+
+def test_no_recording_ends_inside_a_backward() -> None:
+    """A profiler stopped there corrupts torch's heap, and where garbage is collected is nobody's choice."""
+    guard, seen = Guard(9 * MB), []
+    guard.begin_step()
+    guard.begin_step()
+    x = torch.ones(2, requires_grad=True)
+
+    def collected(_: Tensor) -> None:
+        nonlocal guard
+        guard.end_step()
+        guard.begin_step()
+        del guard
+        gc.collect()
+        seen.append(profiler_is_active() and not make_way())
+
+    y = x * 2
+    y.register_hook(collected)
+    y.sum().backward()
+    assert seen == [True]
+    gc.collect()
     assert not profiler_is_active()
 
 

@@ -161,6 +161,11 @@ def test_other_cells_keep_the_dropout_between_layers(cell: Callable[..., nn.Modu
     assert any("bernoulli" in op or "dropout" in op or op == "draw" for op in assert_exact(model))
 
 
+@pytest.mark.parametrize("hidden", [7, pytest.param(40, marks=pytest.mark.long)])
+def test_a_gru_rounds_as_untraced_where_rows_are_no_whole_vectors(hidden: int) -> None:
+    assert_exact(net(cell=lambda width, _: nn.GRU(width, hidden, bias=False, batch_first=True)))
+
+
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")
 def test_without_onednn_it_is_the_cells_of_plain_torch() -> None:
     with torch.backends.mkldnn.flags(enabled=False):
