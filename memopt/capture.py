@@ -36,6 +36,7 @@ from memopt.hosts import as_in_eager
 from memopt.lowering import Transform, lower, signature
 from memopt.passbase import Rewrite
 from memopt.program import Program, argument_places, copied
+from memopt.runtime.trace import make_way
 
 Prepare = Callable[[Program], Program]
 MANY = 1500  # operations of a graph above which the step without rewrites is not captured as well: half of a capture
@@ -216,6 +217,7 @@ def survey(
     Raises CaptureError naming the user's line when the forward cannot be traced or fails (its own error is the cause),
     when inputs are missing, and when nothing asks for a gradient.
     """
+    make_way()  # what a guard still records would grow by every operation traced here
     _refuse_sparse(model)
     _refuse_misfit(model, args, kwargs)
     mode = mode_of(model) or FakeTensorMode(allow_non_fake_inputs=True)

@@ -121,6 +121,22 @@ def test_updates_inside_the_backward_do_not_end_the_step() -> None:
     assert model.memopt.measured is not None
 
 
+def test_no_other_models_capture_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that stopped training while it was watched had all that another one's planning runs recorded."""
+    model, _ = compiled()
+    for _ in range(2):
+        model(torch.randn(256, 32)).backward()
+    assert profiler_is_active()
+    tracing: list[bool] = []
+    lower = memopt.capture.lower
+    monkeypatch.setattr(
+        memopt.capture, "lower", lambda *a, **k: (tracing.append(profiler_is_active()), lower(*a, **k))[1]
+    )
+    memopt.plan(Net(), (torch.randn(256, 32),), budget="1GB", lowering="eager")
+    assert tracing
+    assert not any(tracing)
+
+
 def test_a_step_over_budget_that_no_plan_holds_goes_on(caplog: pytest.LogCaptureFixture) -> None:
     """What already trains is never ended by a refusal."""
     model, optimizer = compiled()

@@ -80,7 +80,8 @@ def profiler_is_active() -> bool:
 def inside_backward() -> bool:
     """Whether autograd runs a node in this thread.
 
-    A profiler that is stopped there corrupts the heap: torch 2.13 dies where the result is freed (SIGSEGV).
+    A profiler must not be stopped there: after each node autograd restores the thread's state, and with it the stopped
+    profiler's, so that ranges which end later write into events that are freed (torch 2.13: SIGSEGV some time after).
     """
     return torch._C._current_graph_task_id() != -1
 
