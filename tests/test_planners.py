@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.planners import __main__ as command
 from benchmarks.planners import bench, graphs
+from benchmarks.planners.ahead import Turn
 from benchmarks.planners.answer import Answer
 from benchmarks.planners.blockgraph import BlockGraph, Late, Node
 from benchmarks.planners.checkmate import Choice, peak, planned, seconds
@@ -439,6 +440,23 @@ def test_the_command_from_beginning_to_end(tmp_path: Path, monkeypatch: pytest.M
     assert "HOLDS  memopt: no budget violated" in capsys.readouterr().out
     assert command.main([*options, "--table"]) == 0
     assert "| gpt2 | 80% |" in capsys.readouterr().out
+
+
+def test_telling_budgets_of_every_graph_come_before_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[list[Turn]] = []
+    found = {label: 9 - at for at, label in enumerate(bench.LABELS)}
+
+    def stood_in(asked: Sequence[Turn]) -> dict[str, tuple[bench.Row | None, list[bench.Row]]]:
+        turns.append(list(asked))
+        return {turn.graph: ({"graph": turn.graph, "budgets": found}, [{"planner": "x"}]) for turn in asked}
+
+    monkeypatch.setattr(command, "side_by_side", stood_in)
+    lines = command.run(command.arguments(["--graph", "lstm", "unet", "--planner", "memopt", "checkmate"]))
+    assert [[turn.graph for turn in asked] for asked in turns] == [["lstm", "unet"]] * 3
+    assert [asked[0].planners for asked in turns] == [["memopt"], ["checkmate"], ["memopt"]]
+    assert [set(asked[0].labels) for asked in turns] == [bench.TELLING, bench.TELLING, set(found) - bench.TELLING]
+    assert [asked[1].known for asked in turns] == [{}, found, found]
+    assert len(lines) == 2 + 6
 
 
 def test_the_stacks_are_those_of_the_sweep() -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.planners.bench import LIMIT, Row, baseline, budgets, header, row
@@ -40,18 +40,20 @@ def planned(work: Work, names: Sequence[str], wanted: Mapping[str, int], until: 
                 tell(f"{work.name} at {label}: {name} left out, no time")
                 continue
             yield row(work, keep, label, budget, name, min(LIMIT, left))
-    tell(f"{work.name}: {', '.join(names)} in {time.monotonic() - began:.0f} s")
+    tell(f"{work.name}: {', '.join(names)} at {', '.join(wanted)} in {time.monotonic() - began:.0f} s")
 
 
 @dataclass(frozen=True)
 class Turn:
-    """Planners on one graph. folder: of the graphs. until: when to stop. wanted: budgets by label, if known."""
+    """Planners on one graph. folder: of the graphs. until: when to stop. labels: the budgets to plan for; known: all of
+    them in bytes, if an earlier turn found them."""
 
     graph: str
     planners: Sequence[str]
     folder: Path
     until: float
-    wanted: Mapping[str, int] = field(default_factory=dict)
+    labels: Collection[str]
+    known: Mapping[str, int]
 
     def run(self) -> tuple[Row | None, list[Row]]:
         """(header, rows); nothing where there is no time left to capture the graph."""
@@ -59,8 +61,9 @@ class Turn:
             tell(f"{self.graph}: {', '.join(self.planners)} left out, no time")
             return None, []
         work = load(exported(self.graph, self.folder))
-        wanted = self.wanted or budgets(work, baseline(work))
-        return header(work), list(planned(work, self.planners, wanted, self.until))
+        known = self.known or budgets(work, baseline(work))
+        wanted = {label: size for label, size in known.items() if label in self.labels}
+        return header(work, known), list(planned(work, self.planners, wanted, self.until))
 
 
 def side_by_side(turns: Sequence[Turn]) -> dict[str, tuple[Row | None, list[Row]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from time import perf_counter
 from types import FrameType
@@ -21,6 +21,14 @@ from benchmarks.planners.sqrt_blocks import every_block, sqrt_blocks
 LIMIT = 30.0  # seconds one planner may take for one budget
 SHARES = (0.8, 0.6, 0.4)  # of keep-all's peak
 NEAR, BELOW = 1.02, 0.9  # of memopt's floor: just above, and where only others might reach
+LABELS = (
+    *(f"{share:.0%}" for share in SHARES),
+    "floor + 2%",
+    "floor - 10%",
+    "peak of every_block",
+    "peak of sqrt_blocks",
+)
+TELLING = frozenset({"60%", "floor + 2%", "peak of sqrt_blocks"})
 Row = dict[str, Any]
 
 
@@ -51,14 +59,6 @@ def score(work: Work, answer: Answer) -> Score:
     return simulate(work.graph, work.seconds, check(work.graph, answer.schedule), work.block)
 
 
-def rows(work: Work, names: Sequence[str], limit: float = LIMIT) -> Iterator[Row]:
-    """A row for each budget and planner. limit: seconds a planner may take for a budget."""
-    keep = baseline(work)
-    for label, budget in budgets(work, keep).items():
-        for name in names:
-            yield row(work, keep, label, budget, name, limit)
-
-
 def row(work: Work, keep: Score, label: str, budget: int, name: str, limit: float) -> Row:
     """One planner at one budget. Bytes and seconds; `relative`: added seconds a second of the unchanged step."""
     started = perf_counter()
@@ -87,11 +87,12 @@ def finite(value: float | None) -> float | None:
     return value if value is not None and value != float("inf") else None
 
 
-def header(work: Work) -> Row:
-    """What is known of a work before anybody plans."""
+def header(work: Work, wanted: Mapping[str, int]) -> Row:
+    """What is known of a work before anybody plans. wanted: its budgets."""
     keep = baseline(work)
     sizes = {"steps": len(work.graph.steps), "peak": keep.peak, "seconds": keep.seconds}
-    return {"graph": work.name, "about": work.about, "device": work.device, **sizes, "notes": list(work.notes)}
+    return {"graph": work.name, "about": work.about, "device": work.device, **sizes, "budgets": {**wanted},
+            "notes": list(work.notes)}  # fmt: skip
 
 
 @contextmanager
