@@ -67,7 +67,7 @@ def _from_text(spec: object, capacity: int | None, needed: int | None) -> int:
         return _known(spec, capacity) - left
     if (size := _size(text)) is not None:
         return size
-    raise _refused(spec, f"it is none of them{_hint(spec)}")
+    raise _refused(spec, f"that is no amount of memory{_hint(spec)}")
 
 
 def _auto(spec: object, capacity: int | None, needed: int | None) -> int:
