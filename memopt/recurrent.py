@@ -87,7 +87,7 @@ def by_onednn(x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor]) ->
 
 
 def _dtype(x: Tensor) -> torch.dtype:
-    """What a layer computes in: autocast casts its inputs, weights and states down."""
+    """What this is computed in: autocast casts a layer's inputs, weights and states down."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
 
 
@@ -139,7 +139,8 @@ def _gru(x: Tensor, states: Sequence[Tensor], weights: Sequence[Tensor], reverse
     Its reset and update gates stay slices of one tensor, so that torch vectorises no more of a row than it does
     untraced: the rest of a row gets the scalar sigmoid, which rounds differently.
     """
-    w_ih, w_hh, *biases = weights
+    # autocast casts a weight once, not at each step: its gradients are then summed in the lower precision
+    w_ih, w_hh, *biases = (w if w.dtype is torch.float64 else w.to(_dtype(w)) for w in weights)
     b_ih, b_hh = biases or (None, None)
     (h,), made = states, []
     inputs = F.linear(x, w_ih, b_ih).unbind(0)

@@ -166,6 +166,19 @@ def test_a_gru_rounds_as_untraced_where_rows_are_no_whole_vectors(hidden: int) -
     assert_exact(net(cell=lambda width, _: nn.GRU(width, hidden, bias=False, batch_first=True)))
 
 
+@BF16
+@pytest.mark.long
+def test_autocast_casts_a_grus_weight_once_a_step() -> None:
+    torch.manual_seed(0)
+    assert_exact(Autocast(nn.GRU(WIDTH, HIDDEN, 2, dropout=0.5), states=False))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.bfloat16, marks=BF16)])
+def test_a_gru_in_other_dtypes(dtype: torch.dtype) -> None:
+    assert_exact(net(cell=nn.GRU, dtype=dtype))
+
+
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")
 def test_without_onednn_it_is_the_cells_of_plain_torch() -> None:
     with torch.backends.mkldnn.flags(enabled=False):
