@@ -166,7 +166,6 @@ def test_a_gru_rounds_as_untraced_where_rows_are_no_whole_vectors(hidden: int) -
     assert_exact(net(cell=lambda width, _: nn.GRU(width, hidden, bias=False, batch_first=True)))
 
 
-@BF16
 @pytest.mark.long
 def test_autocast_casts_a_grus_weight_once_a_step() -> None:
     torch.manual_seed(0)
@@ -174,7 +173,7 @@ def test_autocast_casts_a_grus_weight_once_a_step() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("dtype", [torch.float64, pytest.param(torch.bfloat16, marks=BF16)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_a_gru_in_other_dtypes(dtype: torch.dtype) -> None:
     assert_exact(net(cell=nn.GRU, dtype=dtype))
 
