@@ -83,7 +83,7 @@ def test_an_infeasible_plan_exits_3_with_floor_binding_and_ways_out_in_the_doors
 
 @pytest.mark.long
 def test_what_is_offered_as_a_way_out_is_one() -> None:
-    """It holds the budget. Its peak is that of a quick plan; one made in earnest is faster, and may come nearer to it."""
+    """It holds the budget. Its peak is that of a quick plan; one in earnest is faster, and may come nearer to it."""
     words = ("plan", "llama-tiny", "--batch", "4", "--seq", "64", "--lowering", "eager", "--passes=-stream")
     ways = {way["change"].split()[0]: way for way in answer(*words, "--budget", "2.6MB", code=3)["ways_out"]}
     for name in ("--batch", "--budget", "--update"):  # those of the doors; others are planned as they are
