@@ -24,6 +24,7 @@ from benchmarks.planners.dtr import Play, dtr
 from benchmarks.planners.export import Work, from_json, load, save, to_json
 from benchmarks.planners.keep_all import unchanged
 from benchmarks.planners.marks import marks
+from benchmarks.planners.partition import partition, partitions
 from benchmarks.planners.registry import PLANNERS, planner
 from benchmarks.planners.rotor import rotor
 from benchmarks.planners.sac_milp import fitted
@@ -440,6 +441,16 @@ def test_the_command_from_beginning_to_end(tmp_path: Path, monkeypatch: pytest.M
     assert "HOLDS  memopt: no budget violated" in capsys.readouterr().out
     assert command.main([*options, "--table"]) == 0
     assert "| gpt2 | 80% |" in capsys.readouterr().out
+
+
+def test_a_sweep_of_torchs_partitioner_is_what_each_share_gives_alone() -> None:
+    source = graphs.preset("gpt2-tiny", "fp32", "h200", optimizer="none")
+    (program,) = graphs.surveyed(source)[2]
+    swept = tuple(partitions(program, 60.0))
+    assert len({(part.forward, part.backward) for part in swept}) > 3
+    for part in swept:
+        alone = partition(program, part.share)
+        assert (part.forward, part.backward) == (alone.forward, alone.backward)
 
 
 def test_telling_budgets_of_every_graph_come_before_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
