@@ -36,7 +36,7 @@ def partitions(program: Program, limit: float) -> Iterator[Partition]:
 
 @contextmanager
 def cuts_once() -> Iterator[None]:
-    """For one program: torch solves three cuts and reckons operations' seconds for every share anew, to the same result.
+    """For one program: torch solves three cuts and reckons operations' seconds for each share anew, to the same result.
     Those are kept by the nodes' names; what a share changes, the choice and the cut it leads to, is torch's each time.
     """
     solve, reckon = partitioners.solve_min_cut, partitioners.estimate_runtime
