@@ -35,11 +35,10 @@ def planned(work: Work, names: Sequence[str], wanted: Mapping[str, int], until: 
     keep, began = baseline(work), time.monotonic()
     for label, budget in wanted.items():
         for name in names:
-            left = until - time.monotonic()
-            if left < 1:
+            if time.monotonic() > until:
                 tell(f"{work.name} at {label}: {name} left out, no time")
                 continue
-            yield row(work, keep, label, budget, name, min(LIMIT, left))
+            yield row(work, keep, label, budget, name, LIMIT)
     tell(f"{work.name}: {', '.join(names)} at {', '.join(wanted)} in {time.monotonic() - began:.0f} s")
 
 

@@ -28,7 +28,7 @@ LABELS = (
     "peak of every_block",
     "peak of sqrt_blocks",
 )
-TELLING = frozenset({"60%", "floor + 2%", "peak of sqrt_blocks"})
+TELLING = frozenset({"60%", "floor + 2%"})
 Row = dict[str, Any]
 
 
