@@ -43,7 +43,8 @@ def cell(rows: Sequence[Row], graph: str, label: str) -> str:
         return ""
     best = least([row for row in here if row["planner"] not in UNNAMED])
     others = f"{best['planner']} {percent(best)}" if best else "none"
-    text = f"{percent(mine) if mine['fits'] else 'refused'} ({others})"
+    failed = "no plan in time" if mine["note"].startswith("left out") else "refused"
+    text = f"{percent(mine) if mine['fits'] else failed} ({others})"
     return f"**{text}**" if lost(mine, best) else text
 
 
