@@ -13,7 +13,7 @@ any set of remakes is correct, only its bytes and seconds differ. Steps left wit
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from memopt.graph import Step, StepGraph, Storage, TensorInfo
@@ -58,13 +58,13 @@ class Remake:
         return len(self.unpack) == 1 and not self.pack and not self.made
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: a search makes a million of them, each of which would take three times as long
 class Copy:
     """A step to place before another: `step` is the template, `tensors` maps its tensors to their copies."""
 
     step: Step
     name: str
-    tensors: tuple[tuple[str, str], ...]
+    tensors: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Placer:
 
     def __init__(self, graph: StepGraph, remakes: Iterable[Remake]) -> None:
         self.graph = graph
-        self.spans: dict[str, list[tuple[int, int, int]]] = {}
+        self.spans: dict[str, list[tuple[int, int, int]]] = {}  # value -> (width, first position, remake)
         self.unpack: dict[int, dict[str, Step]] = {}
         self.stand_ins: set[int] = set()  # remakes, by their place
         self.unpacking: set[str] = set()  # steps of theirs
@@ -99,9 +99,10 @@ class Placer:
             if remake.fetched:
                 fetch, self.waits[index] = remake.unpack
                 self.early.setdefault(graph.position[remake.fetched], []).append((index, fetch))
-        for spans in self.spans.values():
+        self.served: dict[str, list[tuple[int, int, int]]] = {}  # tensor -> those of its value
+        for value, spans in self.spans.items():
             spans.sort()  # the narrowest span that covers a moment serves it
-        self.homes, self.made = graph.homes, graph.producer
+            self.served.update(dict.fromkeys(graph.made_in.get(value, ()), spans))
         self.copies: dict[tuple[str, int], str] = {}
         self.counts: dict[str, int] = {}
 
@@ -109,11 +110,9 @@ class Placer:
         """Index of the remake that serves a read of `tensor` at position `at`, or None: the original does.
 
         copying: the reader is a copy, to which a stand-in is of no use."""
-        spans = self.spans.get(self.homes.get(tensor, ""))  # what is packed has no home in the graph, and no remake
-        if spans and self.made.get(tensor, at) < at:
-            for width, first, index in spans:
-                if first <= at <= first + width:
-                    return None if copying and index in self.stand_ins else index
+        for width, first, index in self.served.get(tensor, ()):
+            if first <= at <= first + width:
+                return None if copying and index in self.stand_ins else index
         return None
 
     def maker(self, tensor: str, remake: int) -> Step:
@@ -123,16 +122,18 @@ class Placer:
     def schedule(self) -> Schedule:
         before: dict[int, list[Copy]] = {}
         reads: dict[int, dict[str, str]] = {}
-        reading = {at for value in self.spans for at in self.graph.uses.get(value, ())}
+        start = min((first for spans in self.spans.values() for _, first, _ in spans), default=0)
+        reading = {at for value in self.spans for at in self.graph.uses.get(value, ()) if at >= start}
         for at in sorted(reading | self.early.keys()):
             step = self.graph.steps[at]
             if early := [self.begin(fetch, index) for index, fetch in self.early.get(at, ())]:
                 before[at] = early
             if at not in reading or at in self.graph.viewing:
                 continue  # who reads a view gets a view of the copy
-            if placed := self.place(step.reads, at):
+            wanted = [name for name in step.reads if name in self.served]
+            if placed := self.place(wanted, at):
                 before.setdefault(at, []).extend(placed)
-            if renamed := self.renamed(step.reads, at):
+            if renamed := self.renamed(wanted, at):
                 reads[at] = renamed
         return Schedule(before, reads)
 
@@ -141,18 +142,22 @@ class Placer:
         (value,) = fetch.writes
         count = self.counts[fetch.name] = self.counts.get(fetch.name, 0) + 1
         name = self.copies[value, index] = f"{fetch.name}__{count}"
-        return Copy(fetch, name, ((value, name),))
+        return Copy(fetch, name, {value: name})
 
     def wait(self, index: int) -> Copy:
         """The wait of what `begin` started, before it is read for the first time."""
         step = self.waits.pop(index)
         (value,) = step.reads
         count = self.counts[step.name] = self.counts.get(step.name, 0) + 1
-        return Copy(step, f"{step.name}__{count}", ((value, self.copies[value, index]),))
+        return Copy(step, f"{step.name}__{count}", {value: self.copies[value, index]})
 
     def renamed(self, tensors: Sequence[str], at: int, copying: bool = False) -> dict[str, str]:
-        served = ((name, self.covering(name, at, copying)) for name in dict.fromkeys(tensors))
-        return {name: self.copies[name, i] for name, i in served if i is not None}
+        found: dict[str, str] = {}
+        for name in tensors:
+            index = self.covering(name, at, copying) if name in self.served else None
+            if index is not None:
+                found[name] = self.copies[name, index]
+        return found
 
     def place(self, wanted: Sequence[str], at: int) -> list[Copy]:
         """Copies needed so that every wanted tensor can be read at `at`, in the original order of their steps."""
@@ -170,9 +175,10 @@ class Placer:
             copying = copying or not self.looks(step)
             if (step.name, copying) not in needed:
                 needed[step.name, copying] = step
-                stack.extend((read, copying) for read in step.reads)
+                stack.extend([(read, copying) for read in step.reads if read in self.served])
         # In the order the originals were made; an unpack that is no original step counts as its value's producer.
-        order = sorted(needed, key=lambda key: (self.graph.producer[needed[key].writes[0]], key))
+        made = self.graph.producer
+        order = sorted(needed, key=lambda key: (made[needed[key].writes[0]], key))
         return [*waited, *(self.copy(needed[key], at, key[1]) for key in order)]
 
     def looks(self, step: Step) -> bool:
@@ -188,14 +194,14 @@ class Placer:
     def copy(self, step: Step, at: int, copying: bool) -> Copy:
         count = self.counts[step.name] = self.counts.get(step.name, 0) + 1
         tensors = self.renamed(step.reads, at, copying)
-        known = step.name in self.graph.position
+        known, readers = step.name in self.graph.position, self.readers(step, copying)
         for name in step.writes:  # what unpacks is called like its step: a copy of the value's own maker is another
             tensors[name] = f"{name if known else step.name}__{count}"
-            for reader in self.readers(step, copying):
+            for reader in readers if name in self.served else ():
                 index = self.covering(name, at, reader)
                 if index is not None:
                     self.copies.setdefault((name, index), tensors[name])
-        return Copy(step, f"{step.name}__{count}", tuple(tensors.items()))
+        return Copy(step, f"{step.name}__{count}", tensors)
 
 
 def edit(graph: StepGraph, remakes: Iterable[Remake]) -> StepGraph:
@@ -247,7 +253,7 @@ def _copied(
     graph: StepGraph, copy: Copy, reader: Step, tensors: dict[str, TensorInfo], storages: dict[str, Storage]
 ) -> Step:
     """Declare the copy's tensors and storages; return its step. A written view lands in its base's new storage."""
-    renamed = dict(copy.tensors)
+    renamed = copy.tensors
     home = {tensors[name].storage: tensors[renamed.get(name, name)].storage for name in copy.step.reads}
     for name in copy.step.writes:
         info: TensorInfo = graph.tensors[name]

@@ -98,9 +98,12 @@ class StepGraph:
         return made
 
     @cached_property
-    def homes(self) -> dict[str, str]:
-        """Tensor name -> storage name."""
-        return {name: info.storage for name, info in self.tensors.items()}
+    def made_in(self) -> dict[str, tuple[str, ...]]:
+        """Storage name -> the tensors in it that steps write."""
+        found: dict[str, list[str]] = {}
+        for name in self.producer:
+            found.setdefault(self.tensors[name].storage, []).append(name)
+        return {storage: tuple(names) for storage, names in found.items()}
 
     @cached_property
     def viewing(self) -> frozenset[int]:

@@ -18,6 +18,7 @@ from memopt.edit import Remake
 from memopt.plans import Plan, Problem, simulated
 from memopt.solvers.blocks import find_blocks
 from memopt.solvers.space import Parts, Space
+from memopt.solvers.tally import Tally
 
 LEVELS = 6  # plans between one block a segment and the least peak
 ASKS = 4  # times the program is asked again after a simulation that disagrees
@@ -192,7 +193,8 @@ def levels(problem: Problem, links: Links, top: float) -> tuple[Plan, ...]:
     upper = max(rest + kept for rest in links.rest)
     targets = [upper - (upper - bottom) * i / LEVELS for i in range(1, LEVELS)]
     found = [alone, *(s for target in targets if (s := segments(links, target)) is not None), least]
-    return tuple(simulated(problem, remakes_of(problem, links, s), "chain") for s in dict.fromkeys(found))
+    tally = Tally(problem)
+    return tuple(tally.plan(remakes_of(problem, links, s), "chain") for s in dict.fromkeys(found))
 
 
 def chain(problem: Problem) -> Plan:

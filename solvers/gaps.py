@@ -4,7 +4,7 @@ The offers of `memopt.passes.recompute` hold one copy for a whole region of the 
 may also be let go between any two of its reads and made again for the second (as DTR does while it runs,
 arXiv:2006.09616), and two copies may become one. A move is weighed on the bytes of the step as it stands: what it frees
 in the gap, what its maker needs there again, the seconds of both. Many are chosen at once, the cheapest a byte first,
-and only then simulated by `edit`. Nothing is proven: the plans found here are candidates, compared as they come out.
+and only then tallied. Nothing is proven: the plans found here are candidates, compared as they come out.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from memopt.edit import Placer, Remake, edited_by
+from memopt.edit import Remake
 from memopt.graph import StepGraph
-from memopt.plans import Plan, Problem, Status, added_seconds
-from memopt.timeline import lifetimes, rounded
+from memopt.plans import Plan, Problem, Status
+from memopt.solvers.tally import Tally
+from memopt.timeline import rounded
 
 ROUNDS = 12  # of choosing moves and simulating them, for one target
 WEIGHED = 10  # gaps over a peak that are weighed before one is opened
@@ -87,7 +88,7 @@ class Gaps:
     """Moves on plans of one problem. Only values with an offer are moved, and only reads of the late phase."""
 
     def __init__(self, problem: Problem) -> None:
-        self.problem, self.graph = problem, problem.graph
+        self.problem, self.graph, self.tally = problem, problem.graph, Tally(problem)
         graph = self.graph
         self.offers: dict[str, Remake] = {}
         for remake in problem.remakes:
@@ -99,40 +100,14 @@ class Gaps:
         self.price = {v: remake.seconds / max(self.size[v], 1) for v, remake in self.offers.items()}
 
     def play(self, chosen: tuple[Remake, ...]) -> Played:
-        """Simulate these remakes."""
-        placer = Placer(self.graph, chosen)
-        edited = edited_by(placer, chosen)
-        spans, block = lifetimes(edited), self.problem.block
-        delta = np.zeros(len(edited.steps) + 2, np.int64)
-        for name, (born, dead) in spans.items():
-            size = rounded(edited.storages[name].nbytes, block)
-            delta[born + 1] += size
-            delta[min(dead + 2, len(delta) - 1)] -= size
-        held = np.cumsum(delta)[1:-1] + np.array([rounded(s.workspace, block) for s in edited.steps], np.int64)
+        """What these remakes make of the step."""
+        run = self.tally.run(chosen)
         lives: dict[str, list[Life]] = {v: [] for v in self.offers}
-        copied = {
-            edited.tensors[copy].storage: (self.graph.storage_of(tensor), index)
-            for (tensor, index), copy in placer.copies.items()
-            if copy in edited.tensors
-        }
-        for name in spans:
-            value, index = copied.get(name, (name, None))
-            if value in lives:
-                made, *uses = edited.uses[name]
-                uses = [at for at in uses if at not in edited.viewing]  # made anew for who reads it
-                lives[value].append(Life(value, index, (made, *uses)))
+        for value, remake, uses in run.stays(self.offers):
+            lives[value].append(Life(value, remake, uses))
         for stays in lives.values():
             stays.sort(key=lambda life: life.uses)
-        seconds = added_seconds(self.problem, edited)
-        return Played(chosen, int(held.max()), seconds, held, self.places(edited), lives)
-
-    def places(self, edited: StepGraph) -> Bytes:
-        """Of each edited step the original position it has, or whose copies it is among."""
-        out, place = np.zeros(len(edited.steps), np.int64), len(self.graph.steps) - 1
-        for at in reversed(range(len(edited.steps))):
-            place = self.graph.position.get(edited.steps[at].name, place)
-            out[at] = place
-        return out
+        return Played(chosen, run.peak, run.seconds, run.held, run.place, lives)
 
     # -- less time --------------------------------------------------------------------------------------------------
 

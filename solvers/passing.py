@@ -11,8 +11,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from memopt.edit import Remake
-from memopt.plans import Plan, Problem, simulated
+from memopt.plans import Plan, Problem
 from memopt.solvers.chain import Links, Segments
+from memopt.solvers.tally import Tally
 
 LENGTHS = (1, 2, 3, 4, 6, 8, 12, 16)  # blocks a segment
 FEW, MANY = 3, 2_000  # lengths that are simulated of a step with more offers than that; all of them of another
@@ -52,4 +53,5 @@ def in_passing(problem: Problem, links: Links) -> tuple[Plan, ...]:
     count, most = len(links.regions), FEW if len(problem.remakes) > MANY else len(LENGTHS)
     found = [uniform(count, length) for length in LENGTHS if length <= count]
     found.sort(key=lambda chosen: estimate(links, chosen))
-    return tuple(simulated(problem, remakes_in_passing(problem, links, s), "segments") for s in found[:most])
+    tally = Tally(problem)
+    return tuple(tally.plan(remakes_in_passing(problem, links, s), "segments") for s in found[:most])

@@ -189,7 +189,8 @@ def deeper(problem: Problem, space: Space, plan: Plan) -> Plan:
     found = (plan, *chains)
     if len(problem.graph.steps) <= LARGE:
         found = (*found, *Ladder(space, chains).down(problem.budget))
-    return min(found, key=lambda p: (max(p.peak - problem.budget, 0), p.seconds, p.peak))
+    best = min(found, key=lambda p: (max(p.peak - problem.budget, 0), p.seconds, p.peak))
+    return plan if best is plan else simulated(problem, best.chosen, best.solver)  # by `edit` itself, whoever found it
 
 
 def chained(problem: Problem, links: Links, plan: Plan) -> tuple[Plan, ...]:

@@ -6,6 +6,7 @@ from benchmarks.planners.answer import Answer
 from benchmarks.planners.export import Work
 from benchmarks.planners.schedule import from_edited
 from memopt.edit import edit
+from memopt.garbage import collected_later
 from memopt.passes.recompute import Recompute
 from memopt.plans import Plan, Problem
 from memopt.solvers import solve
@@ -20,8 +21,9 @@ def memopt_plan(work: Work, budget: int) -> Answer:
 
 def planned(work: Work, budget: int) -> Plan:
     """The offers and the solver, as memopt.pipeline calls them for eager kernels."""
-    remakes = Recompute().propose(work.graph, work.seconds)
-    return solve(Problem(work.graph, remakes, budget, work.seconds, work.block))
+    with collected_later():
+        remakes = Recompute().propose(work.graph, work.seconds)
+        return solve(Problem(work.graph, remakes, budget, work.seconds, work.block))
 
 
 def floor(work: Work) -> int:
