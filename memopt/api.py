@@ -31,7 +31,7 @@ from memopt.runtime import disk, host
 from memopt.runtime.here import device_of
 from memopt.session import Session
 from memopt.units import resolve_budget
-from memopt.weights import ELSEWHERE, WEIGHTS, ways
+from memopt.weights import EXACT, WEIGHTS, ways
 
 GRADIENTS = ("loss", "all")
 UPDATES = ("step", "backward")
@@ -246,7 +246,7 @@ def resolve_lowering(lowering: str, device: Device, numerics: str) -> str:
 
 def switched_off(passes: str) -> frozenset[str]:
     """Names switched off by "+a,-b". ValueError for a name there is no pass for."""
-    known = (*(r.name for r in REWRITES), *(c.name for c in CLEANUPS), *(t.name for t in TRADES), OVERLAP, *ELSEWHERE)
+    known = (*(r.name for r in REWRITES), *(c.name for c in CLEANUPS), *(t.name for t in TRADES), OVERLAP, *EXACT)
     off = set()
     for word in filter(None, (part.strip() for part in passes.split(","))):
         name = _known("passes", word.lstrip("+-"), known)

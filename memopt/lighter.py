@@ -1,4 +1,4 @@
-"""A plan with frozen weights elsewhere, or by consent in fewer bits, where the model as it is has none."""
+"""A plan with frozen weights coded or elsewhere, exactly, or by consent in fewer bits, where no other plan holds."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from memopt.runtime.host import room
 from memopt.shapes import input_key
 from memopt.smaller import Call
 from memopt.tokens import elsewhere
-from memopt.weights import ELSEWHERE, WEIGHTS, PackedWeights, pack_weights, packable, packed_twin
+from memopt.weights import EXACT, WEIGHTS, PackedWeights, exact, pack_weights, packable, packed_twin, takes
 
 Way = tuple[str, str]  # lever, codec
 ROOM = 1.05  # times what a plan exceeds the budget by, that weights are to save
@@ -37,6 +37,7 @@ class LighterPlanner(Planner):
 
     stored: dict[str, PackedWeights] = field(default_factory=dict)
     pending: tuple[str, PackedWeights, Planner] | None = None
+    taken: dict[tuple[str, str], bool] = field(default_factory=dict)  # codec, weight -> whether it packs it
 
     def chosen(self, key: Any, call: Call) -> Planned:
         """The plan. Raises BudgetError with the floor of the last way tried."""
@@ -52,13 +53,13 @@ class LighterPlanner(Planner):
             pass  # with the weights as they are; what is refused in the end is the last of the ways
         finally:
             self.request, self.advise = plain, advise
-        return self.packed(ways, call)
+        return self.packed(ways, key, call)
 
     def ways(self) -> tuple[Way, ...]:
         """Ways to pack weights that are left to try: none where there is nothing to pack, a saved plan's where there is
         one. Raises PlanFileError where that is not allowed here."""
         saved = () if self.plan_file is None else self.plan_file.levers
-        used = tuple(each["lever"] for each in saved if each["lever"] in (*WEIGHTS, *ELSEWHERE))
+        used = tuple(each["lever"] for each in saved if each["lever"] in (*WEIGHTS, *EXACT))
         used, known = tuple(name for name in used if name not in self.stored), dict(self.request.weights)
         if refused := [name for name in used if name not in known]:
             raise PlanFileError(
@@ -68,10 +69,14 @@ class LighterPlanner(Planner):
         ways = self.request.weights if self.plan_file is None else tuple((name, known[name]) for name in used)
         return tuple(way for way in ways if self.fitting(way))
 
-    def packed(self, ways: Sequence[Way], call: Call) -> Planned:
-        """The plan in the first of these ways that has one, with no more weights packed than must be."""
+    def packed(self, ways: Sequence[Way], key: Any, call: Call) -> Planned:
+        """The plan in the first of these ways that has one, with no more weights packed than must be; where none takes
+        a weight, that of the model as it is."""
+        ways = [way for way in ways if self.accepted(way)]
+        if not ways:
+            return self.with_stored(super().chosen(key, call))
         before, tries = self.refused, [(way, names) for way in ways for names in self.portions(way)]
-        tries = tries or [(ways[-1], tuple(self.fitting(ways[-1])))]
+        tries = tries or [(ways[-1], tuple(self.accepted(ways[-1])))]
         for at, (way, names) in enumerate(tries):
             twin, done = packed_twin(self.model, way[1], names)
             given = {each.name: getattr(self, each.name) for each in fields(Planner)}
@@ -110,13 +115,21 @@ class LighterPlanner(Planner):
         weights: dict[str, Tensor] = {name: self.model.get_parameter(name) for name in packable(self.model)}
         if not elsewhere(way[1]):
             return weights
-        takes = [*accumulate(taken(way[1], weight) for weight in weights.values())]
-        return dict(islice(weights.items(), bisect_right(takes, limit_of(self.request, way[1]))))
+        room = [*accumulate(bytes_there(way[1], weight) for weight in weights.values())]
+        return dict(islice(weights.items(), bisect_right(room, limit_of(self.request, way[1]))))
+
+    def accepted(self, way: Way) -> dict[str, Tensor]:
+        """Of those the ones whose values the codec takes: looked at once, and only where weights are to be packed."""
+        weights = self.fitting(way)
+        for name, weight in weights.items():
+            if (way[1], name) not in self.taken:
+                self.taken[way[1], name] = takes(way[1], weight)
+        return {name: weight for name, weight in weights.items() if self.taken[way[1], name]}
 
     def portions(self, way: Way) -> tuple[Sequence[str], ...]:
         """Which weights to pack, the fewest first: as many as a saved plan; else as many of the first ones as save what
         the least plan exceeds the budget by, twice as many, and all. Empty where all would not."""
-        weights, codec = self.fitting(way), way[1]
+        weights, codec = self.accepted(way), way[1]
         names = tuple(weights)
         if self.plan_file is not None:
             count = next(each["count"] for each in self.plan_file.levers if each["lever"] == way[0])
@@ -152,7 +165,7 @@ def emptied(weight: Tensor) -> nn.Parameter:
     return nn.Parameter(weight.detach().new_empty(0), requires_grad=False)
 
 
-def taken(codec: str, weight: Tensor) -> int:
+def bytes_there(codec: str, weight: Tensor) -> int:
     """Bytes a weight takes in this pool."""
     return room(weight.nbytes) if codec.startswith(HOST) else weight.nbytes
 
@@ -167,20 +180,27 @@ def lessened(request: Request, model: nn.Module, done: PackedWeights) -> Request
     request = replace(request, weights=())
     if not elsewhere(done.codec):
         return request
-    takes = sum(taken(done.codec, model.get_parameter(name)) for name in done.names)
-    left = limit_of(request, done.codec) - takes, done.codec
+    there = sum(bytes_there(done.codec, model.get_parameter(name)) for name in done.names)
+    left = limit_of(request, done.codec) - there, done.codec
     return replace(request, host=left) if done.codec.startswith(HOST) else replace(request, disk=left)
+
+
+def how(way: str, codec: str) -> str:
+    """Where and in what frozen weights are stored, in words."""
+    if elsewhere(codec):
+        return f"{'in host memory' if codec.startswith(HOST) else 'on disk'} (exact)"
+    if exact(codec):
+        return f"with their {codec} coded (exact)"
+    return f"in {codec} (lossy, allowed as {way}), each read {relative_error(codec):.1%} off"
 
 
 def told(result: PlanResult, way: str, done: PackedWeights, before: PlanResult | None) -> PlanResult:
     """The result with the lever, and compared with the step of the model as it was. before: its refusal."""
     operation = f"memopt.unpack_{done.codec}.default"
     seconds = sum(result.seconds_of(step) for step in result.before.steps if step.op == operation)
-    away = elsewhere(done.codec)
-    lever = Lever(way, "exact" if away else "lossy", done.before - done.after, seconds, len(done.names))
-    place = "in host memory" if done.codec.startswith(HOST) else "on disk"
-    off = "" if away else f"in {done.codec} (lossy, allowed as {way}), each read {relative_error(done.codec):.1%} off"
-    note = f"{len(done.names)} frozen weights are stored {f'{place} (exact)' if away else off}"
+    kept = "exact" if exact(done.codec) else "lossy"
+    lever = Lever(way, kept, done.before - done.after, seconds, len(done.names))
+    note = f"{len(done.names)} frozen weights are stored {how(way, done.codec)}"
     lighter = replace(result, rewrites=(*result.rewrites, lever), notes=(*result.notes, note))
     if before is None:
         return lighter

@@ -1,4 +1,4 @@
-"""Frozen weights in fewer bits (lossy, by consent), or on disk or in host memory (exact), read where they are used.
+"""Frozen weights in fewer bits, or on disk or in host memory, read where they are used: exact, or lossy by consent.
 
 A frozen matrix becomes bytes, from which each use makes the matrix anew (`torch.nn.utils.parametrize`). That is an
 operation of the step like any other: the planner sees its bytes and seconds, and rather than hold what it made for the
@@ -20,14 +20,16 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMo
 from torch.nn.utils import parametrize
 
 from memopt.capture import fake_tensor, mode_of
-from memopt.kernels import nf4, quantise  # noqa: F401  # their operations
+from memopt.kernels import exponents, nf4, quantise  # noqa: F401  # their operations
 from memopt.operations import overload
 from memopt.tokens import elsewhere
 
 # By consent; tried in this order, the least loss first.
 WEIGHTS = {"int8_weights": "int8", "nf4_weights": "nf4"}
-CODECS = tuple(WEIGHTS.values())
+CODED = {"coded_weights": "exponents"}  # exact
+CODECS = (*WEIGHTS.values(), *CODED.values())
 ELSEWHERE = ("weights_on_host", "weights_on_disk")  # exact: they lie there, and each use copies them back
+EXACT = (*CODED, *ELSEWHERE)  # without consent, if not switched off
 LEAST = 4096  # elements below which packing saves nothing worth an operation
 NAME, STORED = "weight", "original"  # the second is parametrize's name
 
@@ -38,7 +40,7 @@ def ways(disk: tuple[int, str], host: tuple[int, str], off: Collection[str]) -> 
     disk, host: bytes that may lie there, 0 for none, and the pool's codec. off: names that are not.
     """
     pools = zip(ELSEWHERE, (host, disk), strict=True)
-    every = (*((name, codec) for name, (limit, codec) in pools if limit), *WEIGHTS.items())
+    every = (*CODED.items(), *((name, codec) for name, (limit, codec) in pools if limit), *WEIGHTS.items())
     return tuple(way for way in every if way[0] not in off)
 
 
@@ -84,6 +86,19 @@ class Packed(nn.Module):
         return f"{self.codec}, {str(self.dtype)[6:]}{list(self.size)}"
 
 
+def exact(codec: str) -> bool:
+    """Whether weights are read as they were."""
+    return codec in CODED.values() or elsewhere(codec)
+
+
+def takes(codec: str, weight: Tensor) -> bool:
+    """Whether the codec packs this weight, by its type and, unless it is fake, its values."""
+    if codec not in CODED.values():
+        return True
+    fake = isinstance(weight, FakeTensor) or weight.is_meta
+    return weight.dtype in exponents.WORDS if fake else exponents.suits(weight)
+
+
 def packable(model: nn.Module) -> dict[str, nn.Module]:
     """Owners of the weights that can be packed, by the weights' names: frozen matrices of one layer each, but for
     embeddings, whose rows are looked up, and output heads, whose loss reads them in parts."""
@@ -114,8 +129,8 @@ def _heads(model: nn.Module) -> Iterator[nn.Module]:
 
 @torch.no_grad()
 def pack_weights(model: nn.Module, codec: str = "nf4", names: Collection[str] | None = None) -> PackedWeights:
-    """Pack the model's frozen weights in place. codec: "nf4" (4.13 bits an element) or "int8" (8.25). names: of which
-    ones, among those of `packable`; None: all of them.
+    """Pack the model's frozen weights in place. codec: "nf4" (4.13 bits an element), "int8" (8.25) or "exponents" (12.1
+    of bf16 and 28.1 of fp32, exact). names: of which ones, among those of `packable`; None: all that the codec takes.
 
     Keys and values of `state_dict` stay those of the plain model, with the weights as they are read; loading weights
     packs them, and loading what is there already changes no bit. A layer's `weight` is then a new tensor each time it
@@ -130,12 +145,16 @@ def pack_weights(model: nn.Module, codec: str = "nf4", names: Collection[str] | 
     if unknown := [name for name in names or () if name not in found]:
         raise ValueError(f"{unknown[0]!r} cannot be packed; what can is {', '.join(found) or 'nothing'}")
     found = {name: module for name, module in found.items() if names is None or name in names}
+    spread = [name for name, module in found.items() if not takes(codec, module.get_parameter(NAME))]
+    if names is not None and spread:
+        raise ValueError(f"{spread[0]!r} cannot be packed as {codec}: its exponents are spread too far, or of no use")
+    found = {name: module for name, module in found.items() if name not in spread}
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no weight to pack: no frozen matrix of {LEAST} elements or more that one "
             "layer has to itself; freeze what is not trained by requires_grad_(False)"
         )
-    if not elsewhere(codec):
+    if not exact(codec):
         _refuse_infinite(found)
     weights = {name: module.get_parameter(NAME) for name, module in found.items()}
     readers = {name: Packed(codec, weight) for name, weight in weights.items()}

@@ -25,13 +25,13 @@ class Adapted(nn.Module):
 class Tower(nn.Module):
     """Embedding, adapted layers, a head."""
 
-    def __init__(self, depth: int = 3) -> None:
+    def __init__(self, depth: int = 3, width: int = WIDTH) -> None:
         super().__init__()
-        self.embed = nn.Embedding(WORDS, WIDTH).requires_grad_(False)
+        self.embed = nn.Embedding(WORDS, width).requires_grad_(False)
         self.layers = nn.ModuleList(
-            nn.Sequential(Adapted(WIDTH, 2 * WIDTH), nn.GELU(), Adapted(2 * WIDTH, WIDTH)) for _ in range(depth)
+            nn.Sequential(Adapted(width, 2 * width), nn.GELU(), Adapted(2 * width, width)) for _ in range(depth)
         )
-        self.head = nn.Linear(WIDTH, WORDS).requires_grad_(False)
+        self.head = nn.Linear(width, WORDS).requires_grad_(False)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.head
@@ -43,9 +43,9 @@ class Tower(nn.Module):
         return F.cross_entropy(self.head(x).flatten(0, 1), ids.flatten())
 
 
-def tower(depth: int = 3) -> Tower:
+def tower(depth: int = 3, width: int = WIDTH) -> Tower:
     torch.manual_seed(0)
-    return Tower(depth)
+    return Tower(depth, width)
 
 
 def ids() -> Tensor:
@@ -62,6 +62,6 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
 
 def read_as(model: nn.Module) -> nn.Module:
     """The plain model with the packed weights as they are read."""
-    plain = tower(len(model.layers))  # type: ignore[arg-type]
+    plain = tower(len(model.layers), model.embed.embedding_dim).to(model.embed.weight.dtype)  # type: ignore
     plain.load_state_dict(model.state_dict())
     return plain

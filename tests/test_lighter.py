@@ -19,7 +19,9 @@ from memopt.runtime.measure import measure_step
 from memopt.weights import pack_weights, packed, packed_twin
 from tests.adapted import WIDTH, gradients, ids, read_as, tower, trained
 
-PLAIN: dict[str, Any] = {"lowering": "eager", "passes": "-stream,-stream_attention"}  # each is a capture of its own
+STREAMS = "-stream,-stream_attention"  # each is a capture of its own
+PLAIN: dict[str, Any] = {"lowering": "eager", "passes": f"{STREAMS},-coded_weights"}
+CODED: dict[str, Any] = {"passes": STREAMS, "numerics": "exact"}
 
 
 def measured(model: nn.Module, budget: Any, **options: Any) -> tuple[Any, int]:
@@ -147,6 +149,50 @@ def test_a_refusal_names_it_as_a_way_out() -> None:
     assert way.numerics == "lossy"
 
 
+def coded() -> nn.Module:
+    """Matrices beside which what reads them takes little."""
+    return tower(4, 4 * WIDTH).bfloat16()
+
+
+def test_coded_weights_need_no_consent_and_change_no_bit() -> None:
+    """Where nothing else fits; the weights' values, losses and gradients are the plain model's."""
+    floor = least(coded())
+    roomy, _ = measured(coded(), int(1.1 * floor), **CODED)
+    assert not any(lever.lever == "coded_weights" for lever in roomy.levers)
+    model = coded()
+    plan, peak = measured(model, int(0.97 * floor), **CODED)
+    assert peak == plan.peak <= 0.97 * floor
+    (lever,) = (each for each in plan.levers if each.lever == "coded_weights")
+    assert lever.numerics == "exact"
+    assert any("exponents coded (exact)" in note for note in plan.notes)
+    first = coded().state_dict()
+    assert all(torch.equal(model.state_dict()[key], first[key]) for key in first if "base" in key)
+    plain = read_as(model)
+    for each in (model, plain):
+        each.zero_grad()
+        each(ids()).backward()
+    want, got = gradients(plain), gradients(model)
+    assert want.keys() == got.keys()
+    assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+def test_weights_whose_exponents_are_spread_stay_as_they_are() -> None:
+    """Uniform exponents: most lie far below their block's largest; a plan without them is refused as before."""
+
+    def wide(model: nn.Module) -> nn.Module:
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if "base.weight" in name:
+                    weight.copy_(torch.exp2(-60 * torch.rand(weight.shape)))
+        return model
+
+    model = wide(tower(4))
+    with pytest.raises(ValueError, match="exponents are spread too far"):
+        pack_weights(model, "exponents", ["layers.0.0.base.weight"])
+    assert least(model, passes=STREAMS) == least(wide(tower(4)))
+    assert not any(packed(module) for module in model.modules())
+
+
 def on_disk(model: nn.Module, share: float, folder: Any, **options: Any) -> tuple[Any, int]:
     """A plan in this share of the plain floor, with room on disk."""
     budget = int(share * plain_floor())
@@ -174,8 +220,7 @@ def test_what_weights_take_on_disk_no_activation_can(tmp_path: Any) -> None:
     request = make_request(
         device("cpu"), "1GB", None, (), "exact", "eager", "", 1, "m", disk_budget="10MB", disk_path=tmp_path
     )
-    ((lever, codec),) = request.weights
-    assert lever == "weights_on_disk"
+    codec = dict(request.weights)["weights_on_disk"]
     model = tower()
     left = lessened(request, model, packed_twin(model, codec)[1])
     assert left.disk == (10_000_000 - 6 * 2 * WIDTH * WIDTH * 4, codec)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from memopt.runtime import disk
-from memopt.weights import LEAST, pack_weights, packable, packed, unpack_weights
+from memopt.weights import CODECS, LEAST, pack_weights, packable, packed, unpack_weights
 from tests.adapted import WIDTH, ids, read_as, tower
 
 
@@ -24,20 +24,20 @@ def test_what_is_packed_is_frozen_and_one_layers_own() -> None:
     assert not packable(model)
 
 
-@pytest.mark.parametrize("codec", ["nf4", "int8"])
+@pytest.mark.parametrize("codec", CODECS)
 def test_packing_says_its_bytes_and_changes_no_key(codec: str) -> None:
     model = tower()
     keys = list(model.state_dict())
     done = pack_weights(model, codec)
     assert done.before == 6 * 2 * WIDTH * WIDTH * 4
     held = sum(b.nbytes for name, b in model.named_buffers() if "parametrizations" in name)
-    assert held == done.after < done.before / (7 if codec == "nf4" else 3.8)
+    assert held == done.after < done.before / {"nf4": 7, "int8": 3.8, "exponents": 1.1}[codec]
     assert sorted(model.state_dict()) == sorted(keys)
     assert not any("parametrizations" in name for name, _ in model.named_parameters())
     model.requires_grad_(True)  # what is stored is no parameter, so this goes
 
 
-@pytest.mark.parametrize("codec", ["nf4", "int8"])
+@pytest.mark.parametrize("codec", CODECS)
 def test_a_checkpoint_of_packed_weights_goes_anywhere_and_comes_back_bit_for_bit(codec: str) -> None:
     model = tower()
     pack_weights(model, codec)

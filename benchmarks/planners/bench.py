@@ -29,6 +29,7 @@ LABELS = (
     "peak of sqrt_blocks",
 )
 TELLING = frozenset({"60%", "floor + 2%"})
+BELOW_FLOOR = frozenset({"floor - 10%"})
 Row = dict[str, Any]
 
 

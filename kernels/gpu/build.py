@@ -10,10 +10,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from memopt.kernels.gpu import fewbit, fp8, nf4, pack_bits, quantise
+from memopt.kernels.gpu import exponents, fewbit, fp8, nf4, pack_bits, quantise
 
 Build = tuple[Any, dict[str, str], dict[str, Any]]  # the kernel, its arguments' types, its constants
-BUILDS: dict[str, Build] = pack_bits.BUILDS | quantise.BUILDS | fp8.BUILDS | fewbit.BUILDS | nf4.BUILDS
+BUILDS: dict[str, Build] = {}
+for _module in (pack_bits, quantise, fp8, fewbit, nf4, exponents):
+    BUILDS |= _module.BUILDS
 WARP = 32  # threads, on every NVIDIA architecture
 FLOATS = ("fp32", "bf16", "fp16")  # what the types of a build call *T
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from memopt.kernels import fewbit, fp8, nf4, pack_bits, quantise
+from memopt.kernels import exponents, fewbit, fp8, nf4, pack_bits, quantise
 from memopt.kernels.codec import kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -84,6 +84,18 @@ def test_nf4(dtype: torch.dtype, count: int) -> None:
     assert torch.equal(left, right)
 
 
+@pytest.mark.parametrize("dtype", [*exponents.WORDS])
+@pytest.mark.parametrize("count", [*COUNTS, exponents.EACH * exponents.BLOCK + 70])
+def test_exponents(dtype: torch.dtype, count: int) -> None:
+    x = values(count, dtype)
+    x[:60:2] *= 1e-7  # far below their block's largest
+    x[count // 3 : count // 2] = 0.0
+    assert kernel(exponents.unpack) is not exponents.unpack
+    out = torch.empty_like(x, device=DEVICE)
+    kernel(exponents.unpack)(exponents.pack(x).to(DEVICE), out)
+    assert torch.equal(out.cpu(), x)
+
+
 def test_fp8_of_every_magnitude_and_tie() -> None:
     codes = torch.arange(0, 0x7F, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     between = (codes[1:] + codes[:-1]) / 2
@@ -130,5 +142,5 @@ def test_every_kernel_builds_for_three_architectures_without_a_gpu() -> None:
     done = subprocess.run(words, env=clean, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == 3 * 41  # a build for each type that a kernel takes
+    assert len(lines) == 3 * 43  # a build for each type that a kernel takes
     assert {line.split()[-3] for line in lines} == {"sm_80", "sm_90", "sm_100"}
