@@ -31,7 +31,7 @@ from memopt.runtime import disk, host
 from memopt.runtime.here import device_of
 from memopt.session import Session
 from memopt.units import resolve_budget
-from memopt.weights import EXACT, WEIGHTS, ways
+from memopt.weights import ELSEWHERE, WEIGHTS, exact, ways
 
 GRADIENTS = ("loss", "all")
 UPDATES = ("step", "backward")
@@ -67,7 +67,8 @@ def compile(
     "inductor", "eager" or "auto" (Inductor, or eager where its code cannot hold the budget). accumulate: backwards per
     optimizer step. gradients: "loss" or "all" outputs carry gradients (memopt.outputs). plan_file: reuse a saved plan.
     allow: lossy levers that may be used, by name: of activations, how AdamW's moments are stored ("adamw_bf16",
-    "adamw8bit", "adamw4bit"), or frozen weights ("int8_weights", "nf4_weights"; packed in place, see memopt.weights).
+    "adamw8bit", "adamw4bit"), or frozen weights ("int8_weights", "nf4_weights"; packed in place, see memopt.weights, as
+    is, without loss, "coded_weights").
     max_grad_error: how far off those of activations may put the gradient together, ||g' - g|| / ||g||, estimated on the
     first batch. host_budget: what saved activations of a step on a GPU may take of the host's memory, written as
     `budget` is, and frozen weights where that does not do. disk_budget: what they may take on disk, of the space free
@@ -152,10 +153,9 @@ def make_request(
     _known("numerics", numerics, ("exact", "reordered"))
     levers = (*LOSSY, *STATES, *WEIGHTS)
     allowed = frozenset(_known("allow", name, levers) for name in ([allow] if isinstance(allow, str) else allow))
-    if allowed and numerics == "exact":
-        raise ValueError(
-            f'numerics="exact" and allow={min(allowed)!r} contradict each other: what allow names is lossy'
-        )
+    rounding = [name for name in sorted(allowed) if name not in WEIGHTS or not exact(WEIGHTS[name])]
+    if rounding and numerics == "exact":
+        raise ValueError(f'numerics="exact" and allow={rounding[0]!r} contradict each other: that lever is lossy')
     if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
         raise ValueError(f"accumulate={accumulate!r} refused: it counts backwards per optimizer step, 1 or more")
     on_host, on_disk = host_limit(host_budget, device), disk_limit(disk_budget, disk_path, device)
@@ -246,7 +246,7 @@ def resolve_lowering(lowering: str, device: Device, numerics: str) -> str:
 
 def switched_off(passes: str) -> frozenset[str]:
     """Names switched off by "+a,-b". ValueError for a name there is no pass for."""
-    known = (*(r.name for r in REWRITES), *(c.name for c in CLEANUPS), *(t.name for t in TRADES), OVERLAP, *EXACT)
+    known = (*(r.name for r in REWRITES), *(c.name for c in CLEANUPS), *(t.name for t in TRADES), OVERLAP, *ELSEWHERE)
     off = set()
     for word in filter(None, (part.strip() for part in passes.split(","))):
         name = _known("passes", word.lstrip("+-"), known)

@@ -1,4 +1,4 @@
-"""A plan with frozen weights coded or elsewhere, exactly, or by consent in fewer bits, where no other plan holds."""
+"""A plan with frozen weights elsewhere, or by consent in fewer bits, where the model as it is has none."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from memopt.runtime.host import room
 from memopt.shapes import input_key
 from memopt.smaller import Call
 from memopt.tokens import elsewhere
-from memopt.weights import EXACT, WEIGHTS, PackedWeights, exact, pack_weights, packable, packed_twin, takes
+from memopt.weights import ELSEWHERE, WEIGHTS, PackedWeights, exact, pack_weights, packable, packed_twin, takes
 
 Way = tuple[str, str]  # lever, codec
 ROOM = 1.05  # times what a plan exceeds the budget by, that weights are to save
@@ -59,7 +59,7 @@ class LighterPlanner(Planner):
         """Ways to pack weights that are left to try: none where there is nothing to pack, a saved plan's where there is
         one. Raises PlanFileError where that is not allowed here."""
         saved = () if self.plan_file is None else self.plan_file.levers
-        used = tuple(each["lever"] for each in saved if each["lever"] in (*WEIGHTS, *EXACT))
+        used = tuple(each["lever"] for each in saved if each["lever"] in (*WEIGHTS, *ELSEWHERE))
         used, known = tuple(name for name in used if name not in self.stored), dict(self.request.weights)
         if refused := [name for name in used if name not in known]:
             raise PlanFileError(
@@ -190,7 +190,7 @@ def how(way: str, codec: str) -> str:
     if elsewhere(codec):
         return f"{'in host memory' if codec.startswith(HOST) else 'on disk'} (exact)"
     if exact(codec):
-        return f"with their {codec} coded (exact)"
+        return f"with their {codec} coded (exact, allowed as {way})"
     return f"in {codec} (lossy, allowed as {way}), each read {relative_error(codec):.1%} off"
 
 

@@ -24,12 +24,11 @@ from memopt.kernels import exponents, nf4, quantise  # noqa: F401  # their opera
 from memopt.operations import overload
 from memopt.tokens import elsewhere
 
-# By consent; tried in this order, the least loss first.
-WEIGHTS = {"int8_weights": "int8", "nf4_weights": "nf4"}
-CODED = {"coded_weights": "exponents"}  # exact
-CODECS = (*WEIGHTS.values(), *CODED.values())
+# By consent, as what is written into a packed weight is lost; tried in this order, the least loss first.
+WEIGHTS = {"coded_weights": "exponents", "int8_weights": "int8", "nf4_weights": "nf4"}
+CODECS = tuple(WEIGHTS.values())
+CODED = "exponents"  # the exact one of them
 ELSEWHERE = ("weights_on_host", "weights_on_disk")  # exact: they lie there, and each use copies them back
-EXACT = (*CODED, *ELSEWHERE)  # without consent, if not switched off
 LEAST = 4096  # elements below which packing saves nothing worth an operation
 NAME, STORED = "weight", "original"  # the second is parametrize's name
 
@@ -40,7 +39,8 @@ def ways(disk: tuple[int, str], host: tuple[int, str], off: Collection[str]) -> 
     disk, host: bytes that may lie there, 0 for none, and the pool's codec. off: names that are not.
     """
     pools = zip(ELSEWHERE, (host, disk), strict=True)
-    every = (*CODED.items(), *((name, codec) for name, (limit, codec) in pools if limit), *WEIGHTS.items())
+    every = (*WEIGHTS.items(), *((name, codec) for name, (limit, codec) in pools if limit))
+    every = tuple(sorted(every, key=lambda way: not exact(way[1])))
     return tuple(way for way in every if way[0] not in off)
 
 
@@ -88,12 +88,12 @@ class Packed(nn.Module):
 
 def exact(codec: str) -> bool:
     """Whether weights are read as they were."""
-    return codec in CODED.values() or elsewhere(codec)
+    return codec == CODED or elsewhere(codec)
 
 
 def takes(codec: str, weight: Tensor) -> bool:
     """Whether the codec packs this weight, by its type and, unless it is fake, its values."""
-    if codec not in CODED.values():
+    if codec != CODED:
         return True
     fake = isinstance(weight, FakeTensor) or weight.is_meta
     return weight.dtype in exponents.WORDS if fake else exponents.suits(weight)

@@ -19,9 +19,8 @@ from memopt.runtime.measure import measure_step
 from memopt.weights import pack_weights, packed, packed_twin
 from tests.adapted import WIDTH, gradients, ids, read_as, tower, trained
 
-STREAMS = "-stream,-stream_attention"  # each is a capture of its own
-PLAIN: dict[str, Any] = {"lowering": "eager", "passes": f"{STREAMS},-coded_weights"}
-CODED: dict[str, Any] = {"passes": STREAMS, "numerics": "exact"}
+PLAIN: dict[str, Any] = {"lowering": "eager", "passes": "-stream,-stream_attention"}  # each is a capture of its own
+CODED: dict[str, Any] = {"allow": "coded_weights", "numerics": "exact"}
 
 
 def measured(model: nn.Module, budget: Any, **options: Any) -> tuple[Any, int]:
@@ -154,7 +153,7 @@ def coded() -> nn.Module:
     return tower(4, 4 * WIDTH).bfloat16()
 
 
-def test_coded_weights_need_no_consent_and_change_no_bit() -> None:
+def test_coded_weights_change_no_bit() -> None:
     """Where nothing else fits; the weights' values, losses and gradients are the plain model's."""
     floor = least(coded())
     roomy, _ = measured(coded(), int(1.1 * floor), **CODED)
@@ -189,7 +188,7 @@ def test_weights_whose_exponents_are_spread_stay_as_they_are() -> None:
     model = wide(tower(4))
     with pytest.raises(ValueError, match="exponents are spread too far"):
         pack_weights(model, "exponents", ["layers.0.0.base.weight"])
-    assert least(model, passes=STREAMS) == least(wide(tower(4)))
+    assert least(model, **CODED) == least(wide(tower(4)), numerics="exact")
     assert not any(packed(module) for module in model.modules())
 
 
@@ -220,7 +219,8 @@ def test_what_weights_take_on_disk_no_activation_can(tmp_path: Any) -> None:
     request = make_request(
         device("cpu"), "1GB", None, (), "exact", "eager", "", 1, "m", disk_budget="10MB", disk_path=tmp_path
     )
-    codec = dict(request.weights)["weights_on_disk"]
+    ((lever, codec),) = request.weights
+    assert lever == "weights_on_disk"
     model = tower()
     left = lessened(request, model, packed_twin(model, codec)[1])
     assert left.disk == (10_000_000 - 6 * 2 * WIDTH * WIDTH * 4, codec)
