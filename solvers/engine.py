@@ -157,8 +157,8 @@ class Engine:
         ends = space.ends(state.parts)
         alive = {v for v, anchor in space.anchor.items() if anchor < state.at <= ends[v] and v not in space.held}
         packed = {space.packed[v].source for v in alive & space.packed.keys()}
-        taken = {way for part in state.parts for way in part}
-        ways = [way for way in self.order if space.value_of[way] in alive | packed and way not in taken]
+        taken, held = {way for part in state.parts for way in part}, alive | packed
+        ways = [way for way in self.order if space.value_of[way] in held and way not in taken]
         return sorted(ways, key=lambda way: (self.seconds_a_byte(way), way))[:TRIES]
 
     def seconds_a_byte(self, way: int) -> float:

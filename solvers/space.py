@@ -66,6 +66,22 @@ class Packed:
     takes: dict[str, float]
 
 
+@dataclass(frozen=True, slots=True)
+class Simulated:
+    """A region's work as tables of two rows. ends: values, half-times after which their originals are free here.
+    copies, bursts: half-times, bytes from then on, and bytes at that moment alone."""
+
+    work: Work
+    ends: np.ndarray
+    copies: np.ndarray
+    bursts: np.ndarray
+
+
+def joined(tables: list[np.ndarray]) -> np.ndarray:
+    """All of them as one."""
+    return np.concatenate(tables, axis=1) if tables else np.zeros((2, 0), np.int64)
+
+
 class Space:
     """Index of one problem. Values are numbers, in the order storages are declared; offers keep their order."""
 
@@ -83,8 +99,7 @@ class Space:
             self.uses[self.number[name]] = uses
         self._index_offers(problem.remakes)
         self._index_reads()
-        self._cache: dict[tuple[int, frozenset[int]], Work] = {}
-        self._tables: dict[tuple[int, frozenset[int]], tuple[np.ndarray, ...]] = {}
+        self._known: list[dict[frozenset[int], Simulated]] = [{} for _ in self.regions]
 
     def _index_offers(self, offers: tuple[Remake, ...]) -> None:
         graph = self.graph
@@ -210,35 +225,35 @@ class Space:
 
     def work(self, k: int, remade: frozenset[int]) -> Work:
         """Simulate region k when these ways are taken in it."""
-        found = self._cache.get((k, remade))
+        return self._simulated(k, remade).work
+
+    def _simulated(self, k: int, remade: frozenset[int]) -> Simulated:
+        found = self._known[k].get(remade)
         if found is None:
             ways = {self.value_of[w]: w for w in sorted(remade, reverse=True)}  # of two the one offered first serves
             region = self.regions[k]
-            found = Walk(self.makers, self.size, ways, region.offers.keys(), region.loose).run(region.reads)
-            self._cache[k, remade] = found
+            work = Walk(self.makers, self.size, ways, region.offers.keys(), region.loose).run(region.reads)
             kept = {v: 2 * last + 1 for v, (_, last) in self._covered_in[k].items() if v not in ways}
-            born = [(first, size) for first, _, size in found.held]
-            dead = [(last + 1, -size) for _, last, size in found.held]
-            tables = ([*kept.items(), *found.extends.items()], born + dead, found.bursts)
-            self._tables[k, remade] = tuple(np.array(t, np.int64).reshape(-1, 2) for t in tables)
+            born = [(first, size) for first, _, size in work.held]
+            dead = [(last + 1, -size) for _, last, size in work.held]
+            tables = ([*kept.items(), *work.extends.items()], born + dead, work.bursts)
+            found = Simulated(work, *(np.array(t, np.int64).reshape(-1, 2).T for t in tables))
+            self._known[k][remade] = found
         return found
 
-    def _table(self, parts: Parts, which: int) -> np.ndarray:
-        """All regions' rows of one table, as two rows: 0 value, end of its original; 1 and 2 half-time, bytes."""
-        if not parts:
-            return np.zeros((2, 0), np.int64)
-        return np.concatenate([self._tables[k, part][which] for k, part in enumerate(parts)]).T
+    def _all_simulated(self, parts: Parts) -> list[Simulated]:
+        """Every region; what is known is looked up without a call, as it is a thousand times a second."""
+        known = enumerate(zip(self._known, parts, strict=True))
+        return [found.get(part) or self._simulated(k, part) for k, (found, part) in known]
 
     def ends(self, parts: Parts) -> np.ndarray:
         """Half-time after which each original is free: its anchor, or the last read that no copy serves."""
-        for k, part in enumerate(parts):
-            self.work(k, part)
-        return self._ends(parts)
+        return self._ends(self._all_simulated(parts))
 
-    def _ends(self, parts: Parts) -> np.ndarray:
+    def _ends(self, regions: list[Simulated]) -> np.ndarray:
         """As `ends`, of regions that have been simulated."""
         ends = self.anchored.copy()
-        np.maximum.at(ends, *self._table(parts, 0))
+        np.maximum.at(ends, *joined([region.ends for region in regions]))
         if self.packed:
             packing = self.packing(ends)
             np.maximum.at(ends, self._sources[packing], self._packed_at[packing])
@@ -250,15 +265,15 @@ class Space:
 
     def bytes_at(self, parts: Parts) -> tuple[np.ndarray, float]:
         """Bytes at each half-time, the bursts' and workspaces included, and added seconds."""
-        works = [self.work(k, part) for k, part in enumerate(parts)]
-        ends = self._ends(parts)
+        regions = self._all_simulated(parts)
+        ends = self._ends(regions)
         delta = self._steady + self._changes(self._moved, ends)
-        np.add.at(delta, *self._table(parts, 1))
+        np.add.at(delta, *joined([region.copies for region in regions]))
         held = np.cumsum(delta)[: 2 * self.steps]
         held[1::2] += self.workspace
-        when, size = self._table(parts, 2)
+        when, size = joined([region.bursts for region in regions])
         held[when] += size
-        seconds = sum(work.seconds for work in works)
+        seconds = sum([region.work.seconds for region in regions])
         if self.packed:
             packing = self.packing(ends)
             np.add.at(held, self._packed_at[packing], self._pack_bytes[packing])

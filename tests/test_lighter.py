@@ -163,7 +163,7 @@ def test_coded_weights_change_no_bit() -> None:
     assert peak == plan.peak <= 0.97 * floor
     (lever,) = (each for each in plan.levers if each.lever == "coded_weights")
     assert lever.numerics == "exact"
-    assert any("exponents coded (exact)" in note for note in plan.notes)
+    assert any("exponents coded (exact, allowed as coded_weights)" in note for note in plan.notes)
     first = coded().state_dict()
     assert all(torch.equal(model.state_dict()[key], first[key]) for key in first if "base" in key)
     plain = read_as(model)

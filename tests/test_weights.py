@@ -82,7 +82,7 @@ def test_unpacked_weights_are_parameters_again() -> None:
 
 
 def test_what_cannot_be_packed_is_refused_and_nothing_changed() -> None:
-    with pytest.raises(ValueError, match="codec='int3' is not known; known are int8, nf4"):
+    with pytest.raises(ValueError, match="codec='int3' is not known; known are exponents, int8, nf4"):
         pack_weights(tower(), "int3")
     with pytest.raises(ValueError, match=f"no frozen matrix of {LEAST} elements or more"):
         pack_weights(nn.Linear(256, 256))
