@@ -66,9 +66,7 @@ class Tally:
         self.readers = dict.fromkeys(graph.tensors, 0)
         for name in (*dict.fromkeys(graph.outputs), *(read for step in steps for read in dict.fromkeys(step.reads))):
             self.readers[name] += 1
-        self.unread = [
-            at for at, step in enumerate(steps) if not any(self.readers[w] for w in step.writes)
-        ]  # and more that go with them
+        self.unread = [at for at, step in enumerate(steps) if not any(map(self.readers.get, step.writes))]
 
     def run(self, chosen: tuple[Remake, ...]) -> Tallied:
         """The step with these remakes, none of which copies while other steps run."""
