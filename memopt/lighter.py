@@ -40,7 +40,8 @@ class LighterPlanner(Planner):
     taken: dict[tuple[str, str], bool] = field(default_factory=dict)  # codec, weight -> whether it packs it
 
     def chosen(self, key: Any, call: Call) -> Planned:
-        """The plan. Raises BudgetError with the floor of the last way tried."""
+        """The plan. Raises BudgetError with the floor of the last way tried, or of the model as it is where that is
+        lower: of small matrices reading may take more than packing saves."""
         self.pending, ways = None, self.ways()
         if not ways:
             return self.with_stored(super().chosen(key, call))
@@ -87,9 +88,12 @@ class LighterPlanner(Planner):
                 planned = other.chosen(input_key(twin, *call), call)
             except BudgetError:
                 self.refused = other.refused
-                if at == len(tries) - 1:
-                    raise
-                continue
+                if at < len(tries) - 1:
+                    continue
+                lowest = other.refused
+                if before is not None and lowest is not None and before.plan.peak < lowest.plan.peak:
+                    return self.with_stored(super().chosen(key, call))  # refused as well, with the lower floor
+                raise
             self.pending = way[0], done, other
             return self.with_stored(planned, before)
         raise AssertionError("there is always one to try")

@@ -175,6 +175,10 @@ def test_coded_weights_change_no_bit() -> None:
     assert all(torch.equal(want[name], got[name]) for name in want)
 
 
+def test_the_floor_is_the_plain_models_where_reading_takes_more_than_packing_saves() -> None:
+    assert least(tower(4), **CODED) == least(tower(4), numerics="exact")
+
+
 def test_weights_whose_exponents_are_spread_stay_as_they_are() -> None:
     """Uniform exponents: most lie far below their block's largest; a plan without them is refused as before."""
 
