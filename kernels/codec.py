@@ -41,6 +41,16 @@ def register(
     """Define the pair of operations of a codec of elements. nbytes: their number -> bytes; read, sample: as in `READ`
     and `SAMPLE`."""
 
+    define(name, *elementwise(pack, unpack), lambda shape, itemsize: nbytes(prod(shape)))
+    if read is not None:
+        READ[name] = read
+    if sample is not None:
+        SAMPLE[name] = sample
+
+
+def elementwise(pack: Pack, unpack: Unpack) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Both operations of a codec of elements, as `define` takes them."""
+
     def packed(x: Tensor, stride: Sequence[int]) -> Tensor:
         made: Tensor = at(x, pack)(flat(x, stride))
         return made
@@ -50,11 +60,7 @@ def register(
         at(packed, unpack)(packed, out.as_strided((out.numel(),), (1,)))
         return out
 
-    define(name, packed, unpacked, lambda shape, itemsize: nbytes(prod(shape)))
-    if read is not None:
-        READ[name] = read
-    if sample is not None:
-        SAMPLE[name] = sample
+    return packed, unpacked
 
 
 def at(x: Tensor, reference: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,13 +11,12 @@ it names the first element, once more.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from math import prod
 
 import torch
 from torch import Tensor
 
-from memopt.kernels.codec import at, chunks, define, flat
+from memopt.kernels.codec import at, chunks, define, elementwise
 
 BLOCK = 256
 EACH = 64  # blocks at a time
@@ -143,14 +142,4 @@ def _codes(bits: Tensor, shift: int) -> tuple[Tensor, Tensor]:
     return exponents, torch.where(exponents == 0, ZERO, torch.where(below < ZERO, below, FAR))
 
 
-def _packed(x: Tensor, stride: Sequence[int]) -> Tensor:
-    return pack(flat(x, stride))
-
-
-def _unpacked(packed: Tensor, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
-    out = torch.empty_strided(size, stride, dtype=dtype, device=packed.device)
-    at(packed, unpack)(packed, out.as_strided((out.numel(),), (1,)))
-    return out
-
-
-define("exponents", _packed, _unpacked, lambda shape, itemsize: nbytes(prod(shape), itemsize))
+define("exponents", *elementwise(pack, unpack), lambda shape, itemsize: nbytes(prod(shape), itemsize))
