@@ -26,7 +26,10 @@ Pack = Callable[[Tensor], Tensor]  # flat elements -> bytes
 Unpack = Callable[[Tensor, Tensor], None]  # bytes, flat elements to write
 PACKED_BYTES: dict[str, Callable[[Sequence[int], int], int]] = {}  # codec -> shape, itemsize -> bytes packed into
 SAMPLE: dict[str, Callable[[Tensor], Tensor]] = {}  # codec -> normal values made such as it packs, if it packs others
-INLINED = frozenset({"bits", "int8", "int4", "int2", "fp8"})  # memopt.kernels.lowered
+INLINED = frozenset({  # memopt.kernels.lowered
+    *("bits", "int8", "int4", "int2", "fp8"),
+    *("fewbit_gelu", "fewbit_silu", "fewbit_tanh", "fewbit_sigmoid", "approx_gelu", "approx_silu"),
+})  # fmt: skip
 READ: dict[str, Callable[[Tensor], Tensor]] = {}  # codec -> what the backward makes of a value, if not the value itself
 
 

@@ -25,12 +25,12 @@ from torch import fx
 from torch._inductor.ir import Pointwise, TensorBox
 from torch._inductor.lowering import fallback_handler, lowerings, register_lowering
 from torch._inductor.virtualized import V, ops
-from torch.utils._sympy.functions import FloorDiv, ModularIndexing
+from torch.utils._sympy.functions import FloorDiv, Min, ModularIndexing
 
-from memopt.kernels import fp8, pack_bits, quantise  # noqa: F401  # their operations
+from memopt.kernels import fewbit, fp8, pack_bits, quantise  # noqa: F401  # their operations
 
 aten = torch.ops.aten
-VERSION = 1  # raised where other code is given, for it is no part of Inductor's own cache keys
+VERSION = 2  # raised where other code is given, for it is no part of Inductor's own cache keys
 Element = Callable[[Any], Any]  # where an element lies in memory -> the expression of its value
 Unpacking = Callable[[TensorBox, int], Element]  # packed bytes, number of elements -> its elements
 
@@ -131,6 +131,35 @@ def unpack_fp8(packed: TensorBox, count: int) -> Element:
     return lambda p: ops.mul(e4m3(code(p)), scales([FloorDiv(p, fp8.GROUP)]))
 
 
+def unpack_slope(packed: TensorBox, count: int, name: str) -> Element:
+    """The point that the code names: comparisons, as a table would be read element by element."""
+    bits, points = fewbit.BITS[name], fewbit.table(name)[1].tolist()
+    code = codes(packed, 0, fewbit.nbytes(count, bits), bits) if 8 % bits == 0 else crossing(packed, count, bits)
+
+    def element(p: Any) -> Any:
+        mine, found = code(p), ops.constant(points[0], torch.float32)
+        for place, point in enumerate(points[1:], 1):
+            found = ops.where(ops.lt(mine, number(place)), found, ops.constant(point, torch.float32))
+        return found
+
+    return element
+
+
+def crossing(packed: TensorBox, count: int, bits: int) -> Element:
+    """Codes of which eight lie in as many bytes as one has bits: each in a byte and the next of its eight."""
+    load = viewed(packed, fewbit.nbytes(count, bits), torch.uint8)
+
+    def code(p: Any) -> Any:
+        first, place = FloorDiv(p, 8) * bits, ModularIndexing(p, 1, 8) * bits
+        low, high = FloorDiv(place, 8), Min(FloorDiv(place, 8) + 1, bits - 1)  # of the last byte the next is itself:
+        both = ops.to_dtype(load([first + low]), torch.int32)  # what is joined above it there is cut off below
+        above = ops.bitwise_left_shift(ops.to_dtype(load([first + high]), torch.int32), number(8))
+        shift = ops.index_expr(ModularIndexing(place, 1, 8), torch.int32)
+        return ops.bitwise_and(ops.bitwise_right_shift(ops.bitwise_or(both, above), shift), number((1 << bits) - 1))
+
+    return code
+
+
 def e4m3(code: Any) -> Any:
     """The fp32 of an e4m3 in int32, by integers: not every device converts it."""
     size = ops.bitwise_and(code, number(0x7F))
@@ -146,4 +175,5 @@ UNPACKING: dict[str, Unpacking] = {
     "bits": unpack_bits,
     "fp8": unpack_fp8,
     **{name: partial(unpack_quantised, bits=bits) for name, bits in quantise.BITS.items()},
+    **{name: partial(unpack_slope, name=name) for name in fewbit.BITS},
 }

@@ -9,7 +9,7 @@ no whole number of groups are packed by the reference.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, reduce
 from math import prod
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch._inductor.virtualized import V, ops
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._sympy.functions import FloorDiv, ModularIndexing
 
-from memopt.kernels import fp8, pack_bits, quantise  # noqa: F401  # their operations
+from memopt.kernels import fewbit, fp8, pack_bits, quantise  # noqa: F401  # their operations
 from memopt.kernels.lowered import number
 
 aten = torch.ops.aten
@@ -75,6 +75,37 @@ def pack_bits_(x: TensorBox, element: Load, count: int) -> Any:
     """Eight booleans a byte."""
     byte = joined(lambda p: ops.to_dtype(element(p), torch.int32), 1)
     return loops(x, torch.uint8, [count // 8], lambda index: byte(index[0]))
+
+
+def pack_slope(x: TensorBox, element: Load, count: int, name: str) -> Any:
+    """How many borders each element is above."""
+    bits, borders = fewbit.BITS[name], fewbit.table(name)[0].to(x.get_dtype()).tolist()  # as a comparison rounds them
+
+    def code(p: Any) -> Any:
+        value = element(p)
+        above = [ops.to_dtype(ops.gt(value, ops.constant(each, x.get_dtype())), torch.int32) for each in borders]
+        return reduce(ops.add, above)
+
+    byte = joined(code, bits) if 8 % bits == 0 else crossing(x, code, count, bits)
+    return loops(x, torch.uint8, [fewbit.nbytes(count, bits)], lambda index: byte(index[0]))
+
+
+def crossing(x: TensorBox, code: Load, count: int, bits: int) -> Load:
+    """Of codes of which eight share as many bytes as one has bits, those bytes; the eight are joined once, and kept."""
+
+    def word(index: Sequence[Any]) -> Any:
+        found = [ops.bitwise_left_shift(code(8 * index[0] + k), number(bits * k)) for k in range(8)]
+        return reduce(ops.bitwise_or, found)
+
+    words = stored(loops(x, torch.int32, [count // 8], word))
+
+    def byte(b: Any) -> Any:
+        shift = ops.index_expr(ModularIndexing(b, 1, bits) * 8, torch.int32)
+        return ops.to_dtype(
+            ops.bitwise_and(ops.bitwise_right_shift(words([FloorDiv(b, bits)]), shift), number(0xFF)), torch.uint8
+        )
+
+    return byte
 
 
 def bytes_of(x: TensorBox, terms: Sequence[Callable[[Any], Any]], groups: int) -> TensorBox:
@@ -198,6 +229,7 @@ PACKING: dict[str, tuple[Packing, int]] = {
     "bits": (pack_bits_, 8),
     "fp8": (pack_fp8, fp8.GROUP),
     **{name: (partial(pack_quantised, bits=bits), quantise.GROUP) for name, bits in quantise.BITS.items()},
+    **{name: (partial(pack_slope, name=name), 8) for name in fewbit.BITS},
 }
 
 for codec, (packing, each) in PACKING.items():

@@ -23,6 +23,7 @@ from torch._inductor.codecache import PyCodeCache
 from torch._inductor.codegen.cpp import CppScheduling
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
+from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.utils import BoxedBool
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensor
@@ -31,6 +32,7 @@ from memopt.facts import hint, is_fusable
 from memopt.fences import KERNEL
 from memopt.fusion import Fences
 from memopt.kernels import lowered, lowered_packs  # noqa: F401  # the second for what importing does
+from memopt.kernels.lowered_slopes import without_slopes
 from memopt.program import copied
 from memopt.runtime.executor import Executor
 
@@ -122,28 +124,39 @@ def _donated() -> tuple[int, ...]:
     return tuple(getattr(context.fw_metadata, "bw_donated_idxs", None) or ()) if context is not None else ()
 
 
-def compiled(module: fx.GraphModule, inputs: Sequence[Any], partition: Partition) -> Callable[..., Any]:
-    """The graph compiled by Inductor."""
-    return _compile(module, inputs, partition, _generated)
+def compiled(
+    module: fx.GraphModule, inputs: Sequence[Any], partition: Partition, slopes: bool = False
+) -> Callable[..., Any]:
+    """The graph compiled by Inductor. slopes: as in `memopt.lowering.lower`."""
+    return _compile(module, inputs, partition, _generated, slopes)
 
 
 def interpreted(
-    module: fx.GraphModule, inputs: Sequence[Any], partition: Partition, untrained: Callable[..., fx.GraphModule]
+    module: fx.GraphModule,
+    inputs: Sequence[Any],
+    partition: Partition,
+    untrained: Callable[..., fx.GraphModule],
+    slopes: bool = False,
 ) -> Callable[..., Any]:
     """The graph as Inductor would get it, run op by op: for fake tensors. Nothing is generated.
 
-    untrained: is shown a graph that has no backward.
+    untrained: is shown a graph that has no backward. slopes: as in `compiled`.
     """
 
     def inner(graph: fx.GraphModule, _: Any, is_inference: bool = False, **__: Any) -> Executor:
         return Executor(untrained(graph) if is_inference else graph)
 
-    return _compile(module, inputs, partition, inner)
+    return _compile(module, inputs, partition, inner, slopes)
 
 
-def _compile(module: fx.GraphModule, inputs: Sequence[Any], partition: Partition, inner: Any) -> Callable[..., Any]:
+def _compile(
+    module: fx.GraphModule, inputs: Sequence[Any], partition: Partition, inner: Any, slopes: bool
+) -> Callable[..., Any]:
+    table = without_slopes(select_decomp_table()) if slopes else None
     with torch._functorch.config.patch(enable_autograd_cache=False):
-        run: Any = compile_fx(module, inputs, inner_compile=inner, config_patches=_patches(partition))
+        run: Any = compile_fx(
+            module, inputs, inner_compile=inner, config_patches=_patches(partition), decompositions=table
+        )
     return run  # type: ignore[no-any-return]
 
 

@@ -11,7 +11,6 @@ from memopt.graph import StepGraph
 from memopt.joints import Part
 from memopt.optim.photograph import OptimizerPhase
 from memopt.optim.portions import Update
-from memopt.passes.few_bit import ApproxBP, FewBit
 from memopt.request import Request
 from memopt.rewrites import left_alone
 from memopt.seams import runs_untraced
@@ -29,10 +28,6 @@ def remarks(
     """What was assumed, what is not seen, how the optimizer steps."""
     assumed = [phase.assumed] if phase.assumed else []
     notes = [*survey.notes, *left_alone(survey), *assumed, *said(update, request.optimizer, phase)]
-    if request.lowering == "inductor":
-        slopes = (trade.name for trade in (FewBit, ApproxBP) if trade.name not in request.off)
-        why = 'under Inductor, which takes nonlinearities apart: lowering="eager"'
-        notes += [f"{name} finds nothing {why}" for name in slopes]
     if len(survey.captures) > 1:
         notes.append(f"the model breaks into {len(survey.captures)} graphs; one budget is shared among them")
     if runs_untraced(parts):

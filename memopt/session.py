@@ -166,7 +166,7 @@ class Session(LighterPlanner):
         names, exact, rewrites = tensor_names(self.model), self.request.exact, self.request.without(left_out)
         return lower(
             module, inputs, names, transform, lowering, False, loss_only, self.seen, exact, rewrites, updates=updates,
-            chunks=chunks,
+            chunks=chunks, slopes=self.request.slopes,
         )  # fmt: skip
 
     def early(self, mine: Sequence[tuple[Planned, str]]) -> Updates:

@@ -28,7 +28,7 @@ class Stack(nn.Module):
 
 
 def compiled(model: nn.Module, x: Tensor, budget: int | str, **options: Any) -> Any:
-    return memopt.compile(model, budget, example_inputs=(x,), lowering="eager", **options)
+    return memopt.compile(model, budget, example_inputs=(x,), **{"lowering": "eager", **options})
 
 
 def inputs() -> Tensor:
