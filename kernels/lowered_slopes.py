@@ -76,11 +76,11 @@ def _register(operation: Any, backward: Backward) -> None:
         dtype = grad.get_dtype()
         wide = torch.float32 if dtype.itemsize < 4 else dtype
         made = gelu_tanh_backward if approximate == "tanh" else backward
-        loads = grad.make_loader(), saved.make_loader()
+        due, kept = grad.make_loader(), saved.make_loader()
 
         def at(index: Any) -> Any:
-            found = made(*(ops.to_dtype(load(index), wide) for load in loads), lambda value: ops.constant(value, wide))
-            return ops.to_dtype(found, dtype)
+            read = ops.to_dtype(due(index), wide), ops.to_dtype(kept(index), wide)
+            return ops.to_dtype(made(*read, lambda value: ops.constant(value, wide)), dtype)
 
         return Pointwise.create(device=grad.get_device(), dtype=dtype, inner_fn=at, ranges=list(grad.get_size()))
 

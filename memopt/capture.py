@@ -214,7 +214,7 @@ def survey(
     """Run the model's forward under fake tensors and record every graph of it that trains.
 
     model, args, kwargs: real or fake; nothing of theirs is touched. gradients: "loss" or "all" (memopt.outputs).
-    exact, rewrites, slopes: as in `memopt.lowering.lower`. beside: whether a graph is captured without rewrites as well,
+    exact, rewrites, slopes: as in `memopt.lowering.lower`. beside: whether a graph is captured without rewrites too,
     unless it is too large. chunks: as in `Survey`.
     Raises CaptureError naming the user's line when the forward cannot be traced or fails (its own error is the cause),
     when inputs are missing, and when nothing asks for a gradient.

@@ -72,7 +72,7 @@ class Request:
 
     @property
     def slopes(self) -> bool:
-        """Whether codes of slopes may be kept: backwards of nonlinearities then stay one operation in every lowering."""
+        """Whether codes of slopes may be kept: backwards of nonlinearities then stay whole in every lowering."""
         return any(issubclass(trade, Slopes) for trade in TRADES if trade.name not in self.off)
 
     @property

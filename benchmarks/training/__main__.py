@@ -31,7 +31,7 @@ PLAIN, EXACT = "plain", "exact"
 LEVERS = {"int8": "int8_activations", "int4": "int4_activations", "fewbit": "fewbit"}
 PLANS = (PLAIN, EXACT, *LEVERS)
 SOUND = ("int8", "fewbit")  # expected within the noise of the seeds
-ALONE = "-recompute,-pack_masks,-narrow_indices"
+ALONE = "-recompute,-pack_masks,-narrow_indices,-stream,-stream_attention"
 SHARE = 0.6  # of the free peak, for the exact plan
 BUDGETS: dict[tuple[str, str], int] = {}
 

@@ -134,9 +134,12 @@ def alone(kind: type[torch.optim.Optimizer], **options: Any) -> tuple[Net, torch
 def test_batches_of_their_own_train_as_one_process_with_all_of_them(name: str, trained: list[dict[str, Any]]) -> None:
     kind, options = WAYS[name]
     model, optimizer = alone(kind, **{key: value for key, value in options.items() if key != "shards"})
+    near = 1e-2 if name == "8bit" else 1e-5  # a moment that lies between two codes may get the other
+    began = net().state_dict()
     for one in trained:
         for key, value in model.state_dict().items():
-            torch.testing.assert_close(one[name][key], value, **CLOSE)
+            moved, rounding = (value - began[key]).norm(), torch.finfo(value.dtype).eps * value.norm()
+            assert (one[name][key] - value).norm() <= near * moved + rounding
             assert torch.equal(one[name][key], trained[0][name][key])
     saved, whole = trained[0][f"{name}: state"], optimizer.state_dict()
     assert saved["state"].keys() == whole["state"].keys()
