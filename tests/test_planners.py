@@ -303,6 +303,7 @@ def test_the_command_from_beginning_to_end(tmp_path: Path, monkeypatch: pytest.M
     assert "| gpt2 | 80% |" in capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_a_sweep_of_torchs_partitioner_is_what_each_share_gives_alone() -> None:
     source = graphs.preset("gpt2-tiny", "fp32", "h200", optimizer="none")
     (program,) = graphs.surveyed(source)[2]

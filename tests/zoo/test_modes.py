@@ -91,7 +91,11 @@ def tied(model: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize(
     "change",
-    [pytest.param(halved_bits, marks=pytest.mark.long), pytest.param(half_frozen, marks=pytest.mark.long), tied],
+    [
+        pytest.param(halved_bits, marks=pytest.mark.long),
+        pytest.param(half_frozen, marks=pytest.mark.long),
+        pytest.param(tied, marks=pytest.mark.long),
+    ],
 )
 def test_a_changed_llama_is_held(change: Callable[[nn.Module], nn.Module]) -> None:
     model, inputs = built()

@@ -50,7 +50,7 @@ class Zoo:
         return found
 
 
-MORE = ("gpt2-tiny", "bert-tiny", "vit-tiny", "resnet-tiny", "t5-tiny")  # in the long tests
+MORE = ("gpt2-tiny", "bert-tiny", "vit-tiny", "resnet-tiny", "t5-tiny", "unet-tiny")  # in the long tests
 
 
 @pytest.fixture(params=[pytest.param(name, marks=pytest.mark.long if name in MORE else ()) for name in SIZES])

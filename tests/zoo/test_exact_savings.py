@@ -1,0 +1,80 @@
+"""What is saved exactly fires on real models: a lower measured peak, as predicted, and not one other bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import memopt
+from memopt.noise import LOSSY
+from memopt.passes import TRADES
+from memopt.runtime.measure import measure_step
+from tests.zoo.test_oracle import Zoo
+
+EXACT: dict[str, Any] = {"lowering": "eager", "numerics": "exact"}
+
+
+def without(*names: str) -> str:
+    """These passes off, and every exact trade but the one that is tried."""
+    return ",".join(f"-{name}" for name in names)
+
+
+def others(lever: str) -> list[str]:
+    """Exact trades that would do instead."""
+    return [trade.name for trade in TRADES if trade.name not in (*LOSSY, lever)]
+
+
+def built(zoo: Zoo) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """The model, and an optimizer whose update is not the peak."""
+    model, _ = zoo.model()
+    return model, torch.optim.SGD(model.parameters(), 1e-3)
+
+
+def floor(zoo: Zoo, passes: str) -> int:
+    """The least budget that is planned with these passes, bytes."""
+    model, optimizer = built(zoo)
+    with pytest.raises(memopt.BudgetError) as refused:
+        memopt.compile(model, 1, optimizer=optimizer, example_inputs=zoo.inputs, passes=passes, **EXACT)
+    assert refused.value.floor_bytes is not None
+    return refused.value.floor_bytes
+
+
+@pytest.mark.usefixtures("unadvised")
+@pytest.mark.parametrize(
+    ("name", "lever"),
+    [
+        pytest.param("bert-tiny", "pack_masks", marks=pytest.mark.long),  # of dropout
+        pytest.param("t5-tiny", "pack_masks", marks=pytest.mark.long),
+        pytest.param("t5-tiny", "relu_masks", marks=pytest.mark.long),
+        ("resnet-tiny", "narrow_indices"),  # of a pooling
+    ],
+)
+def test_alone_it_lowers_what_a_real_model_takes(name: str, lever: str) -> None:
+    zoo = Zoo(name)
+    plain = zoo.gradients(zoo.model()[0])
+    less, more = floor(zoo, without(*others(lever))), floor(zoo, without(*others(lever), lever))
+    model, optimizer = built(zoo)
+    passes = without(*others(lever))
+    memopt.compile(model, less, optimizer=optimizer, example_inputs=zoo.inputs, passes=passes, **EXACT)
+    assert all(map(torch.equal, zoo.gradients(model), plain))
+    took = measure_step(lambda: zoo.loss(model), optimizer, resident=[model, zoo.inputs], repeats=0)
+    result: Any = model.memopt.plan
+    assert 0 <= result.peak - took.peak_bytes <= 8  # T5 keeps a number that it computes in a tensor
+    assert result.peak <= less < more
+
+
+def test_a_saved_cast_is_replaced_by_its_source() -> None:
+    """A Llama in bf16 takes its norms in fp32: their casts are twice the bytes of what they are made of."""
+    zoo = Zoo("llama-tiny")
+    plain = zoo.gradients(zoo.model()[0].bfloat16())
+    model, optimizer = built(zoo)
+    free = memopt.plan(model.bfloat16(), zoo.inputs, budget="4GB", optimizer=optimizer, **EXACT).baseline_peak
+    memopt.compile(model, int(0.8 * free), optimizer=optimizer, example_inputs=zoo.inputs, **EXACT)
+    assert all(map(torch.equal, zoo.gradients(model), plain))
+    took = measure_step(lambda: zoo.loss(model), optimizer, resident=[model, zoo.inputs], repeats=0)
+    result: Any = model.memopt.plan
+    assert any(step.op == "aten._to_copy.default" for remake in result.plan.chosen for step in remake.unpack)
+    assert took.peak_bytes == result.peak <= 0.8 * free
