@@ -234,6 +234,40 @@ def operation(pool: disk.Pool, kind: str) -> Any:
     return getattr(torch.ops.memopt, f"{kind}_{pool.codec}")
 
 
+class Viewed(nn.Module):
+    """One value that the backward wants as three views, of several layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(256, 256)
+        self.heads = nn.ModuleList([nn.Linear(256, 8), nn.Linear(64, 8), nn.Linear(2048, 8)])
+        self.behind = Stack()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        a, b, c = self.heads
+        early = a(h).square().mean() + b(h.view(-1, 64)).square().mean() + c(h.t()).square().mean()
+        return early + self.behind(x)
+
+
+def test_a_value_is_written_once_however_many_views_want_it(x: Tensor, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    want = stepped(Viewed(), x)
+    torch.manual_seed(0)
+    model, pool = Viewed(), disk.use(tmp_path, GB)
+    only = {"passes": "-recompute,-stream", "numerics": "exact", "lowering": "eager"}
+    whole = memopt.plan(model, (x,), budget="4GB", **only).peak
+    memopt.compile(model, int(0.6 * whole), example_inputs=(x,), disk_budget="1GB", disk_path=tmp_path, **only)
+    plan: Any = model.memopt.plan
+    moved, graph = {remake.value for remake in plan.plan.chosen}, plan.before
+    looks = {value: [t for t in graph.tensors.values() if t.storage == value] for value in moved}
+    assert max(map(len, looks.values())) >= 3
+    for _ in range(2):
+        before = pool.count
+        assert all(map(torch.equal, stepped(model, x), want))
+        assert pool.count == before + len(moved)
+
+
 def test_copies_of_a_step_are_under_way_while_it_computes(x: Tensor, whole: int, tmp_path: Path) -> None:
     """The plan says so, and is cheaper for it; saved and used again it has the same moments."""
     options: dict[str, Any] = {"disk_budget": "1GB", "disk_path": tmp_path}

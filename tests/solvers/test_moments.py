@@ -52,6 +52,8 @@ def test_no_plan_is_dearer_than_with_awaited_copies_nor_over_the_budget(problem:
     assert (plan.peak, plan.seconds) == (peak(edited), added_seconds(problem, edited))
     assert (plan.peak <= problem.budget) == (awaited.peak <= problem.budget)
     assert plan.lower_bound <= plan.seconds <= awaited.seconds
+    place = problem.graph.position
+    assert all(place[r.drained] < place[r.fetched] for r in plan.chosen if r.drained)  # none is wanted while in flight
 
 
 def every_moment(problem: Problem, chosen: tuple[Remake, ...]) -> Iterator[tuple[Remake, ...]]:
