@@ -13,15 +13,20 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks import picture as frontier_picture
 from benchmarks.beds import BEDS
 from benchmarks.cpu import picture as cpu_picture
 from benchmarks.cpu.summary import markdown, promised
+from benchmarks.frontier.__main__ import AXES, panels
+from benchmarks.frontier.table import summary as frontiers
 from benchmarks.gpu import table as gpu
 from benchmarks.gpu.beds import BEDS as GPU_BEDS
 from benchmarks.markdown import between, folded
 from benchmarks.planners import picture as planner_picture
 from benchmarks.planners.summary import summary
 from benchmarks.record import RESULTS, ROOT, made, read_lines
+from benchmarks.training import picture as training_picture
+from benchmarks.training.table import summary as qualities
 
 Line = dict[str, Any]
 PICTURES = "benchmarks/results"  # as the README sees them
@@ -105,7 +110,30 @@ def shown(path: Path) -> str:
     return f"![step time over peak]({PICTURES}/{picture.name})" if picture.exists() else ""
 
 
-TIERS: Mapping[str, Callable[[Path], Iterator[str]]] = {"bench": executed, "planners": planned, "gpu": on_gpu}
+def levers(results: Path) -> Iterator[str]:
+    """All levers together against each alone."""
+    path = results / "frontier.jsonl"
+    if path.exists():
+        head, *rows = read_lines(path)
+        frontier_picture.draw(panels(rows), path.with_suffix(".svg"), *AXES)
+        where = source(head, "python -m benchmarks.frontier")
+        yield folded("every lever alone, and all together", f"({where})\n\n{frontiers(rows)}\n\n{shown(path)}")
+
+
+def trained(results: Path) -> Iterator[str]:
+    """Quality after training with exact and lossy plans."""
+    path = results / "training.jsonl"
+    if path.exists():
+        head, *rows = read_lines(path)
+        training_picture.draw(rows, path.with_suffix(".svg"))
+        where = source(head, "python -m benchmarks.training")
+        text = f"({where}; a lossy plan uses its lever alone, as much of it as there can be)\n\n{qualities(rows)}"
+        yield folded("quality after training", f"{text}\n\n![loss curves]({PICTURES}/{path.stem}.svg)")
+
+
+TIERS: Mapping[str, Callable[[Path], Iterator[str]]] = {
+    "bench": executed, "planners": planned, "levers": levers, "training": trained, "gpu": on_gpu,
+}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

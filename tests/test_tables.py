@@ -17,12 +17,12 @@ from benchmarks.picture import draw, frontier
 from benchmarks.planners import picture as planner_picture
 from benchmarks.planners.summary import cell, summary
 from benchmarks.record import command, made, surroundings, write_lines
-from benchmarks.tables import insert, main
+from benchmarks.tables import TIERS, insert, main
 
 MIB, GIB = 2**20, 2**30
 OLD = {"torch": "1", "threads": 2, "processor": "p", "commit": "c"}
 NEW = OLD | {"date": "2026-11-21T10:00:00+00:00", "device": "cpu"}
-README = "before\n" + "".join(f"<!-- {t}:begin -->\nold\n<!-- {t}:end -->\n" for t in ("bench", "planners", "gpu"))
+README = "before\n" + "".join(f"<!-- {t}:begin -->\nold\n<!-- {t}:end -->\n" for t in TIERS)
 
 
 def executed(variant: str, peak: int, times: list[float], peer: str = "") -> Row:
@@ -48,6 +48,17 @@ def on_gpu(name: str, **more: Any) -> Row:
     } | more  # fmt: skip
 
 
+def lever(name: str, added: float | None, budget: int = 6) -> Row:
+    """added: seconds of a step of ten; None for no plan."""
+    return {"subject": "bert", "levers": name, "share": budget / 10, "budget": budget * MIB, "free": 10 * MIB,
+            "fits": added is not None, "peak": 5 * MIB, "added": added or 0.0, "step": 10.0, "bound": 0.5,
+            "mix": {name: MIB}}  # fmt: skip
+
+
+def training(plan: str, quality: float, **more: Any) -> Row:
+    return {"task": "digits", "metric": "accuracy", "plan": plan, "quality": quality, "losses": [1.0] * 20} | more
+
+
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     (tmp_path / "README.md").write_text(README)
@@ -62,6 +73,13 @@ def test_every_tier_stands_between_its_markers(place: Path) -> None:
     write_lines(place / "planners.jsonl", [*lines, planned("memopt", 1.0), planned("dtr", 2.0)])
     card = [{"command": "python -m benchmarks.gpu"}, on_gpu("eager"), on_gpu("torchao AdamW8bit", absent="torchao")]
     write_lines(place / "gpu_llama-3.2-1b.jsonl", card)
+    alone = [lever("recompute", 2.0), lever("int8_activations", None), lever("recompute", None, 4)]
+    ran = {"subject": "bert", "share": 0.4, "budget": 400, "predicted": 350, "measured": 351, "loss_equal": True}
+    both = [lever("all levers", 1.0), lever("all levers", 3.0, 4), ran | {"measured_grad_error": 0.01}]
+    write_lines(place / "frontier.jsonl", [{"surroundings": NEW, "command": "f"}, *alone, *both])
+    lossy = {"peak": 3, "free": 4, "grad_error": 0.02}
+    runs = [training("plain", 0.9), training("int8", 0.7, **lossy), training("int8", 0.8, **lossy)]
+    write_lines(place / "training.jsonl", [{"surroundings": NEW, "command": "t"}, *runs])
     readme = place / "README.md"
     assert main(["--results", str(place), "--readme", str(readme)]) == 0
     text = readme.read_text()
@@ -73,8 +91,16 @@ def test_every_tier_stands_between_its_markers(place: Path) -> None:
     assert "| eager | 8 | 9 | 2.00 |" in text
     assert "| g | +10.0 (dtr +20.0) |" in text
     assert "not installed: torchao" in text
+    assert "| bert | 60.0% | +20.0 recompute | +10.0 | +5.0 | all levers 1.0 |" in text
+    assert "| bert | 40.0% | none fits | +30.0 | +5.0 |" in text
+    assert (
+        "Run: bert at 40.0%, which no lever alone holds: measured 351 of 400 bytes, predicted 350, loss equal" in text
+    )
+    assert "| digits, accuracy | plain | 0.900 | 100% | 0 | 1 |" in text
+    assert "| digits, accuracy | int8 | 0.750 ± 0.071 | 75% | 0.02 | 2 |" in text
     pictures = sorted(place.glob("*.svg"))
-    assert [path.stem for path in pictures] == ["gpu_llama-3.2-1b", "planners", "recompute_cpu_llama"]
+    stems = ["frontier", "gpu_llama-3.2-1b", "planners", "recompute_cpu_llama", "training"]
+    assert [path.stem for path in pictures] == stems
     assert all(f"benchmarks/results/{path.name}" in text for path in pictures)
     bytes_before = [path.read_bytes() for path in pictures]
     insert(readme, place)

@@ -26,6 +26,7 @@ from memopt.runtime.measure import measure_step
 SHARES = (0.8, 0.6, 0.4)
 PAPER, ON_PAPER = "llama-3-8b", ("h200", "rtx4090")
 SLACK = 1e-9  # of the seconds
+AXES = "predicted peak, MiB", "step time over the free step's"
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -38,7 +39,7 @@ def main(words: Sequence[str] | None = None) -> int:
     for part in parts(asked, {row["subject"] for row in found}):
         found += part
         write_lines(path, [head, *found])
-    picture.draw(panels(found), asked.results / "frontier.svg", "predicted peak, MiB", "step time over the free step's")
+    picture.draw(panels(found), asked.results / "frontier.svg", *AXES)
     verdicts = marks(found)
     print(*(f"  {'holds' if good else 'fails':5}  {text}" for text, good in verdicts), sep="\n")
     return 0 if all(good for _, good in verdicts) else 1
@@ -47,7 +48,7 @@ def main(words: Sequence[str] | None = None) -> int:
 def parts(asked: argparse.Namespace, there: Set[str]) -> Iterator[list[Row]]:
     """The rows of one subject after another, but for those that are there already."""
     for name in (name for name in asked.model if name not in there):
-        subject = on_cpu(name, workload(name, dropout=False), asked.max_grad_error)
+        subject = on_cpu(name, workload(name, dropout=False), asked.max_grad_error, asked.disk)
         mine = list(shown(rows(subject, asked.share)))
         yield [*mine, *run_mixture(subject, mine, asked.max_grad_error)]
     for device in (device for device in asked.device if named(PAPER, device) not in there):
@@ -63,6 +64,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="on paper; at 1 the update is the peak, not activations")
     parser.add_argument("--seq", type=int, default=4096)
     parser.add_argument("--share", nargs="+", type=float, default=list(SHARES), help="budgets, of the free peak")
+    parser.add_argument("--disk", type=float, default=0.1, help="how much may lie on disk, of the free peak")
     parser.add_argument("--max-grad-error", type=float, default=0.1, help="bound on the gradient's relative error")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--resume", action="store_true", help="keep the subjects that are there already")
@@ -118,7 +120,8 @@ def run_mixture(subject: Subject, found: Sequence[Row], error: float) -> list[Ro
     plain, ours = (built(work) for _ in range(2))
     want = work.loss(plain(**inputs)).item()
     optimizer = torch.optim.AdamW(ours.parameters())
-    given: Any = {"allow": LOSSY, "max_grad_error": error, "disk_budget": "90%", "lowering": "eager"}
+    room = subject.request.disk[0]
+    given: Any = {"allow": LOSSY, "max_grad_error": error, "disk_budget": room, "lowering": "eager"}
     memopt.compile(ours, budget, optimizer=optimizer, example_inputs=inputs, **given)
     loss = work.loss(ours(**inputs))
     loss.backward()

@@ -51,8 +51,12 @@ class Subject:
         return make_plan(self.found, request, self.costs, 0.0, silent, noise=self.noise).result
 
 
-def on_cpu(name: str, work: Workload, error: float) -> Subject:
-    """A real step on this machine: operations measured, and what rounding does on its batch."""
+def on_cpu(name: str, work: Workload, error: float, disk_share: float) -> Subject:
+    """A real step on this machine: operations measured, and what rounding does on its batch.
+
+    disk_share: how much of its free peak may lie on disk. Without a limit a disk behind the page cache, which takes
+    next to no time, would do alone.
+    """
     torch.manual_seed(0)
     model, inputs = work.build(), work.inputs(work.batch, work.seq)
     request = make_request(
@@ -64,7 +68,9 @@ def on_cpu(name: str, work: Workload, error: float) -> Subject:
     accuracy = Accuracy()
     accuracy.probe(found, call, request)
     costs = measured_costs([capture.program for capture in found.captures], request.device, True)
-    return Subject(name, found, request, costs, accuracy.noise)
+    free = Subject(name, found, request, costs, accuracy.noise)
+    limit = int(disk_share * free.planned((), 1 << 60).baseline_peak)
+    return replace(free, request=replace(request, disk=(limit, request.disk[1])))
 
 
 def on_paper(preset: str, device: str, batch: int, seq: int, error: float) -> Subject:

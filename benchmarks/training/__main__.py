@@ -58,7 +58,7 @@ def main(words: Sequence[str] | None = None) -> int:
             rows.append(found or {"task": name, "metric": task.metric, **run(task, plan, seed, steps)})
             print(line(rows[-1]), flush=True)
             write_lines(path, [head, *rows])
-    draw(rows, {name: TASKS[name]().text for name in asked.task}, asked.results / "training.svg")
+    draw(rows, asked.results / "training.svg")
     verdicts = marks(rows)
     print(*(f"  {'holds' if good else 'fails':5}  {text}" for text, good in verdicts), sep="\n")
     return 0 if all(good for _, good in verdicts) else 1

@@ -7,6 +7,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from benchmarks.training.tasks import TITLES
+
 WINDOW = 10  # steps a point is the mean of
 COLOURS = {"plain": "#7f8c8d", "exact": "#c0392b", "int8": "#2980b9", "int4": "#8e44ad", "fewbit": "#27ae60"}
 
@@ -16,11 +18,12 @@ def smooth(losses: Sequence[float]) -> list[float]:
     return [mean(losses[at : at + WINDOW]) for at in range(0, len(losses) - WINDOW + 1, WINDOW)]
 
 
-def draw(rows: Sequence[Mapping[str, Any]], titles: Mapping[str, str], path: Path) -> None:
+def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Write the curves as SVG; the same rows give the same bytes."""
     import matplotlib
     from matplotlib.figure import Figure
 
+    titles = {task: TITLES[task] for task in dict.fromkeys(row["task"] for row in rows)}
     with matplotlib.rc_context({"svg.hashsalt": "memopt", "svg.fonttype": "none", "font.size": 9}):
         figure = Figure(figsize=(4 * len(titles), 3.4), layout="constrained")
         for axes, (task, title) in zip(figure.subplots(1, len(titles), squeeze=False)[0], titles.items(), strict=True):

@@ -15,6 +15,11 @@ from torch import Tensor, nn
 from memopt.text import byte_batches
 
 Batch = dict[str, Tensor]
+TITLES: Mapping[str, str] = {
+    "digits": "ViT, 4 layers, scikit-learn's digits",
+    "text": "Llama, 4 layers, the standard library's bytes",
+    "sentences": "all-MiniLM-L6-v2 fine-tuned, lines of ten modules",
+}
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ def digits() -> Task:
         return model
 
     return Task(
-        "ViT, 4 layers, scikit-learn's digits", 200, "accuracy", adamw(1e-3), build,
+        TITLES["digits"], 200, "accuracy", adamw(1e-3), build,
         lambda seed: rows_of(train, 128, seed), lambda model: accuracy(model, test),
     )  # fmt: skip
 
@@ -108,7 +113,7 @@ def text() -> Task:
             return sum(model(**next(batches)).loss.item() for _ in range(4)) / 4
 
     return Task(
-        "Llama, 4 layers, the standard library's bytes", 200, "loss on new text", adamw(2e-3), build,
+        TITLES["text"], 200, "loss on new text", adamw(2e-3), build,
         lambda seed: byte_batches(16, 128, seed), held_out,
     )  # fmt: skip
 
@@ -153,7 +158,7 @@ def sentences() -> Task:
         return model.train()
 
     return Task(
-        "all-MiniLM-L6-v2 fine-tuned, lines of ten modules", 50, "accuracy", momentum, build,
+        TITLES["sentences"], 50, "accuracy", momentum, build,
         lambda seed: rows_of(train, 32, seed), lambda model: accuracy(model, test),
     )  # fmt: skip
 
