@@ -113,7 +113,6 @@ class _Recorder:
     rewrites: Sequence[type[Rewrite]] = ()
     beside: bool = True
     chunks: int = 0
-    slopes: bool = False
     found: list[Found] = field(default_factory=list)
     captures: list[Capture] = field(default_factory=list)
     latest: Capture | None = None
@@ -144,7 +143,7 @@ class _Recorder:
     ) -> Callable[..., Any]:
         return lower(
             module, inputs, self.names, transform, self.lowering, True, self.loss_only, exact=self.exact,
-            rewrites=rewrites, found=self.found.append, chunks=self.chunks, slopes=self.slopes,
+            rewrites=rewrites, found=self.found.append, chunks=self.chunks,
         )  # fmt: skip
 
     def record_plain(self, program: Program) -> Program:
@@ -209,12 +208,11 @@ def survey(
     rewrites: Sequence[type[Rewrite]] = (),
     beside: bool = True,
     chunks: int = 0,
-    slopes: bool = False,
 ) -> Survey:
     """Run the model's forward under fake tensors and record every graph of it that trains.
 
     model, args, kwargs: real or fake; nothing of theirs is touched. gradients: "loss" or "all" (memopt.outputs).
-    exact, rewrites, slopes: as in `memopt.lowering.lower`. beside: whether a graph is captured without rewrites too,
+    exact, rewrites: as in `memopt.lowering.lower`. beside: whether a graph is captured without rewrites as well,
     unless it is too large. chunks: as in `Survey`.
     Raises CaptureError naming the user's line when the forward cannot be traced or fails (its own error is the cause),
     when inputs are missing, and when nothing asks for a gradient.
@@ -225,8 +223,7 @@ def survey(
     mode = mode_of(model) or FakeTensorMode(allow_non_fake_inputs=True)
     twin = faked(model, mode)
     args, kwargs = tree_map_only(torch.Tensor, lambda t: fake_tensor(t, mode), (tuple(args), dict(kwargs)))
-    loss_only, names = gradients == "loss", tensor_names(twin)
-    recorder = _Recorder(names, prepare, lowering, loss_only, exact, rewrites, beside, chunks, slopes)
+    recorder = _Recorder(tensor_names(twin), prepare, lowering, gradients == "loss", exact, rewrites, beside, chunks)
     recorder.know((args, kwargs, list(twin.parameters()), list(twin.buffers())))
     recorder.leaves = {id(leaf): at for at, leaf in enumerate(tree_leaves((args, kwargs)))}
     try:
@@ -239,8 +236,9 @@ def survey(
     if not recorder.trained:
         raise CaptureError(_nothing_to_train(model, outputs))
     if recorder.loss_only and (recorder.trained > 1 or notes):  # outputs of one graph may feed the next, seen or not
-        whole = survey(twin, args, kwargs, prepare, lowering, "all", exact, rewrites, beside, chunks, slopes)
-        return replace(whole, model=model)
+        return replace(
+            survey(twin, args, kwargs, prepare, lowering, "all", exact, rewrites, beside, chunks), model=model
+        )
     kept = None if notes else frozenset(key for key in recorder.numbers(tree_leaves(outputs)) if key is not None)
     found = joined(recorder.found)
     return Survey(tuple(recorder.captures), model, outputs, recorder.loss_only, notes, kept, found, lowering, chunks)

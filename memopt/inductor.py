@@ -124,35 +124,27 @@ def _donated() -> tuple[int, ...]:
     return tuple(getattr(context.fw_metadata, "bw_donated_idxs", None) or ()) if context is not None else ()
 
 
-def compiled(
-    module: fx.GraphModule, inputs: Sequence[Any], partition: Partition, slopes: bool = False
-) -> Callable[..., Any]:
-    """The graph compiled by Inductor. slopes: as in `memopt.lowering.lower`."""
-    return _compile(module, inputs, partition, _generated, slopes)
+def compiled(module: fx.GraphModule, inputs: Sequence[Any], partition: Partition) -> Callable[..., Any]:
+    """The graph compiled by Inductor."""
+    return _compile(module, inputs, partition, _generated)
 
 
 def interpreted(
-    module: fx.GraphModule,
-    inputs: Sequence[Any],
-    partition: Partition,
-    untrained: Callable[..., fx.GraphModule],
-    slopes: bool = False,
+    module: fx.GraphModule, inputs: Sequence[Any], partition: Partition, untrained: Callable[..., fx.GraphModule]
 ) -> Callable[..., Any]:
     """The graph as Inductor would get it, run op by op: for fake tensors. Nothing is generated.
 
-    untrained: is shown a graph that has no backward. slopes: as in `compiled`.
+    untrained: is shown a graph that has no backward.
     """
 
     def inner(graph: fx.GraphModule, _: Any, is_inference: bool = False, **__: Any) -> Executor:
         return Executor(untrained(graph) if is_inference else graph)
 
-    return _compile(module, inputs, partition, inner, slopes)
+    return _compile(module, inputs, partition, inner)
 
 
-def _compile(
-    module: fx.GraphModule, inputs: Sequence[Any], partition: Partition, inner: Any, slopes: bool
-) -> Callable[..., Any]:
-    table = without_slopes(select_decomp_table()) if slopes else None
+def _compile(module: fx.GraphModule, inputs: Sequence[Any], partition: Partition, inner: Any) -> Callable[..., Any]:
+    table = without_slopes(select_decomp_table())
     with torch._functorch.config.patch(enable_autograd_cache=False):
         run: Any = compile_fx(
             module, inputs, inner_compile=inner, config_patches=_patches(partition), decompositions=table

@@ -44,7 +44,6 @@ def lower(
     found: Callable[[Found], None] = lambda found: None,
     updates: Callable[[Program], Updates] = lambda program: {},
     chunks: int = 0,
-    slopes: bool = False,
 ) -> Callable[..., Any]:
     """A callable for Dynamo that runs the graph with its joint program transformed.
 
@@ -52,8 +51,7 @@ def lower(
     find what comes after it; nothing is generated or compiled. loss_only, seen: see `memopt.outputs`. exact: in the
     eager lowering, round as untraced torch does (`memopt.recurrent`). rewrites: of the forward; found: is told
     what they found. updates: what the backward of this program is to update (memopt/early.py).
-    chunks: as in `memopt.forward.Forward`. slopes: under Inductor too, backwards of nonlinearities stay one operation,
-    which says what they read of the forward (memopt/kernels/lowered_slopes.py).
+    chunks: as in `memopt.forward.Forward`.
     """
     as_untraced(module, exact=exact and lowering == "eager")
     detached = detach_beside_loss(module) if loss_only else None
@@ -75,10 +73,7 @@ def lower(
         planned = transform(_program(graph, len(graph.graph.output_node().args[0]), described))  # type: ignore[arg-type]
         return graph if dry else planned.module
 
-    if lowering == "inductor":
-        run = _inductor(module, inputs, partition, untrained, dry, slopes)
-    else:
-        run = _eager(module, inputs, partition, untrained)
+    run = (_inductor if lowering == "inductor" else _eager)(module, inputs, partition, untrained, dry)
     run = run if detached is None else refuse_gradients(run, *detached, seen)
     return made_later(run, changed.later) if changed.later and not dry else run
 
@@ -110,7 +105,9 @@ def _program(joint: fx.GraphModule, forward_outputs: int, described: Sequence[tu
     return normalised(Program(joint, forward_outputs, kinds, names))
 
 
-def _eager(module: fx.GraphModule, inputs: Sequence[Any], partition: Any, untrained: Untrained) -> Callable[..., Any]:
+def _eager(
+    module: fx.GraphModule, inputs: Sequence[Any], partition: Any, untrained: Untrained, dry: bool
+) -> Callable[..., Any]:
     from torch._functorch.aot_autograd import aot_module_simplified
 
     def run(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Executor:
@@ -125,13 +122,13 @@ def _eager(module: fx.GraphModule, inputs: Sequence[Any], partition: Any, untrai
 
 
 def _inductor(
-    module: fx.GraphModule, inputs: Sequence[Any], partition: Any, untrained: Untrained, dry: bool, slopes: bool
+    module: fx.GraphModule, inputs: Sequence[Any], partition: Any, untrained: Untrained, dry: bool
 ) -> Callable[..., Any]:
     from memopt import inductor  # loads torch._inductor, which takes seconds
 
     if dry:
-        return inductor.interpreted(module, inputs, partition, untrained, slopes)
-    return inductor.compiled(module, inputs, partition, slopes)
+        return inductor.interpreted(module, inputs, partition, untrained)
+    return inductor.compiled(module, inputs, partition)
 
 
 def signature(program: Program) -> str:

@@ -232,10 +232,7 @@ class Planner:
         lowering = lowering or self.request.lowering
         exact = self.request.exact if exact is None else exact
         clean, rewrites = prepare(lowering, self.request.off), self.request.without(left_out)
-        return survey(
-            model or self.model, *call, clean, lowering, self.gradients, exact, rewrites, beside, chunks,
-            self.request.slopes,
-        )  # fmt: skip
+        return survey(model or self.model, *call, clean, lowering, self.gradients, exact, rewrites, beside, chunks)
 
     def saved_of(self, found: Survey) -> bool:
         """Whether the saved plan is of this survey's graphs."""

@@ -211,6 +211,8 @@ class Refused:
         """A disk, as large as the plan with any disk uses of it; none where temporary files cannot be written."""
         if self.request.device.kind != "cpu" or OffloadDisk.name not in self.request.off:
             return
+        if self.request.update == "backward":
+            return  # they exclude each other
         try:
             codec = disk.use(tempfile.gettempdir(), ANY).codec
             disk.pool_of(codec).rates()
@@ -253,7 +255,8 @@ class Refused:
         request = replace(self.request, update="backward")
         why_not = hindrance(self.found, request.optimizer, request.lowering, request.accumulate)
         held = dict(self.result.binding.kinds).get("gradient") if self.result.binding else None
-        if self.request.update == "step" and held and not why_not and len(self.result.before.steps) <= MANY:
+        may = self.request.update == "step" and not self.request.disk[0]  # memopt.api.make_request
+        if may and held and not why_not and len(self.result.before.steps) <= MANY:
             yield self._way(self.spelling.update, "exact", self._plan(self.found, request))
 
     def _fewer_bits(self) -> Iterator[WayOut]:

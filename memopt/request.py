@@ -9,8 +9,6 @@ import torch
 from memopt.devices import Device
 from memopt.edit import DISK, GRADIENT, HOST
 from memopt.passbase import Rewrite
-from memopt.passes import TRADES
-from memopt.passes.few_bit import Slopes
 from memopt.plans import MAX_GRAD_ERROR
 from memopt.rewrites import permitted
 
@@ -69,11 +67,6 @@ class Request:
     def without(self, left_out: frozenset[str]) -> tuple[type[Rewrite], ...]:
         """Those rewrites but for some."""
         return tuple(rewrite for rewrite in self.rewrites if rewrite.name not in left_out)
-
-    @property
-    def slopes(self) -> bool:
-        """Whether codes of slopes may be kept: backwards of nonlinearities then stay whole in every lowering."""
-        return any(issubclass(trade, Slopes) for trade in TRADES if trade.name not in self.off)
 
     @property
     def exact(self) -> bool:

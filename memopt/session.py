@@ -166,7 +166,7 @@ class Session(LighterPlanner):
         names, exact, rewrites = tensor_names(self.model), self.request.exact, self.request.without(left_out)
         return lower(
             module, inputs, names, transform, lowering, False, loss_only, self.seen, exact, rewrites, updates=updates,
-            chunks=chunks, slopes=self.request.slopes,
+            chunks=chunks,
         )  # fmt: skip
 
     def early(self, mine: Sequence[tuple[Planned, str]]) -> Updates:

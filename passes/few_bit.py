@@ -21,7 +21,7 @@ class Slopes(Packing):
     """Keep a few bits an element of what only the backward of some nonlinearities reads. Assumes: it reads the slope
     alone. What is computed again from the value is computed from the value itself (`Remake.stand_in`).
 
-    Under Inductor they are captured whole for it (`memopt.lowering.lower`, slopes).
+    Under Inductor they are captured whole for it (memopt/kernels/lowered_slopes.py).
     """
 
     numerics, stand_in = Numerics.LOSSY, True

@@ -1,8 +1,9 @@
 """When the copies of a plan's moves begin and are waited for: as little waiting as the bytes left over can hide.
 
-Which values move and when are decided one after the other. `solve_overlapped` has the planner choose twice, with
-copies at what they take and at next to nothing; `timed` then gives each plan's copies their moments, simulates what
-comes of it by `edit`, and the cheapest is taken. So a plan is never dearer than with copies that are awaited at once.
+Which values move and when are decided one after the other. `solve_overlapped` has the planner choose with copies at
+what they take, at next to nothing, and so among copies alone; `timed` then gives each plan's copies their moments,
+simulates what comes of it by `edit`, and the cheapest is taken. So a plan is never dearer than with copies that are
+awaited at once, nor than with nothing but copies.
 
 What is proven. A plan whose copies overlap holds, at each of the graph's steps, at least what it holds with the same
 copies awaited at once, and takes at least the seconds of its other steps. So no plan is cheaper than the bound of the
@@ -34,8 +35,9 @@ def solve_overlapped(problem: Problem, *, time_limit: float = 20.0, quick: bool 
     if plan.status in (Status.FITS, Status.INFEASIBLE) or not any(map(moves, problem.remakes)):
         return plan
     hidden = solve(hiding(problem), time_limit=time_limit, quick=quick)
-    found = (simulated(problem, remakes_of(problem, hidden.chosen), "moments"), plan)
-    best = min((*(timed(problem, p.chosen) for p in found), plan), key=lambda p: rank(problem, p))
+    moved = hiding(replace(problem, remakes=tuple(filter(moves, problem.remakes))))
+    chosen = [remakes_of(problem, p.chosen) for p in (hidden, solve(moved, quick=True))]
+    best = min((*(timed(problem, c) for c in (*chosen, plan.chosen)), plan), key=lambda p: rank(problem, p))
     bound = min(max(0.0, hidden.lower_bound - SHARE * all_copies(problem)), best.seconds)
     best = replace(best, lower_bound=bound, solver=plan.solver)
     return replace(best, status=Status.OPTIMAL if best.gap <= NEAR else Status.FEASIBLE)

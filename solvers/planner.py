@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from time import perf_counter
 
+from memopt.edit import GRADIENT
 from memopt.plans import Plan, Problem, Status, simulated
 from memopt.solvers.brute import brute
 from memopt.solvers.chain import Links, chain, levels, links_of
@@ -104,12 +105,18 @@ def solve(problem: Problem, *, method: str = "auto", gap: float = 0.01, time_lim
 
 
 def apart(problem: Problem) -> Iterator[Problem]:
-    """The same problem with what runs steps again alone, and with each trade alone whose values are HEAVY. Whatever the
-    budget: what is refused has one floor."""
-    again = tuple(remake for remake in problem.remakes if remake.repeats)
-    yield replace(problem, remakes=again)
-    weight = {remake.trade: heavy(problem, remake.trade) for remake in problem.remakes if not remake.repeats}
-    if (again or len(weight) > 1) and len(problem.graph.steps) <= LARGE:
+    """The same problem with what is exact alone where some is not, so that consent never makes a plan worse, else with
+    what runs steps again alone; and with each trade alone whose values are HEAVY. Whatever the budget: what is refused
+    has one floor."""
+    large, offers = len(problem.graph.steps) > LARGE, problem.remakes
+    exact = tuple(r for r in offers if not any(resource == GRADIENT for resource, _ in r.takes))
+    mixed = bool(exact) and len(exact) < len(offers) and not large
+    again = tuple(remake for remake in offers if remake.repeats)
+    yield replace(problem, remakes=exact if mixed else again)  # of the exact ones, these are tried in turn
+    tried = {remake.trade for remake in exact} if mixed else set()
+    trades = dict.fromkeys(remake.trade for remake in offers if not remake.repeats and remake.trade not in tried)
+    weight = {trade: heavy(problem, trade) for trade in trades}
+    if (mixed or again or len(weight) > 1) and not large:
         for trade in (trade for trade, enough in weight.items() if enough):
             yield replace(problem, remakes=tuple(r for r in problem.remakes if r.trade == trade))
 

@@ -82,7 +82,7 @@ def on_paper(preset: str, device: str, batch: int, seq: int, error: float) -> Su
         target, 1, made.optimizer_over(model), LOSSY, "reordered", "inductor", "", 1, preset, HOST_MEMORY,
         max_grad_error=error,
     )  # fmt: skip
-    found = survey(model, (), inputs, prepare("inductor"), "inductor", slopes=request.slopes)
+    found = survey(model, (), inputs, prepare("inductor"), "inductor")
     return Subject(named(preset, device), found, request, Costs(), Noise())
 
 

@@ -92,6 +92,16 @@ def test_it_is_named_as_a_way_out(x: Tensor, whole: int) -> None:
     assert ways[found].numerics == "exact"
 
 
+def test_neither_is_offered_beside_the_other(x: Tensor) -> None:
+    """A disk that fails in a backward which already updates would leave a step half done."""
+    for options, other in (({"disk_budget": "1GB"}, "update="), ({"update": "backward"}, "disk_budget=")):
+        with pytest.raises(memopt.BudgetError) as refused:
+            compiled(x, 1, passes="-recompute", **options)
+        changes = [way.change for way in refused.value.ways_out]
+        assert changes
+        assert not [change for change in changes if change.startswith(other)]
+
+
 def test_a_forward_without_a_backward_leaves_nothing_there(x: Tensor, whole: int, tmp_path: Path) -> None:
     model = compiled(x, int(0.7 * whole), passes="-recompute", disk_budget="1GB", disk_path=tmp_path)
     loss = model(x)
@@ -108,6 +118,7 @@ def test_a_forward_without_a_backward_leaves_nothing_there(x: Tensor, whole: int
         ({"disk_path": "/tmp"}, "give both"),
         ({"disk_budget": "many"}, "budget 'many' refused"),
         ({"disk_budget": "900PB"}, "refused"),
+        ({"disk_budget": "1GB", "update": "backward"}, "exclude each other"),
     ],
 )
 def test_bad_folders_and_budgets_are_refused_before_anything_happens(x: Tensor, options: Any, said: str) -> None:

@@ -138,3 +138,18 @@ def test_more_offers_never_make_a_dearer_plan(seed: int, share: float) -> None:
     for trade in {offer.trade for offer in offers if heavy(Problem(graph, offers, budget, spent), offer.trade)}:
         alone = solve(Problem(graph, tuple(offer for offer in offers if offer.trade == trade), budget, spent))
         assert alone.peak > budget or many.seconds <= alone.seconds + 1e-12
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from((0.1, 0.4, 0.8)))
+def test_consent_never_makes_a_dearer_plan(seed: int, share: float) -> None:
+    graph, seconds = step_of(seed)
+    found, spent = offers_of(graph, seconds, seed)
+    offers = tuple(replace(o, takes=()) if o.trade == "eighth" else o for o in found)
+    exact = tuple(offer for offer in offers if offer.trade != "half")
+    floor = solve(Problem(graph, exact, 0, spent)).peak
+    budget = int(floor + share * (peak(graph) - floor))
+    few, many = (solve(Problem(graph, these, budget, spent)) for these in (exact, offers))
+    assert few.peak <= budget
+    assert many.peak <= budget
+    assert many.seconds <= few.seconds + 1e-12
