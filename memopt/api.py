@@ -161,7 +161,7 @@ def make_request(
     on_host, on_disk = host_limit(host_budget, device), disk_limit(disk_budget, disk_path, device)
     if on_disk[0] and update == "backward":
         raise ValueError(
-            'disk_budget and update="backward" exclude each other: a read from disk may fail in the middle of a backward '
+            'disk_budget and update="backward" exclude each other: a read from disk may fail amid a backward '
             "that has updated some of the parameters; leave one of them out"
         )
     unnamed = {trade.name for trade, limit in ((OffloadHost, on_host), (OffloadDisk, on_disk)) if not limit[0]}

@@ -21,11 +21,14 @@ from benchmarks.frontier.curves import ALL, EXACT, Row, Subject, named, on_cpu, 
 from benchmarks.record import RESULTS, command, read_lines, surroundings, write_lines
 from benchmarks.zoo import ZOO, workload
 from memopt.noise import LOSSY
+from memopt.passes import REWRITES
 from memopt.runtime.measure import measure_step
 
 SHARES = (0.8, 0.6, 0.4)
 PAPER, ON_PAPER = "llama-3-8b", ("h200", "rtx4090")
 SLACK = 1e-9  # of the seconds
+NEAR = 0.01  # of the predicted peak, which an eager step measures within
+PASSES = ",".join(f"-{rewrite.name}" for rewrite in REWRITES)  # of the forward: the steps compared have none
 AXES = "predicted peak, MiB", "step time over the free step's"
 
 
@@ -49,7 +52,7 @@ def parts(asked: argparse.Namespace, there: Set[str]) -> Iterator[list[Row]]:
     """The rows of one subject after another, but for those that are there already."""
     for name in (name for name in asked.model if name not in there):
         subject = on_cpu(name, workload(name, dropout=False), asked.max_grad_error, asked.disk)
-        mine = list(shown(rows(subject, asked.share)))
+        mine = [row | {"on_cpu": True} for row in shown(rows(subject, asked.share))]
         yield [*mine, *run_mixture(subject, mine, asked.max_grad_error)]
     for device in (device for device in asked.device if named(PAPER, device) not in there):
         subject = on_paper(PAPER, device, asked.batch, asked.seq, asked.max_grad_error)
@@ -97,9 +100,14 @@ def marks(found: Sequence[Row]) -> list[tuple[str, bool]]:
         every = [(seconds(group[ALL]), least(group)) for group in groups]
         said.append((f"{subject}: never above a single lever", all(a <= b * (1 + SLACK) for a, b in every)))
         said.append((f"{subject}: somewhere below all of them", any(a < b * (1 - 0.001) for a, b in every)))
-    for row in (row for row in found if "measured" in row):
-        text = f"{row['subject']}: run at {row['share']:.0%} of its peak, which no single lever fits"
-        said.append((text, row["measured"] <= row["budget"] and row["loss_equal"]))
+    ran = [row for row in found if "measured" in row]
+    for row in ran:
+        text = f"{row['subject']}: run at {row['share']:.0%} of its peak, which no single lever fits, by several"
+        held = row["measured"] <= row["budget"] and abs(row["measured"] - row["predicted"]) <= NEAR * row["predicted"]
+        good = held and row["loss_equal"] and (row["measured_grad_error"] or 0.0) <= row["max_grad_error"]
+        said.append((text, good and len(row["mix"]) > 1))
+    if any(row.get("on_cpu") for row in found):
+        said.append(("a step was run that no single lever fits", bool(ran)))
     return said
 
 
@@ -121,7 +129,7 @@ def run_mixture(subject: Subject, found: Sequence[Row], error: float) -> list[Ro
     want = work.loss(plain(**inputs)).item()
     optimizer = torch.optim.AdamW(ours.parameters())
     room = subject.request.disk[0]
-    given: Any = {"allow": LOSSY, "max_grad_error": error, "disk_budget": room, "lowering": "eager"}
+    given: Any = {"allow": LOSSY, "max_grad_error": error, "disk_budget": room, "lowering": "eager", "passes": PASSES}
     memopt.compile(ours, budget, optimizer=optimizer, example_inputs=inputs, **given)
     loss = work.loss(ours(**inputs))
     loss.backward()
@@ -129,7 +137,7 @@ def run_mixture(subject: Subject, found: Sequence[Row], error: float) -> list[Ro
     took = measure_step(lambda: work.loss(ours(**inputs)), optimizer, resident=[ours, inputs], repeats=0)
     result: Any = ours.memopt
     row = {"subject": subject.name, "share": share, "budget": budget, "predicted": result.plan.plan.peak,
-           "measured": took.peak_bytes, "loss_equal": loss.item() == want,
+           "measured": took.peak_bytes, "loss_equal": loss.item() == want, "max_grad_error": error,
            "measured_grad_error": result.plan.measured_grad_error,
            "mix": {lever.lever: lever.bytes for lever in result.plan.levers}}  # fmt: skip
     print(f"{subject.name:20} run at {share:.1%}: budget {budget:,}, measured {took.peak_bytes:,}", flush=True)

@@ -9,7 +9,9 @@ from benchmarks.markdown import table
 
 HEAD = ("step", "budget", "best lever alone", "all together", "bound", "what was taken, MiB")
 LEGEND = (
-    "Budgets are shares of the free peak, the last of each step 2 % above the floor of all levers together. Added step "
+    "Budgets are shares of the free peak, the last of each step 2 % above the floor of all levers together. A tenth of "
+    "that peak at most may lie on disk (host memory of a device that is not here: 256 GB), as a disk behind the page "
+    "cache takes next to no time and would do alone. Added step "
     "time in % as predicted; the bound is a proven one. Lossy levers together put the gradient off by a tenth at most: "
     "measured on a batch for steps of this machine, assumed for devices that are not here."
 )
