@@ -167,7 +167,8 @@ def expanded(found: Fused, remakes: Iterable[Remake]) -> tuple[Remake, ...]:
     chosen: dict[tuple[str, tuple[str, str]], Remake] = {}
     for remake in remakes:
         span = _span(found, remake)
-        chosen[remake.value, span] = replace(remake, span=span)
+        begun = _first(found, remake.fetched) if remake.fetched else ""
+        chosen[remake.value, span] = replace(remake, span=span, fetched=begun)
         for step in remake.unpack:
             if step.name in found.members:
                 del chosen[remake.value, span]
@@ -233,4 +234,9 @@ def leaving(after: StepGraph, kernel: Mapping[str, str]) -> set[str]:
 def _span(found: Fused, remake: Remake) -> tuple[str, str]:
     """The span in original steps: from the first member of its first step to the last of its last."""
     first, last = remake.span
-    return (found.members[first][0].name if first in found.members else first), last
+    return _first(found, first), last
+
+
+def _first(found: Fused, step: str) -> str:
+    """The first of its members: before it is before all of them. What is behind the last is behind all, of one name."""
+    return found.members[step][0].name if step in found.members else step

@@ -19,6 +19,12 @@ OVERLAP = "overlap"  # its name among the passes, to switch it off
 PACK, UNPACK = "memopt.pack_", "memopt.unpack_"
 
 
+def tried_as(op: str) -> str:
+    """The operation whose run tells what this one holds inside itself; "" for a wait or a copy back, which hold nothing
+    and for which nothing lies in a pool: as nobody began the copy, they cannot be run alone."""
+    return op.replace(START, PACK) if op.startswith(START) else "" if op.startswith(COPYING) else op
+
+
 def moves(remake: Remake) -> bool:
     """Whether it keeps its value elsewhere, all of it, there and back by copies that may go on beside other steps."""
     copied = any(resource in (DISK, HOST) for resource, _ in remake.takes)

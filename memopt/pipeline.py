@@ -75,7 +75,7 @@ class Planned:
     the compiler is held to the plan's kernels. update: how the optimizer is to step. lowering: what runs it.
     left_out: rewrites of the forward that it does without, beyond those that were switched off. chunks: in how many
     what streams is to run; 0: nothing does. shards: ranks that share one copy of the optimizer's state; 0: there are no
-    others.
+    others. overlaps: whether copies may go on while other steps run.
     """
 
     result: PlanResult
@@ -90,6 +90,7 @@ class Planned:
     left_out: frozenset[str] = frozenset()
     chunks: int = 0
     shards: int = 0
+    overlaps: bool = True
 
     @cached_property
     def released(self) -> PlanResult:
@@ -328,14 +329,15 @@ def _planned(make: _Maker, update: Update, phase: OptimizerPhase, whole: StepGra
     signatures = tuple(capture.signature for capture in survey.captures)
     names = tuple(c.program.names for c in survey.captures)
     return Planned(
-        result, problem, contracted, signatures, names, update=update, lowering=request.lowering, chunks=survey.chunks
-    )
+        result, problem, contracted, signatures, names, update=update, lowering=request.lowering, chunks=survey.chunks,
+        overlaps=OVERLAP not in request.off,
+    )  # fmt: skip
 
 
 def _solved(problem: Problem, request: Request, progress: Progress) -> Plan:
     progress("plan", None)
-    overlaps = request.lowering == "eager" and OVERLAP not in request.off  # a compiler sets its own order
-    return (solve_overlapped if overlaps else solve)(problem, time_limit=request.time_limit, quick=request.quick)
+    solver = solve if OVERLAP in request.off else solve_overlapped
+    return solver(problem, time_limit=request.time_limit, quick=request.quick)
 
 
 def step_graph(

@@ -27,6 +27,7 @@ from memopt.report import PlanResult
 from memopt.runtime.opcost import OpCosts
 from memopt.runtime.rehearse import Workspace, nothing
 from memopt.solvers import bounded, solve
+from memopt.solvers.moments import bounded_overlapped, solve_overlapped
 from memopt.timeline import phase_peaks, rounded
 
 log = logging.getLogger("memopt")
@@ -90,7 +91,8 @@ class Tuner:
     def solved(self, budget: int) -> Plan:
         """A plan without its lower bound: of those that are tried one is taken, and a bound can take seconds."""
         problem = replace(self.planned.problem, budget=max(budget, 1))
-        plan = solve(problem, time_limit=self.time_limit, bound=False)
+        solver = solve_overlapped if self.planned.overlaps else solve
+        plan = solver(problem, time_limit=self.time_limit, bound=False)
         self.asked[plan.chosen] = problem.budget
         return plan
 
@@ -99,7 +101,8 @@ class Tuner:
         if made.plan.chosen not in self.asked:
             return made
         problem = replace(self.planned.problem, budget=self.asked[made.plan.chosen])
-        return replace(made, plan=bounded(problem, made.plan, time_limit=self.time_limit))
+        prove = bounded_overlapped if self.planned.overlaps else bounded
+        return replace(made, plan=prove(problem, made.plan, time_limit=self.time_limit))
 
     def known(self, plan: Plan, fences: Fences) -> bool:
         return any(t.plan.chosen == plan.chosen and t.fences is fences for t in self.tries)

@@ -22,25 +22,38 @@ from memopt.edit import DISK, HOST, Placer, Remake, edit, taken
 from memopt.graph import Step, StepGraph
 from memopt.overlap import moves, overlapped
 from memopt.plans import Plan, Problem, Status, original, simulated
-from memopt.solvers.planner import solve
+from memopt.solvers.planner import bounded, solve
 from memopt.timeline import lifetimes, rounded, timeline
 
 SHARE = 1e-3  # of a copy's seconds: enough that nothing is moved for nothing
 NEAR = 0.01  # of the seconds: a plan so near its bound is called optimal, as by `solve`
 
 
-def solve_overlapped(problem: Problem, *, time_limit: float = 20.0, quick: bool = False) -> Plan:
+def solve_overlapped(problem: Problem, *, time_limit: float = 20.0, quick: bool = False, bound: bool = True) -> Plan:
     """As `solve`, with copies that may go on while other steps run; see above for what the plan certifies."""
-    plan = solve(problem, time_limit=time_limit, quick=quick)
+    plan = solve(problem, time_limit=time_limit, quick=quick, bound=bound)
     if plan.status in (Status.FITS, Status.INFEASIBLE) or not any(map(moves, problem.remakes)):
         return plan
-    hidden = solve(hiding(problem), time_limit=time_limit, quick=quick)
+    hidden = solve(hiding(problem), time_limit=time_limit, quick=quick, bound=bound)
     moved = hiding(replace(problem, remakes=tuple(filter(moves, problem.remakes))))
     chosen = [remakes_of(problem, p.chosen) for p in (hidden, solve(moved, quick=True))]
     best = min((*(timed(problem, c) for c in (*chosen, plan.chosen)), plan), key=lambda p: rank(problem, p))
-    bound = min(max(0.0, hidden.lower_bound - SHARE * all_copies(problem)), best.seconds)
-    best = replace(best, lower_bound=bound, solver=plan.solver)
-    return replace(best, status=Status.OPTIMAL if best.gap <= NEAR else Status.FEASIBLE)
+    return certified(problem, replace(best, solver=plan.solver), hidden)
+
+
+def certified(problem: Problem, plan: Plan, hidden: Plan) -> Plan:
+    """The plan with the lower bound that the plan of the `hiding` problem gives it."""
+    bound = min(max(0.0, hidden.lower_bound - SHARE * all_copies(problem)), plan.seconds)
+    plan = replace(plan, lower_bound=bound)
+    return replace(plan, status=Status.OPTIMAL if plan.gap <= NEAR else Status.FEASIBLE)
+
+
+def bounded_overlapped(problem: Problem, plan: Plan, *, time_limit: float = 20.0) -> Plan:
+    """A plan that `solve_overlapped` found with bound=False for this problem, with its lower bound."""
+    if plan.status in (Status.FITS, Status.INFEASIBLE) or not any(map(moves, problem.remakes)):
+        return bounded(problem, plan, time_limit=time_limit)
+    hidden = bounded(hiding(problem), simulated(hiding(problem), plan.chosen, plan.solver), time_limit=time_limit)
+    return certified(problem, plan, hidden)
 
 
 def rank(problem: Problem, plan: Plan) -> tuple[bool, float, float]:

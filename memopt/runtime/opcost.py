@@ -23,6 +23,8 @@ from torch.utils._pytree import tree_iter, tree_map
 
 from memopt.errors import MemoptError
 from memopt.facts import cost_key, facts
+from memopt.operations import overload
+from memopt.overlap import tried_as
 from memopt.runtime import opcache
 from memopt.runtime.opinputs import needed_bytes, real_arguments
 from memopt.runtime.phases import cuda_peaks
@@ -127,7 +129,10 @@ class OpCosts:
 
     def workspace(self, op: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
         """Workspace bytes of a call with tensors (fake or meta) like these; by formula, or 0, if it cannot be run."""
-        node = called(op, args, kwargs)
+        tried = tried_as(str(op))
+        if not tried:
+            return 0
+        node = called(overload(tried) if tried != str(op) else op, args, kwargs)
         cost = self.measure(node)
         return facts(node).workspace if cost is None else cost.workspace
 

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -48,7 +49,8 @@ def compiled(x: Tensor, budget: int | str, **options: Any) -> Any:
     torch.manual_seed(0)
     model = Stack()
     options.setdefault("optimizer", torch.optim.SGD(model.parameters(), 1e-3))
-    return memopt.compile(model, budget, example_inputs=(x,), lowering="eager", numerics="exact", **options)
+    options = {"lowering": "eager", "numerics": "exact", **options}
+    return memopt.compile(model, budget, example_inputs=(x,), **options)
 
 
 @pytest.fixture
@@ -293,6 +295,37 @@ def test_copies_of_a_step_are_under_way_while_it_computes(x: Tensor, whole: int,
     again = compiled(x, int(0.7 * whole), passes=passes, plan_file=tmp_path / "plan.json", **options).memopt.plan
     assert again.plan.chosen == plan.plan.chosen
     assert (again.plan.peak, again.plan.seconds) == (plan.plan.peak, plan.plan.seconds)
+
+
+def computing(code: str, first: str, last: str) -> list[int]:
+    """How much generated code computes between the beginnings of copies and their ends, one by one in their order."""
+    lines = [line.strip() for line in code.splitlines() if not line.strip().startswith(("#", "assert_"))]
+    places = [[at for at, line in enumerate(lines) if f"memopt.{kind}_disk" in line] for kind in (first, last)]
+    assert len(places[0]) == len(places[1]) > 0
+    works = [at for at, line in enumerate(lines) if line.startswith(("cpp_fused", "extern_kernels."))]
+    return [sum(begin < at < end for at in works) for begin, end in zip(*places, strict=True)]
+
+
+def test_generated_code_computes_while_copies_are_under_way(x: Tensor, tmp_path: Path) -> None:
+    from torch._inductor import config
+    from torch._inductor.graph import GraphLowering
+
+    given: dict[str, Any] = {"numerics": "reordered", "passes": "-recompute,-pack_masks,-stream"}
+    inductor, codes = partial(compiled, x, lowering="inductor", **given), list[str]()
+    plain = inductor("4GB")
+    want, budget = stepped(plain, x), int(0.7 * plain.memopt.plan.peak)
+    with config.patch(fx_graph_cache=False), patch.object(GraphLowering, "save_output_code", codes.append):
+        model = inductor(budget, disk_budget="1GB", disk_path=tmp_path)
+        for _ in range(3):
+            assert all(map(torch.equal, stepped(model, x), want))
+    plan = model.memopt.plan
+    assert plan.plan.chosen
+    assert all(r.drained and r.fetched for r in plan.plan.chosen)
+    forward, backward = (next(c for c in reversed(codes) if f"memopt.{kind}_disk" in c) for kind in ("start", "fetch"))
+    assert sum(computing(forward, "start", "drain")) > 0
+    assert sum(computing(backward, "fetch", "arrive")) > 0
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+    assert measure_step(lambda: model(x), optimizer, resident=[model, x]).peak_bytes == plan.peak <= budget
 
 
 def test_a_step_goes_on_while_a_copy_is_written_and_read(tmp_path: Path) -> None:
