@@ -28,7 +28,10 @@ from benchmarks.training.__main__ import ALONE, least
 from benchmarks.zoo import workload
 from memopt.runtime.measure import measure_step, training_step
 
-LEVERS = {"pack_masks": "bert", "int8_activations": "gpt2", "int4_activations": "gpt2", "fp8_activations": "gpt2"}
+LEVERS = {
+    "pack_masks": "bert", "int8_activations": "gpt2", "int4_activations": "gpt2", "fp8_activations": "gpt2",
+    "fewbit": "bert", "approx_bp": "bert",
+}  # fmt: skip
 EXACT = ("pack_masks",)
 WAYS = ("calls", "loops", "loops as calls")  # how it is planned, and run if otherwise
 

@@ -26,6 +26,7 @@ Pack = Callable[[Tensor], Tensor]  # flat elements -> bytes
 Unpack = Callable[[Tensor, Tensor], None]  # bytes, flat elements to write
 PACKED_BYTES: dict[str, Callable[[Sequence[int], int], int]] = {}  # codec -> shape, itemsize -> bytes packed into
 SAMPLE: dict[str, Callable[[Tensor], Tensor]] = {}  # codec -> normal values made such as it packs, if it packs others
+VERSION = 2  # of the loops of INLINED: raised where other code is given, for no cache's keys have it by themselves
 INLINED = frozenset({  # memopt.kernels.lowered
     *("bits", "int8", "int4", "int2", "fp8"),
     *("fewbit_gelu", "fewbit_silu", "fewbit_tanh", "fewbit_sigmoid", "approx_gelu", "approx_silu"),

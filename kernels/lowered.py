@@ -30,7 +30,6 @@ from torch.utils._sympy.functions import FloorDiv, Min, ModularIndexing
 from memopt.kernels import fewbit, fp8, pack_bits, quantise  # noqa: F401  # their operations
 
 aten = torch.ops.aten
-VERSION = 2  # raised where other code is given, for it is no part of Inductor's own cache keys
 Element = Callable[[Any], Any]  # where an element lies in memory -> the expression of its value
 Unpacking = Callable[[TensorBox, int], Element]  # packed bytes, number of elements -> its elements
 

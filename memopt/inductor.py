@@ -31,7 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from memopt.facts import hint, is_fusable
 from memopt.fences import KERNEL
 from memopt.fusion import Fences
-from memopt.kernels import lowered, lowered_packs  # noqa: F401  # the second for what importing does
+from memopt.kernels import codec, lowered, lowered_packs  # noqa: F401  # the last for what importing does
 from memopt.kernels.lowered_slopes import without_slopes
 from memopt.program import copied
 from memopt.runtime.executor import Executor
@@ -89,7 +89,7 @@ def _kernels(scheduled: Any) -> set[int]:
 def _generated(graph: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
     """`compile_fx_inner` under the fences marked on the graph."""
     marks = {node.name: node.meta[KERNEL] for node in graph.graph.nodes if KERNEL in node.meta}
-    patches = _patches(None, (*marks.items(), APART, _donated(), *_handed_through(graph), lowered.VERSION))
+    patches = _patches(None, (*marks.items(), APART, _donated(), *_handed_through(graph), codec.VERSION))
     if any(fences is Fences.TIGHT for _, fences in marks.values()):
         patches["allow_buffer_reuse"] = False
     with config.patch(patches), V.set_choices_handler(PlannedKernels()), _apart() if marks else nullcontext():

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from memopt.graph import Step, TensorInfo
+from memopt.kernels.codec import VERSION
 from memopt.operations import overload
 from memopt.runtime.opcost import OpCost, OpCosts, least
 
@@ -24,7 +25,7 @@ COUNT = 1 << 20  # elements timed
 
 def loop_cost(meter: OpCosts, step: Step, value: TensorInfo) -> OpCost | None:
     """What the step costs for this value, by the element; None if it is not known and no time is left to measure."""
-    key = f"loops of {step.op}({value.dtype})"
+    key = f"loops {VERSION} of {step.op}({value.dtype})"
     if key not in meter.known:
         if meter.spent >= meter.seconds_limit:
             return None
