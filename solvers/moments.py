@@ -90,12 +90,21 @@ def remakes_of(problem: Problem, chosen: Sequence[Remake]) -> tuple[Remake, ...]
 
 def timed(problem: Problem, chosen: Sequence[Remake]) -> Plan:
     """The plan of these remakes with moments for their copies, or with copies awaited at once where that is cheaper."""
-    awaited = simulated(problem, tuple(chosen), "awaited")
+    chosen = wanted(problem.graph, chosen)
+    awaited = simulated(problem, chosen, "awaited")
     begun = just_in_time(problem.graph, chosen)
     if not any(remake.drained for remake in begun):
         return awaited
     plan = simulated(problem, Moments(problem, begun).chosen(), "overlapped")
     return min(awaited, plan, key=lambda p: rank(problem, p))
+
+
+def wanted(graph: StepGraph, chosen: Sequence[Remake]) -> tuple[Remake, ...]:
+    """The remakes without moves that nobody reads. All moves of a value share one copy out, so one without moments of
+    its own would leave the others without a beginning."""
+    placer = Placer(graph, chosen)
+    placer.schedule()
+    return tuple(r for at, r in enumerate(chosen) if not moves(r) or (r.value, at) in placer.copies)
 
 
 def just_in_time(graph: StepGraph, chosen: Sequence[Remake]) -> tuple[Remake, ...]:

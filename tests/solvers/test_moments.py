@@ -17,7 +17,7 @@ from memopt.passes.packing import packable, packed, read_late
 from memopt.passes.recompute import Recompute
 from memopt.plans import Plan, Problem, added_seconds, simulated
 from memopt.solvers import solve
-from memopt.solvers.moments import just_in_time, solve_overlapped
+from memopt.solvers.moments import just_in_time, solve_overlapped, timed
 from memopt.timeline import peak, timeline
 from tests.synthetic import random_step
 
@@ -60,10 +60,10 @@ def every_moment(problem: Problem, chosen: tuple[Remake, ...]) -> Iterator[tuple
     """The remakes with their copies awaited, and with every pair of moments that they can have."""
     graph, ways = problem.graph, []
     begun = just_in_time(graph, chosen)
-    for remake, timed in zip(chosen, begun, strict=True):
+    for remake, moved in zip(chosen, begun, strict=True):
         found = [remake]
-        if timed.drained:
-            made, read = graph.position[timed.drained], graph.position[timed.fetched]
+        if moved.drained:
+            made, read = graph.position[moved.drained], graph.position[moved.fetched]
             late = range(graph.boundary, read + 1)
             found += [
                 overlapped(remake, graph.steps[out].name, graph.steps[back].name)
@@ -107,16 +107,27 @@ def test_at_every_step_moments_hold_at_least_what_awaited_copies_hold(seed: int,
     problem, rng = problem_of(seed, 0.5), random.Random(choice)
     chosen = tuple(remake for remake in problem.remakes if rng.random() < 0.7)
     where = {remake.value: rng.random() for remake in chosen}
-    timed = []
+    begun = []
     for remake in just_in_time(problem.graph, chosen):
         if remake.drained:
             made, read = (problem.graph.position[name] for name in (remake.drained, remake.fetched))
             out = made + int(where[remake.value] * (problem.graph.boundary - made))
             back = rng.randint(problem.graph.boundary, read)
             remake = overlapped(remake, problem.graph.steps[out].name, problem.graph.steps[back].name)
-        timed.append(remake)
-    awaited, under_way = (edit(problem.graph, each) for each in (chosen, tuple(timed)))
+        begun.append(remake)
+    awaited, under_way = (edit(problem.graph, each) for each in (chosen, tuple(begun)))
     verify(under_way)
     low, high = (dict(zip((s.name for s in g.steps), timeline(g), strict=True)) for g in (awaited, under_way))
     assert all(low[name] <= high[name] for name in low.keys() & high.keys() & problem.graph.position.keys())
     assert added_seconds(problem, under_way) <= added_seconds(problem, awaited) + 1e-9
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6))
+def test_moves_that_nobody_reads_share_the_moments_of_those_that_are_read(seed: int) -> None:
+    """One copy out of a value serves all its remakes; where one was awaited and another not, neither could be timed."""
+    problem, rng = problem_of(seed, 0.5, steps=10, most=14), random.Random(seed)
+    plan = timed(problem, tuple(remake for remake in problem.remakes if rng.random() < 0.5))
+    edited = verify(edit(problem.graph, plan.chosen))
+    assert plan.seconds == added_seconds(problem, edited)
+    assert len({bool(remake.drained) for remake in plan.chosen if moves(remake)}) <= 1
