@@ -17,7 +17,7 @@ from memopt.passes.packing import packable, packed, read_late
 from memopt.passes.recompute import Recompute
 from memopt.plans import Plan, Problem, added_seconds, simulated
 from memopt.solvers import solve
-from memopt.solvers.moments import just_in_time, solve_overlapped, timed
+from memopt.solvers.moments import just_in_time, solve_overlapped, timed, wanted
 from memopt.timeline import peak, timeline
 from tests.synthetic import random_step
 
@@ -105,7 +105,7 @@ def test_the_bound_is_below_every_choice_and_every_moment() -> None:
 def test_at_every_step_moments_hold_at_least_what_awaited_copies_hold(seed: int, choice: int) -> None:
     """What the bound rests on."""
     problem, rng = problem_of(seed, 0.5), random.Random(choice)
-    chosen = tuple(remake for remake in problem.remakes if rng.random() < 0.7)
+    chosen = wanted(problem.graph, [remake for remake in problem.remakes if rng.random() < 0.7])
     where = {remake.value: rng.random() for remake in chosen}
     begun = []
     for remake in just_in_time(problem.graph, chosen):
