@@ -29,7 +29,7 @@ from memopt.optim.photograph import WHOLE, OptimizerPhase
 from memopt.optim.portions import Update
 from memopt.optim.precision import obstacle
 from memopt.optim.sharded import Sharded
-from memopt.overlap import OVERLAP
+from memopt.overlap import OVERLAP, moves
 from memopt.passbase import Trade
 from memopt.passes import CLEANUPS, TRADES
 from memopt.passes.offload import OffloadDisk, OffloadHost
@@ -75,7 +75,7 @@ class Planned:
     the compiler is held to the plan's kernels. update: how the optimizer is to step. lowering: what runs it.
     left_out: rewrites of the forward that it does without, beyond those that were switched off. chunks: in how many
     what streams is to run; 0: nothing does. shards: ranks that share one copy of the optimizer's state; 0: there are no
-    others. overlaps: whether copies may go on while other steps run.
+    others. overlaps: whether there are copies that may go on while other steps run.
     """
 
     result: PlanResult
@@ -90,7 +90,7 @@ class Planned:
     left_out: frozenset[str] = frozenset()
     chunks: int = 0
     shards: int = 0
-    overlaps: bool = True
+    overlaps: bool = False
 
     @cached_property
     def released(self) -> PlanResult:
@@ -330,7 +330,7 @@ def _planned(make: _Maker, update: Update, phase: OptimizerPhase, whole: StepGra
     names = tuple(c.program.names for c in survey.captures)
     return Planned(
         result, problem, contracted, signatures, names, update=update, lowering=request.lowering, chunks=survey.chunks,
-        overlaps=OVERLAP not in request.off,
+        overlaps=OVERLAP not in request.off and any(map(moves, problem.remakes)),
     )  # fmt: skip
 
 
