@@ -100,11 +100,13 @@ def timed(problem: Problem, chosen: Sequence[Remake]) -> Plan:
 
 
 def wanted(graph: StepGraph, chosen: Sequence[Remake]) -> tuple[Remake, ...]:
-    """The remakes without moves that nobody reads. All moves of a value share one copy out, so one without moments of
-    its own would leave the others without a beginning."""
+    """The remakes without moves that nobody reads, of values that others move too. All moves of a value share one copy
+    out, so one without moments of its own would leave the others without a beginning."""
     placer = Placer(graph, chosen)
     placer.schedule()
-    return tuple(r for at, r in enumerate(chosen) if not moves(r) or (r.value, at) in placer.copies)
+    read = {value for value, at in placer.copies if moves(chosen[at])}
+    spare = (moves(r) and r.value in read and (r.value, at) not in placer.copies for at, r in enumerate(chosen))
+    return tuple(r for r, without in zip(chosen, spare, strict=True) if not without)
 
 
 def just_in_time(graph: StepGraph, chosen: Sequence[Remake]) -> tuple[Remake, ...]:
