@@ -75,7 +75,7 @@ def compile(
     in disk_path (the system's folder for temporary files if left out). update: "backward" lets the backward update
     parameters where the budget needs it, each as soon as its gradient is final: the same bits, but `.grad` is None when
     `backward()` returns, so nothing may clip, accumulate, scale or read gradients before `optimizer.step()`, which then
-    does what remains.
+    does what remains; not beside a disk_budget.
 
     Raises ValueError for an option it does not know, CaptureError, and BudgetError (with the floor and ways out) before
     anything is allocated; then the model is as it was.

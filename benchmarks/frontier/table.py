@@ -11,9 +11,9 @@ HEAD = ("step", "budget", "best lever alone", "all together", "bound", "what was
 LEGEND = (
     "Budgets are shares of the free peak, the last of each step 2 % above the floor of all levers together. A tenth of "
     "that peak at most may lie on disk (host memory of a device that is not here: 256 GB), as a disk behind the page "
-    "cache takes next to no time and would do alone. Added step "
-    "time in % as predicted; the bound is a proven one. Lossy levers together put the gradient off by a tenth at most: "
-    "measured on a batch for steps of this machine, assumed for devices that are not here."
+    "cache takes next to no time and would do alone. Added step time in % as predicted; the bound is a proven one. "
+    "Lossy levers together put the gradient off by a tenth at most: measured on a batch for steps of this machine, "
+    "assumed for devices that are not here."
 )
 
 
@@ -37,7 +37,7 @@ def line(group: dict[str, Row]) -> tuple[str, ...]:
     ours, alone = group[ALL], best(group)
     single = f"{added(alone)} {alone['levers']}" if alone["fits"] else "none fits"
     mix = ", ".join(f"{name} {size / 2**20:,.1f}" for name, size in ours["mix"].items())
-    bound = f"{100 * ours['bound'] / ours['step']:+.1f}"
+    bound = f"{100 * ours['bound'] / ours['step']:+.1f}" if ours["fits"] else ""
     return ours["subject"], f"{ours['share']:.1%}", single, added(ours), bound, mix
 
 

@@ -61,10 +61,8 @@ def adamw(rate: float) -> Callable[[nn.Module], torch.optim.Optimizer]:
 
 
 def momentum(model: nn.Module) -> torch.optim.Optimizer:
-    """SGD with momentum over what trains."""
-    return torch.optim.SGD(
-        [p for p in model.parameters() if p.requires_grad], lr=0.02, momentum=0.9
-    )  # at 0.05 it learns nothing
+    """SGD with momentum over what trains. At a rate of 0.05 it learns nothing."""
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.02, momentum=0.9)
 
 
 def digits() -> Task:

@@ -18,7 +18,7 @@ EXACT: dict[str, Any] = {"lowering": "eager", "numerics": "exact"}
 
 
 def without(*names: str) -> str:
-    """These passes off, and every exact trade but the one that is tried."""
+    """What switches these passes off."""
     return ",".join(f"-{name}" for name in names)
 
 
