@@ -59,10 +59,12 @@ def fused(graph: StepGraph) -> Fused:
     for window in _windows(graph, frozenset(fill.name for fill in fills.values())):
         for group in _groups(graph, window):
             group = [*(fills[step.name] for step in group if step.name in fills), *group]
-            if any(step.fusable for step in group):
-                merged = _merged(graph, group)
-                members[merged.name] = tuple(group)
-                steps.append(merged)
+            if any(step.fusable and not graph.is_view(step) for step in group):
+                looks = _lifted(graph, group)
+                kernel = [step for step in group if step not in looks]
+                merged = _merged(graph, kernel, looks)
+                members[merged.name] = tuple(kernel)
+                steps.extend((merged, *looks))
             else:
                 steps.extend(group)
     return Fused(replace(graph, steps=tuple(steps)), graph, members)
@@ -119,9 +121,22 @@ def _groups(graph: StepGraph, window: Sequence[Step]) -> list[list[Step]]:
     return [[window[at] for at in group] for group in sorted(groups, key=lambda group: group[-1])]
 
 
-def _merged(graph: StepGraph, group: Sequence[Step]) -> Step:
-    """One step for the group: reads what comes from outside, writes what is read outside."""
-    inner = {name for step in group for name in step.writes}
+def _lifted(graph: StepGraph, group: Sequence[Step]) -> list[Step]:
+    """The group's views that are read outside of it, and those they look at, in order. They stand behind the kernel, as
+    views of what it writes: a copy or an unpack of the value then serves who reads a view of it, and not a copy of the
+    kernel."""
+    names, found = {step.name for step in group}, list[Step]()
+    wanted = set(graph.outputs)
+    for step in (step for step in reversed(group) if graph.is_view(step)):
+        if any(name in wanted or _read_outside(graph, name, names) for name in step.writes):
+            wanted.update(step.reads)
+            found.append(step)
+    return found[::-1]
+
+
+def _merged(graph: StepGraph, group: Sequence[Step], looks: Sequence[Step]) -> Step:
+    """One step for the group: reads what comes from outside, writes what is read outside, by these views too."""
+    inner = {name for step in (*group, *looks) for name in step.writes}
     names = {step.name for step in group}
     outputs = set(graph.outputs)
     writes = [n for step in group for n in step.writes if n in outputs or _read_outside(graph, n, names)]

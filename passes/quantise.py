@@ -34,13 +34,16 @@ class Quantised(Packing):
 
 
 def quantisable(graph: StepGraph) -> set[str]:
-    """Storages that depend on a batch, are their step's first output, and are read by the backward itself."""
+    """Storages that depend on a batch, are their step's first output, and are read by the backward itself.
+
+    A fused step's outputs are first outputs of its members, but for statistics, whose last dimension is 1."""
     batch = {name for name in graph.input_storages if graph.storages[name].kind == "input"}
     found: set[str] = set()
     for step in graph.steps[: graph.boundary]:
         if any(graph.storage_of(name) in batch for name in step.reads):
             batch.update(graph.storage_of(name) for name in step.writes)
-            found.update(name for name in step.writes[:1] if name in graph.storages and worth(graph.tensors[name]))
+            first = step.writes if step.fused else step.writes[:1]
+            found.update(name for name in first if name in graph.storages and worth(graph.tensors[name]))
     return {name for name in found if read_by_backward(graph, name)}
 
 

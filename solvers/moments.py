@@ -32,21 +32,13 @@ NEAR = 0.01  # of the seconds: a plan so near its bound is called optimal, as by
 def solve_overlapped(problem: Problem, *, time_limit: float = 20.0, quick: bool = False, bound: bool = True) -> Plan:
     """As `solve`, with copies that may go on while other steps run; see above for what the plan certifies."""
     plan = solve(problem, time_limit=time_limit, quick=quick, bound=bound)
-    if plan.status in (Status.FITS, Status.INFEASIBLE) or not movable(problem):
+    if plan.status in (Status.FITS, Status.INFEASIBLE) or not any(map(moves, problem.remakes)):
         return plan
     hidden = solve(hiding(problem), time_limit=time_limit, quick=quick, bound=bound)
     moved = hiding(replace(problem, remakes=tuple(filter(moves, problem.remakes))))
     chosen = [remakes_of(problem, p.chosen) for p in (hidden, solve(moved, quick=True))]
     best = min((*(timed(problem, c) for c in (*chosen, plan.chosen)), plan), key=lambda p: rank(problem, p))
     return certified(problem, replace(best, solver=plan.solver), hidden)
-
-
-def movable(problem: Problem) -> bool:
-    """Whether there are copies that may overlap. Not where a fused step hands out views of a value: who reads one reads
-    in the contracted graph no tensor that a copy arrives in."""
-    graph, values = problem.graph, {remake.value for remake in problem.remakes if moves(remake)}
-    made = {v: [n for n in graph.steps[graph.uses[v][0]].writes if graph.storage_of(n) == v] for v in values}
-    return bool(values) and all(names == [value] for value, names in made.items())
 
 
 def certified(problem: Problem, plan: Plan, hidden: Plan) -> Plan:
@@ -58,7 +50,7 @@ def certified(problem: Problem, plan: Plan, hidden: Plan) -> Plan:
 
 def bounded_overlapped(problem: Problem, plan: Plan, *, time_limit: float = 20.0) -> Plan:
     """A plan that `solve_overlapped` found with bound=False for this problem, with its lower bound."""
-    if plan.status in (Status.FITS, Status.INFEASIBLE) or not movable(problem):
+    if plan.status in (Status.FITS, Status.INFEASIBLE) or not any(map(moves, problem.remakes)):
         return bounded(problem, plan, time_limit=time_limit)
     hidden = bounded(hiding(problem), simulated(hiding(problem), plan.chosen, plan.solver), time_limit=time_limit)
     return certified(problem, plan, hidden)
@@ -147,7 +139,8 @@ class Moments:
         costs = (0.0 if copied & {s.name, original(s.name)} else self.cost(s) for s in self.steps)
         self.clock = list(accumulate(costs, initial=0.0))
         real = problem.graph.position
-        self.side = [(s.phase, program(s.name)) if s.name in real and s.pure else None for s in self.steps]
+        lasts = (s.name in real and s.pure and not self.graph.is_view(s) for s in self.steps)
+        self.side = [(s.phase, program(s.name)) if here else None for s, here in zip(self.steps, lasts, strict=True)]
         self.drained: dict[str, str] = {}
         self.fetched: dict[int, str] = {}
 

@@ -116,6 +116,53 @@ def test_a_view_of_an_older_value_stays_out_of_the_kernel_it_feeds() -> None:
     assert [s.name for s in after.steps] == ["old", "new", "view", "exp", "old__1", "view__1", "back"]
 
 
+def looked_at() -> StepGraph:
+    """A kernel makes y, which products read as a view of a view, in the backward too; what sums reads it as it is."""
+    return graph_of(
+        (
+            step("x", "forward", "w", fusable=False),
+            step("y", "forward", "x"),
+            step("folded", "forward", "y", fusable=False),
+            step("turned", "forward", "folded", fusable=False),
+            step("inside", "forward", "folded"),
+            step("sum", "forward", "inside"),
+            step("loss", "forward", "turned sum", fusable=False),
+            step("first", "backward", "loss turned", fusable=False),
+            step("last", "backward", "first y", fusable=False),
+        ),
+        {"folded": "y", "turned": "y"},
+    )
+
+
+def test_views_that_are_read_outside_of_a_kernel_stand_behind_it() -> None:
+    found = fused(looked_at())
+    verify(found.graph)
+    assert [s.name for s in found.graph.steps] == ["x", "sum", "folded", "turned", "loss", "first", "last"]
+    assert found.graph.steps[1].writes == ("y", "sum")
+    assert [s.name for s in found.members["sum"]] == ["y", "inside", "sum"]
+
+
+def test_who_reads_a_view_of_what_was_packed_gets_one_of_what_is_unpacked() -> None:
+    """And not of what a second run of the kernel makes: on paper its seconds and bytes were the plan's."""
+    found = fused(looked_at())
+    remake = replace(packed(found.graph, "", "y", ("rows", 64)), span=("first", "last"))
+    after = edit(found.graph, [remake])
+    verify(after)
+    names = [s.name for s in after.steps]
+    assert names[names.index("loss") + 1 :] == ["y_from_rows__1", "folded__1", "turned__1", "first", "last"]
+    (first, last) = (after.steps[after.position[name]] for name in ("first", "last"))
+    assert (first.reads, last.reads) == (("loss", "turned__1"), ("first", "y_from_rows__1"))
+    in_steps = edit(looked_at(), expanded(found, [remake]))
+    assert [s.name for s in in_steps.steps[-5:]] == names[-5:]
+
+
+def test_a_kernel_whose_value_is_read_as_a_view_is_run_again_for_the_view() -> None:
+    found = fused(looked_at())
+    kernel = found.graph.steps[1]
+    after = edit(found.graph, [Remake("recompute", "y", ("first", "last"), (kernel,))])
+    assert [s.name for s in after.steps[-5:]] == ["sum__1", "folded__1", "turned__1", "first", "last"]
+
+
 def siblings(late: str) -> StepGraph:
     """One kernel makes y and z of x, z by way of y; `late` is what the last backward step reads."""
     return graph_of(

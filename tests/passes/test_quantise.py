@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import memopt
+from memopt.fusion import fused
 from memopt.passes.quantise import Int8Activations, quantisable
 from memopt.runtime.measure import measure_step
 from tests.passes.test_packing import Dropping, captured, photograph, stepped
@@ -43,6 +44,20 @@ def test_what_is_offered_is_read_by_the_backward_and_made_of_the_batch() -> None
         assert offer.value in taken
         assert graph.tensors[offer.value].dtype == "float32"
         assert graph.storages[offer.value].kind == "activation"
+
+
+def test_what_a_compilers_kernel_makes_is_offered_like_the_values_inside_it() -> None:
+    class Waves(Stack):
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = torch.sin(torch.tanh(layer(x)))  # one kernel, whose two values the backward reads
+            return x.square().mean()
+
+    graph = photograph(captured(Waves(), inputs()))
+    kernels = fused(graph).graph
+    further = {name for step in kernels.steps if step.fused for name in step.writes[1:]}
+    assert len(quantisable(kernels) & further) >= 5
+    assert quantisable(kernels) & further == quantisable(graph) & further
 
 
 def test_it_is_never_chosen_unless_it_is_named() -> None:
