@@ -45,7 +45,7 @@ def _pack(program: Program, nodes: dict[str, fx.Node], step: Step, behind: fx.No
     """Put a packing step, or the wait for one, behind another; it stays in the forward though only the backward reads
     it."""
     value, *token = (nodes[name] for name in step.reads)
-    how: list[Any] = [*token] or [tuple(map(hint, value.meta["val"].stride()))]
+    how: list[Any] = [*token, tuple(map(hint, value.meta["val"].stride()))]
     while is_getitem(behind.next):
         behind = behind.next
     with program.graph.inserting_after(behind):

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from memopt.edit import DISK, HOST, Remake
-from memopt.graph import Step, Storage
-from memopt.tokens import WHOLE, part_of
+from memopt.graph import Step
+from memopt.tokens import TOKEN
 
 START, DRAIN, FETCH, ARRIVE = COPYING = tuple(f"memopt.{kind}_" for kind in ("start", "drain", "fetch", "arrive"))
 OVERLAP = "overlap"  # its name among the passes, to switch it off
@@ -26,9 +26,8 @@ def tried_as(op: str) -> str:
 
 
 def moves(remake: Remake) -> bool:
-    """Whether it keeps its value elsewhere, all of it, there and back by copies that may go on beside other steps."""
-    copied = any(resource in (DISK, HOST) for resource, _ in remake.takes)
-    return copied and part_of(remake.pack[0].op.partition("_")[2])[1] == WHOLE
+    """Whether it keeps its value elsewhere, or a part, there and back by copies that may go on beside other steps."""
+    return any(resource in (DISK, HOST) for resource, _ in remake.takes)
 
 
 def overlapped(remake: Remake, drained: str, fetched: str) -> Remake:
@@ -41,7 +40,7 @@ def overlapped(remake: Remake, drained: str, fetched: str) -> Remake:
         return replace(remake, drained=drained, fetched=fetched)
     (start,), (back,) = remake.pack, remake.unpack
     ((info, storage),) = remake.made
-    landed = f"{info.name}_landed"
+    landed, token = f"{info.name}_landed", replace(info, shape=(TOKEN,))
     drain = replace(start, name=landed, op=start.op.replace(PACK, DRAIN), reads=(remake.value, info.name),
                     writes=(landed,), key=f"drain_{start.key}")  # fmt: skip
     arrive = replace(back, name=f"{back.name}_arrived", op=back.op.replace(UNPACK, ARRIVE), reads=(remake.value,),
@@ -50,7 +49,10 @@ def overlapped(remake: Remake, drained: str, fetched: str) -> Remake:
         remake,
         pack=(replace(start, op=start.op.replace(PACK, START)), drain),
         unpack=(replace(back, op=back.op.replace(UNPACK, FETCH), reads=(landed,)), arrive),
-        made=(*remake.made, (replace(info, name=landed, storage=landed), Storage(landed, storage.nbytes))),
+        made=(
+            (token, replace(storage, nbytes=TOKEN)),
+            (replace(info, name=landed, storage=landed), replace(storage, name=landed)),
+        ),
         drained=drained,
         fetched=fetched,
     )

@@ -44,7 +44,7 @@ from memopt.reused import identity, reused
 from memopt.rewrites import rewritten_levers
 from memopt.seams import parts_of
 from memopt.solvers import solve
-from memopt.solvers.moments import solve_overlapped
+from memopt.solvers.overlapped import solve_overlapped
 from memopt.timeline import peak
 from memopt.trained import affordable, candidates, hindrance, libraries, unread, update_phase
 from memopt.units import format_size

@@ -67,12 +67,17 @@ def timeline(graph: StepGraph, block: int = 1) -> tuple[int, ...]:
     return tuple(out)
 
 
-def live_after(graph: StepGraph) -> tuple[int, ...]:
-    """Bytes still held once each step has run and let go of what it read for the last time."""
+def live_after(graph: StepGraph, block: int = 1) -> tuple[int, ...]:
+    """Bytes still held once each step has run and let go of what it read for the last time: before the next one.
+
+    block: as of `timeline`.
+    """
     delta = [0] * (len(graph.steps) + 1)
     for name, (born, dead) in lifetimes(graph).items():
-        delta[max(born, 0)] += graph.storages[name].nbytes
-        delta[dead] -= graph.storages[name].nbytes
+        size = rounded(graph.storages[name].nbytes, block)
+        made = born if born < 0 else graph.uses[name][0]  # not after it, as what is in the place of another is
+        delta[max(made, 0)] += size
+        delta[dead] -= size
     held, out = 0, []
     for change in delta[: len(graph.steps)]:
         held += change

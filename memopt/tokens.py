@@ -17,6 +17,11 @@ def moved(count: int, quarters: int) -> int:
     return count * quarters // WHOLE
 
 
+def staying_bytes(count: int, itemsize: int, quarters: int) -> int:
+    """Bytes of those that stay behind the token."""
+    return (count - moved(count, quarters)) * itemsize
+
+
 def token_bytes(count: int) -> int:
     """Bytes a value of so many elements is packed into."""
     return TOKEN

@@ -27,7 +27,7 @@ from memopt.report import PlanResult
 from memopt.runtime.opcost import OpCosts
 from memopt.runtime.rehearse import Workspace, nothing
 from memopt.solvers import bounded, solve
-from memopt.solvers.moments import bounded_overlapped, solve_overlapped
+from memopt.solvers.overlapped import bounded_overlapped, solve_overlapped
 from memopt.timeline import phase_peaks, rounded
 
 log = logging.getLogger("memopt")

@@ -1,91 +1,23 @@
-"""When the copies of a plan's moves begin and are waited for: as little waiting as the bytes left over can hide.
-
-Which values move and when are decided one after the other. `solve_overlapped` has the planner choose with copies at
-what they take, at next to nothing, and so among copies alone; `timed` then gives each plan's copies their moments,
-simulates what comes of it by `edit`, and the cheapest is taken. So a plan is never dearer than with copies that are
-awaited at once, nor than with nothing but copies.
-
-What is proven. A plan whose copies overlap holds, at each of the graph's steps, at least what it holds with the same
-copies awaited at once, and takes at least the seconds of its other steps. So no plan is cheaper than the bound of the
-problem whose copies cost a SHARE, less what that share of all copies comes to. What is not: that the moments are the
-best ones; and the bound knows no link, so a step bound by one may be far above it.
-"""
+"""When the copies of a plan's moves begin and are waited for: as little waiting as the bytes left over can hide."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import accumulate
 
 from memopt.edit import DISK, HOST, Placer, Remake, edit, taken
 from memopt.graph import Step, StepGraph
 from memopt.overlap import moves, overlapped
-from memopt.plans import Plan, Problem, Status, original, simulated
-from memopt.solvers.planner import bounded, solve
-from memopt.timeline import lifetimes, rounded, timeline
-
-SHARE = 1e-3  # of a copy's seconds: enough that nothing is moved for nothing
-NEAR = 0.01  # of the seconds: a plan so near its bound is called optimal, as by `solve`
-
-
-def solve_overlapped(problem: Problem, *, time_limit: float = 20.0, quick: bool = False, bound: bool = True) -> Plan:
-    """As `solve`, with copies that may go on while other steps run; see above for what the plan certifies."""
-    plan = solve(problem, time_limit=time_limit, quick=quick, bound=bound)
-    if plan.status in (Status.FITS, Status.INFEASIBLE) or not any(map(moves, problem.remakes)):
-        return plan
-    hidden = solve(hiding(problem), time_limit=time_limit, quick=quick, bound=bound)
-    moved = hiding(replace(problem, remakes=tuple(filter(moves, problem.remakes))))
-    chosen = [remakes_of(problem, p.chosen) for p in (hidden, solve(moved, quick=True))]
-    best = min((*(timed(problem, c) for c in (*chosen, plan.chosen)), plan), key=lambda p: rank(problem, p))
-    return certified(problem, replace(best, solver=plan.solver), hidden)
-
-
-def certified(problem: Problem, plan: Plan, hidden: Plan) -> Plan:
-    """The plan with the lower bound that the plan of the `hiding` problem gives it."""
-    bound = min(max(0.0, hidden.lower_bound - SHARE * all_copies(problem)), plan.seconds)
-    plan = replace(plan, lower_bound=bound)
-    return replace(plan, status=Status.OPTIMAL if plan.gap <= NEAR else Status.FEASIBLE)
-
-
-def bounded_overlapped(problem: Problem, plan: Plan, *, time_limit: float = 20.0) -> Plan:
-    """A plan that `solve_overlapped` found with bound=False for this problem, with its lower bound."""
-    if plan.status in (Status.FITS, Status.INFEASIBLE) or not any(map(moves, problem.remakes)):
-        return bounded(problem, plan, time_limit=time_limit)
-    hidden = bounded(hiding(problem), simulated(hiding(problem), plan.chosen, plan.solver), time_limit=time_limit)
-    return certified(problem, plan, hidden)
+from memopt.plans import Plan, Problem, original, simulated
+from memopt.timeline import lifetimes, live_after, rounded, timeline
+from memopt.tokens import TOKEN
 
 
 def rank(problem: Problem, plan: Plan) -> tuple[bool, float, float]:
     """The plans within the budget come first, then the cheaper, then those that move less."""
     moved = sum(amount for resource, amount in taken(plan.chosen).items() if resource in (DISK, HOST))
     return plan.peak > problem.budget, plan.seconds, moved
-
-
-def copying(problem: Problem) -> dict[str, float]:
-    """Seconds by name of the steps that copy values there and back."""
-    steps = (step for remake in problem.remakes if moves(remake) for step in (*remake.pack, *remake.unpack))
-    return {step.name: problem.seconds.get(step.name, 0.0) for step in steps}
-
-
-def all_copies(problem: Problem) -> float:
-    """Seconds of all copies that are offered: one out of each value, and one in for each remake."""
-    known, out = problem.seconds, {s.name for r in problem.remakes if moves(r) for s in r.pack}
-    back = (step.name for remake in problem.remakes if moves(remake) for step in remake.unpack)
-    return sum(known.get(name, 0.0) for name in (*sorted(out), *back))
-
-
-def hiding(problem: Problem) -> Problem:
-    """The problem whose copies take a SHARE of their seconds, as if the rest could always be hidden."""
-    cheap = {name: SHARE * seconds for name, seconds in copying(problem).items()}
-    offers = tuple(replace(r, seconds=SHARE * r.seconds) if moves(r) else r for r in problem.remakes)
-    return replace(problem, remakes=offers, seconds={**problem.seconds, **cheap})
-
-
-def remakes_of(problem: Problem, chosen: Sequence[Remake]) -> tuple[Remake, ...]:
-    """The same choice at the problem's own prices; spans may be a plan's own."""
-    price = {(offer.trade, offer.value): offer.seconds for offer in problem.remakes if moves(offer)}
-    return tuple(replace(r, seconds=price[r.trade, r.value]) if moves(r) else r for r in chosen)
 
 
 def timed(problem: Problem, chosen: Sequence[Remake]) -> Plan:
@@ -100,12 +32,12 @@ def timed(problem: Problem, chosen: Sequence[Remake]) -> Plan:
 
 
 def wanted(graph: StepGraph, chosen: Sequence[Remake]) -> tuple[Remake, ...]:
-    """The remakes without moves that nobody reads, of values that others move too. All moves of a value share one copy
-    out, so one without moments of its own would leave the others without a beginning."""
+    """The remakes without moves that nobody reads, of what others move too. All moves of a value, or of one part, share
+    one copy out, so one without moments of its own would leave the others without a beginning."""
     placer = Placer(graph, chosen)
     placer.schedule()
-    read = {value for value, at in placer.copies if moves(chosen[at])}
-    spare = (moves(r) and r.value in read and (r.value, at) not in placer.copies for at, r in enumerate(chosen))
+    read = {chosen[at].pack[0].name for _, at in placer.copies if moves(chosen[at])}
+    spare = (moves(r) and r.pack[0].name in read and (r.value, at) not in placer.copies for at, r in enumerate(chosen))
     return tuple(r for r, without in zip(chosen, spare, strict=True) if not without)
 
 
@@ -125,9 +57,10 @@ def just_in_time(graph: StepGraph, chosen: Sequence[Remake]) -> tuple[Remake, ..
 class Moments:
     """Moves drains later and fetches earlier, while the bytes of the step as it stands leave room.
 
-    graph: the step with all copies awaited at once. room: bytes left under the budget while each of its steps runs.
+    graph: the step with all copies awaited at once. room: bytes left under the budget while each of its steps runs;
+    gap: once it has run, where a copy out is waited for: a fused step's results are in no other's place any more.
     clock: seconds before each step, copies taking none. side: phase and program of the steps that a copy may be put
-    behind or before. drained: value -> step; fetched: remake -> step.
+    behind or before. drained: the name of a copy out -> step; fetched: remake -> step.
     """
 
     def __init__(self, problem: Problem, remakes: Sequence[Remake]) -> None:
@@ -135,6 +68,7 @@ class Moments:
         self.graph = edit(problem.graph, remakes)
         self.steps = self.graph.steps
         self.room = [problem.budget - held for held in timeline(self.graph, problem.block)]
+        self.gap = [problem.budget - held for held in live_after(self.graph, problem.block)]
         copied = {step.name for remake in remakes if remake.drained for step in (*remake.pack, *remake.unpack)}
         costs = (0.0 if copied & {s.name, original(s.name)} else self.cost(s) for s in self.steps)
         self.clock = list(accumulate(costs, initial=0.0))
@@ -149,16 +83,15 @@ class Moments:
         return seconds.get(step.name, seconds.get(original(step.name), 0.0))
 
     def size(self, remake: Remake) -> int:
-        """Bytes of the value, and of the token that a wait makes."""
-        nbytes = (self.graph.storages[remake.value].nbytes, remake.made[-1][1].nbytes)
-        return sum(rounded(each, self.problem.block) for each in nbytes)
+        """Bytes of the value, and of its token: what it takes more, at most, while it is on its way."""
+        return sum(rounded(each, self.problem.block) for each in (self.graph.storages[remake.value].nbytes, TOKEN))
 
     def chosen(self) -> tuple[Remake, ...]:
         """The remakes with their moments."""
         self.drain()
         self.fetch()
         return tuple(
-            overlapped(r, self.drained[r.value], self.fetched[at]) if r.drained else r
+            overlapped(r, self.drained[r.pack[0].name], self.fetched[at]) if r.drained else r
             for at, r in enumerate(self.remakes)
         )
 
@@ -170,11 +103,11 @@ class Moments:
         first = {self.graph.position[r.pack[0].name]: r for r in self.remakes if r.drained}
         for at, remake in sorted(first.items()):
             free = max(free, self.clock[at] + late) + self.cost(remake.pack[0])
-            held = ends[remake.value] + 1  # from here on it is held for the copy alone
+            held = ends[remake.value] + 1  # from here on, and just before, it is held for the copy alone
             enough = bisect_left(self.clock, free - late) - 1
             best = self.furthest(range(at + 2, len(self.steps)), remake, remake.drained, held, enough)
-            self.drained[remake.value] = remake.drained if best is None else self.steps[best].name
-            self.hold(range(held, at if best is None else best + 1), remake)
+            self.drained[remake.pack[0].name] = remake.drained if best is None else self.steps[best].name
+            self.hold(range(held, at if best is None else self.beyond(best, 1) + 1), remake)
             late = max(late, free - self.clock[at if best is None else best + 1])
 
     def fetch(self) -> None:
@@ -193,24 +126,43 @@ class Moments:
             best = self.furthest(range(place - 1, -1, -1), remake, remake.fetched, 0, enough)
             self.fetched[index] = remake.fetched if best is None else self.steps[best].name
             begins = place if best is None else best
-            self.hold(range(begins, place), remake)
+            self.hold(range(self.beyond(begins, -1), place), remake)
             free = max(free, self.clock[begins])
 
+    def beyond(self, at: int, way: int) -> int:
+        """The last of the steps that the plan has put behind the one at this place (way 1: packs), or the first of
+        those before it (-1: copies): what is put there too may stand beyond them."""
+        real, phase = self.problem.graph.position, self.steps[at].phase
+        while (step := self.steps[at + way]).name not in real and step.phase == phase:
+            at += way
+        return at
+
     def hold(self, places: range, remake: Remake) -> None:
-        """The value takes its bytes there."""
+        """The value takes its bytes there, and before and after."""
         for at in places:
             self.room[at] -= self.size(remake)
+        for at in (places.start - 1, *places) if places else ():
+            self.gap[at] -= self.size(remake)
+
+    def has_room(self, at: int, way: int, remake: Remake, held: int) -> bool:
+        """Whether the value can also be held beyond the step at this place, where what begins or ends there may be."""
+        end, size = self.beyond(at, way), self.size(remake)
+        beside, between = range(end, at), range(0)
+        if way > 0:
+            beside, between = range(max(at + 1, held), end + 1), range(max(at, held - 1), end + 1)
+        return all(self.room[place] >= size for place in beside) and all(self.gap[place] >= size for place in between)
 
     def furthest(self, places: range, remake: Remake, beside: str, held: int, enough: int) -> int | None:
         """The first of these places that is past `enough`, else the last that there is room for up to; None if that is
-        where the copy stands now, beside this step. Below `held` the value takes its bytes anyway."""
+        where the copy stands now, beside this step. Below `held` the value of a copy out takes its bytes anyway."""
         step = self.problem.graph.steps[self.problem.graph.position[beside]]
         best = None
         for at in places:
             full = places.step < 0 or at >= held
             if self.steps[at].phase != step.phase or (full and self.room[at] < self.size(remake)):
                 break
-            if self.side[at] == (step.phase, program(beside)):
+            stands = self.side[at] == (step.phase, program(beside))
+            if stands and self.has_room(at, places.step, remake, held):
                 best = at
                 if (at - enough) * places.step >= 0:
                     break

@@ -29,7 +29,7 @@ from memopt.edit import DISK
 from memopt.errors import MemoptError
 from memopt.kernels.codec import register
 from memopt.runtime.flights import register_flights
-from memopt.runtime.parts import register_parts
+from memopt.runtime.parts import register_parts, token_row
 from memopt.tokens import TOKEN, token_bytes
 from memopt.units import format_size
 
@@ -213,14 +213,11 @@ class Pool:
 
     def pack(self, x: Tensor, beside: Tensor | None = None) -> Tensor:
         """Write flat values; the token they are read back by, and behind it a copy of what stays."""
-        made = torch.empty(TOKEN + (0 if beside is None else beside.nbytes), dtype=torch.uint8)
-        if beside is not None:
-            made[TOKEN:].copy_(beside.view(torch.uint8))
-        return self.token(self.write(_bytes(x.cpu())), made)  # last: no slot is taken where there was no memory
+        row = token_row(beside)
+        return self.token(self.write(_bytes(x.cpu())), row)  # last: no slot is taken where there was no memory
 
-    def token(self, number: int, made: Tensor | None = None) -> Tensor:
+    def token(self, number: int, made: Tensor) -> Tensor:
         """What stands for a slot, written into `made`. The slot's last token frees it by dying."""
-        made = torch.empty(TOKEN, dtype=torch.uint8) if made is None else made
         made[:TOKEN].numpy().view("int64")[:] = number, self.process
         with self.lock:
             if number in self.owners:
@@ -243,18 +240,19 @@ class Pool:
         address, size = x.data_ptr(), len(data)
         del data
         self.flights[number] = [Flight(self.out, x, lambda: self.put(_at(address, size), offset))]
-        return self.token(number)
+        return self.token(number, token_row(None))
 
-    def drain(self, x: Tensor, token: Tensor) -> Tensor:
-        """Wait until x is written; its token from now on. Raises DiskError if it could not be."""
+    def drain(self, x: Tensor, token: Tensor, beside: Tensor | None = None) -> Tensor:
+        """Wait until x is written; its token from now on, and behind it a copy of what stays. Raises DiskError if it
+        could not be written."""
         number = token.view(torch.int64).tolist()[0]
         for flight in self.flights.pop(number, ()):
             flight.wait()
-        return self.token(number)
+        return self.token(number, token_row(beside))
 
     def fetch(self, token: Tensor, out: Tensor) -> None:
         """Begin to read the values a token stands for."""
-        number, process = token.view(torch.int64).tolist()
+        number, process = token[:TOKEN].view(torch.int64).tolist()
         address, size = out.data_ptr(), out.nbytes
         with self.lock:
             for left in self.arriving.values():  # of a step that was given up, or about to be waited for

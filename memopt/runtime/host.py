@@ -26,8 +26,8 @@ from memopt.errors import MemoptError
 from memopt.kernels.codec import register
 from memopt.runtime.flights import register_flights
 from memopt.runtime.links import Flight, Link
-from memopt.runtime.parts import register_parts
-from memopt.tokens import TOKEN, token_bytes
+from memopt.runtime.parts import register_parts, token_row
+from memopt.tokens import token_bytes
 from memopt.units import format_size
 
 GIVEN_UP = "the step was given up, no parameter was changed"
@@ -86,9 +86,7 @@ class Pool:
         try:
             buffer = torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda)
             made = copy(buffer)
-            token = x.new_empty((TOKEN + (0 if beside is None else beside.nbytes),), dtype=torch.uint8)
-            if beside is not None:
-                token[TOKEN:].copy_(beside.view(torch.uint8))
+            token = token_row(beside, x.device)
         except BaseException as error:
             with self.lock:
                 self.held -= room(x.nbytes)
@@ -111,9 +109,10 @@ class Pool:
         self.leaving[token.data_ptr()] = flight
         return token
 
-    def drain(self, x: Tensor, token: Tensor) -> Tensor:
-        """Have the copy of x end before what is computed next; the token of its buffer from now on."""
-        flight, made = self.leaving.pop(token.data_ptr(), None), x.new_empty((TOKEN,), dtype=torch.uint8)
+    def drain(self, x: Tensor, token: Tensor, beside: Tensor | None = None) -> Tensor:
+        """Have the copy of x end before what is computed next; the token of its buffer from now on, and behind it a
+        copy of what stays."""
+        flight, made = self.leaving.pop(token.data_ptr(), None), token_row(beside, x.device)
         if flight is not None:  # none: it was awaited when it was packed
             flight.wait()
         if owner := self.owners.pop(token.data_ptr(), None):

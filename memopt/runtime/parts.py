@@ -1,6 +1,7 @@
 """A part of a value elsewhere: its first quarters lie in a pool, the rest behind their token, in memory of its own.
 
-The copies are awaited: `memopt::pack_<codec>` and `memopt::unpack_<codec>` (memopt/kernels/codec.py), one pair a part.
+Here the copies are awaited: `memopt::pack_<codec>` and `memopt::unpack_<codec>` (memopt/kernels/codec.py), one pair a
+part. Copies under way: memopt/runtime/flights.py.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from memopt.kernels.codec import define, flat
-from memopt.tokens import TOKEN, WHOLE, moved, part_codec
+from memopt.tokens import TOKEN, WHOLE, moved, part_codec, staying_bytes
 
 
 class Keeper(Protocol):
@@ -26,6 +27,14 @@ class Keeper(Protocol):
 
     def unpack(self, token: Tensor, out: Tensor) -> None:
         """Copy back what the token stands for."""
+
+
+def token_row(beside: Tensor | None, device: torch.device | str = "cpu") -> Tensor:
+    """Room for a token, and behind it a copy of what stays."""
+    row = torch.empty((TOKEN + (0 if beside is None else beside.nbytes),), dtype=torch.uint8, device=device)
+    if beside is not None:
+        row[TOKEN:].copy_(beside.view(torch.uint8))
+    return row
 
 
 def register_parts(pool: Keeper) -> None:
@@ -54,6 +63,6 @@ def _pair(pool: Keeper, quarters: int) -> tuple[Callable[..., Tensor], Callable[
 
 def _bytes_of(quarters: int) -> Callable[[Sequence[int], int], int]:
     def nbytes(shape: Sequence[int], itemsize: int) -> int:
-        return TOKEN + (prod(shape) - moved(prod(shape), quarters)) * itemsize
+        return TOKEN + staying_bytes(prod(shape), itemsize, quarters)
 
     return nbytes

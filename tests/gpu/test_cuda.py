@@ -138,7 +138,7 @@ def test_copies_beside_the_computing_stream_race_with_nothing() -> None:
             busy = busy @ busy / busy.norm()
         x = torch.full((2**22,), float(turn), device="cuda") + 0 * busy[0, 0].nan_to_num()
         token = start(x, (1,))
-        landed = drain(x, token)
+        landed = drain(x, token, (1,))
         del x
         torch.full((2**22,), -1.0, device="cuda")  # takes the memory of x
         for _ in range(4):

@@ -359,7 +359,7 @@ def test_a_step_goes_on_while_a_copy_is_written_and_read(tmp_path: Path) -> None
         token = operation(pool, "start")(x, x.stride())
         assert not pool.flights[1][0].done.done()
         may_write.set()
-        landed = operation(pool, "drain")(x, token)
+        landed = operation(pool, "drain")(x, token, x.stride())
         back = operation(pool, "fetch")(landed, x.shape, x.stride(), x.dtype)
         del token, landed
         gc.collect()
@@ -395,7 +395,7 @@ def test_what_is_laid_out_otherwise_is_written_at_once(tmp_path: Path) -> None:
     pool, x = disk.use(tmp_path, GB), torch.randn(100, 7)
     token = operation(pool, "start")(x, (1, 100))
     assert pool.flights == {}
-    back = operation(pool, "fetch")(operation(pool, "drain")(x, token), x.shape, (1, 100), x.dtype)
+    back = operation(pool, "fetch")(operation(pool, "drain")(x, token, (1, 100)), x.shape, (1, 100), x.dtype)
     operation(pool, "arrive")(back)
     assert torch.equal(back, x)
 
@@ -409,8 +409,8 @@ def test_an_error_under_way_is_raised_where_it_is_waited_for(tmp_path: Path) -> 
     with patch.object(disk.os, "pwrite", broken):
         token = operation(pool, "start")(x, (1,))
         with pytest.raises(disk.DiskError, match=r"cannot write 20\.00 KB"):
-            operation(pool, "drain")(x, token)
-    landed = operation(pool, "drain")(x, operation(pool, "start")(x, (1,)))
+            operation(pool, "drain")(x, token, (1,))
+    landed = operation(pool, "drain")(x, operation(pool, "start")(x, (1,)), (1,))
     with patch.object(disk.os, "preadv", broken):
         back = operation(pool, "fetch")(landed, x.shape, (1,), x.dtype)
         with pytest.raises(disk.DiskError, match="cannot read saved"):

@@ -68,7 +68,7 @@ def test_a_copy_under_way_is_there_once_it_is_waited_for_and_not_before() -> Non
     pool = host.use(1 << 21)
     x = torch.randn(37, 11).t()
     token = operation(pool, "start")(x, x.stride())
-    landed = operation(pool, "drain")(x, token)
+    landed = operation(pool, "drain")(x, token, x.stride())
     del token
     gc.collect()
     back = operation(pool, "fetch")(landed, x.shape, x.stride(), x.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,32 @@ def test_what_was_moved_and_what_stayed_come_back(kind: str, quarters: int, dtyp
     assert pool.held == 0
 
 
+@pytest.mark.parametrize("kind", ["disk", "host"])
+@pytest.mark.parametrize("quarters", [1, 2, 3])
+def test_a_part_may_be_on_its_way_while_the_step_goes_on(kind: str, quarters: int, tmp_path: Path) -> None:
+    pool: Any = disk.use(tmp_path, 1 << 20) if kind == "disk" else host.use(1 << 20)
+    codec = part_codec(pool.codec, quarters)
+    start, drain, fetch, arrive = (
+        getattr(torch.ops.memopt, f"{way}_{codec}") for way in ("start", "drain", "fetch", "arrive")
+    )
+    x = torch.randn(7, 19, generator=torch.Generator().manual_seed(0)).t()
+    token = start(x, x.stride())
+    landed = drain(x, token, x.stride())
+    gone = 133 * quarters // 4 * x.itemsize
+    assert (token.nbytes, landed.nbytes) == (TOKEN, TOKEN + 133 * x.itemsize - gone)
+    assert pool.held == (host.room(gone) if kind == "host" else gone)
+    del token  # the bytes are the landed one's by now
+    want = x.clone()
+    x.zero_()
+    again = fetch(landed, x.shape, x.stride(), x.dtype)
+    arrive(again)
+    assert torch.equal(again, want)
+    assert again.stride() == x.stride()
+    del landed
+    gc.collect()
+    assert pool.held == 0
+
+
 def test_no_slot_is_taken_where_there_is_no_memory_for_what_stays(tmp_path: Path) -> None:
     pool = disk.use(tmp_path, 1 << 20)
     with pytest.raises(RuntimeError, match="allocate"):
@@ -65,13 +92,13 @@ class Few(nn.Module):
 SAVED = 4096 * 64 * 4  # bytes of each
 
 
-def compiled(x: Tensor, budget: int | str, **options: Any) -> Any:
+def compiled(x: Tensor, budget: int | str, passes: str = "-recompute,-overlap", **options: Any) -> Any:
     torch.manual_seed(0)
     model = Few()
     optimizer = torch.optim.SGD(model.parameters(), 1e-3)
     return memopt.compile(
-        model, budget, optimizer=optimizer, example_inputs=(x,), lowering="eager", numerics="exact",
-        passes="-recompute,-overlap", **options,
+        model, budget, optimizer=optimizer, example_inputs=(x,), passes=passes,
+        **{"lowering": "eager", "numerics": "exact"} | options,
     )  # fmt: skip
 
 
@@ -92,6 +119,29 @@ def test_no_more_of_a_large_value_moves_than_must(tmp_path: Path, monkeypatch: p
         seconds[quarters] = plan.plan.seconds
         assert all(map(torch.equal, stepped(compiled(x, budget, **place), x), want))
     assert seconds[1] < seconds[2] < seconds[3]
+
+
+@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+def test_no_more_is_on_its_way_than_must_where_the_disk_is_what_the_step_waits_for(
+    lowering: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a disk so slow that nothing computed hides a copy, a quarter adds half of what two do."""
+    monkeypatch.setattr(disk.Pool, "rates", lambda _: disk.DiskRates(1e7, 1e7, 1e-6))
+    x = torch.randn(4096, 64, generator=torch.Generator().manual_seed(1))
+    given: dict[str, Any] = {"lowering": lowering, "numerics": "reordered", "passes": "-recompute,-stream"}
+    model = compiled(x, "4GB", **given)
+    whole, want, seconds = model.memopt.plan.peak, stepped(model, x), []
+    for quarters in (1, 2):
+        budget = whole - quarters * SAVED // 4 + 3 * TOKEN
+        model = compiled(x, budget, disk_budget="1GB", disk_path=tmp_path, **given)
+        plan = model.memopt.plan
+        assert sum(amount for r in plan.plan.chosen for _, amount in r.takes) == quarters * SAVED // 4
+        assert any(r.drained and r.fetched for r in plan.plan.chosen)
+        assert all(map(torch.equal, stepped(model, x), want))
+        optimizer = torch.optim.SGD(model.parameters(), 1e-3)
+        assert measure_step(lambda: model(x), optimizer, resident=[model, x]).peak_bytes == plan.peak <= budget  # noqa: B023
+        seconds.append(plan.plan.seconds)
+    assert 0 < 1.8 * seconds[0] < seconds[1]
 
 
 def test_a_saved_plan_moves_the_same_part(tmp_path: Path) -> None:

@@ -7,27 +7,38 @@ from collections.abc import Iterator
 from dataclasses import replace
 from itertools import combinations, product
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memopt.edit import DISK, Remake, edit
-from memopt.graph import verify
+from memopt.graph import StepGraph, verify
 from memopt.overlap import moves, overlapped
 from memopt.passes.packing import packable, packed, read_late
 from memopt.passes.recompute import Recompute
 from memopt.plans import Plan, Problem, added_seconds, simulated
 from memopt.solvers import solve
-from memopt.solvers.moments import just_in_time, solve_overlapped, timed, wanted
+from memopt.solvers.moments import Moments, just_in_time, timed, wanted
+from memopt.solvers.overlapped import hiding, remakes_of, solve_overlapped
 from memopt.timeline import peak, timeline
-from tests.synthetic import random_step
+from memopt.tokens import TOKEN
+from tests.synthetic import mlp, random_step
 
-TOKEN = 2
+LARGE = 100  # times a random step's bytes: a value is larger than its token
+
+
+def enlarged(graph: StepGraph) -> StepGraph:
+    """The same step with LARGE tensors."""
+    tensors = {n: replace(t, shape=tuple(LARGE * size for size in t.shape)) for n, t in graph.tensors.items()}
+    storages = {n: replace(s, nbytes=LARGE * s.nbytes) for n, s in graph.storages.items()}
+    return replace(graph, tensors=tensors, storages=storages)
 
 
 def problem_of(seed: int, share: float, steps: int = 7, most: int = 8, again: bool = True) -> Problem:
     """Moves of most values and recomputation, at a budget so far between the least and the most bytes."""
     rng = random.Random(seed)
     graph, seconds = random_step(seed, steps)
+    graph = enlarged(graph)
     values = [value for value in packable(graph) if rng.random() < 0.7]
     remakes = {v: replace(packed(graph, "move", v, ("disk_0", TOKEN)), takes=((DISK, 1.0),)) for v in values}
     spent = dict(seconds)
@@ -132,3 +143,41 @@ def test_moves_that_nobody_reads_share_the_moments_of_those_that_are_read(seed: 
     assert plan.seconds == added_seconds(problem, edited)
     ways = {(remake.value, bool(remake.drained)) for remake in plan.chosen if moves(remake)}
     assert len(ways) == len({value for value, _ in ways})
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from((0.0, 0.2, 0.5)))
+def test_no_moment_is_chosen_that_there_is_no_room_for(seed: int, more: float) -> None:
+    """Also between two steps, where a copy out is waited for: a kernel's results are in no other's place by then."""
+    problem, rng = problem_of(seed, 0.5, steps=10, most=14, again=seed % 2 == 0), random.Random(seed)
+    graph = problem.graph
+    merged = {s.name for s in graph.steps if s.pure and not graph.is_view(s) and rng.random() < 0.6}
+    graph = replace(graph, steps=tuple(replace(s, fused=s.name in merged) for s in graph.steps))
+    begun = just_in_time(graph, wanted(graph, problem.remakes))
+    least = simulated(replace(problem, graph=graph), begun, "").peak
+    problem = replace(problem, graph=graph, budget=int(least + more * (peak(graph) - least)))
+    assert simulated(problem, Moments(problem, begun).chosen(), "").peak <= max(least, problem.budget)
+
+
+def chained(slow: float, share: float) -> Problem:
+    """A residual chain whose values move over a link that takes `slow` times the seconds of a value's own step."""
+    graph, seconds = mlp(8)
+    values = [value for value in packable(graph) if graph.storages[value].nbytes > 1000]
+    moved = {v: replace(packed(graph, "move", v, ("disk_0", TOKEN)), takes=((DISK, 1.0),)) for v in values}
+    copies = {s.name: slow * max(seconds.values()) for r in moved.values() for s in (*r.pack, *r.unpack)}
+    late = tuple(replace(moved[value], span=span) for span, value in read_late(graph, moved.keys()))
+    problem = Problem(graph, (*Recompute().propose(graph, seconds), *late), 0, seconds | copies)
+    floor = solve(problem).peak
+    return replace(problem, budget=int(floor + share * (peak(graph) - floor)))
+
+
+@pytest.mark.parametrize(("slow", "share"), [(2, 0.1), (4, 0.5), (8, 0.7)])
+def test_no_more_moves_than_the_link_can_hide_where_the_rest_is_made_again_for_less(slow: float, share: float) -> None:
+    """The step would wait for all copies, and making everything again takes longer than some of both."""
+    problem = chained(slow, share)
+    plan, awaited = solve_overlapped(problem), solve(problem)
+    everything = timed(problem, remakes_of(problem, solve(hiding(problem)).chosen))
+    assert plan.seconds < 0.8 * min(awaited.seconds, everything.seconds)
+    assert {remake.trade for remake in plan.chosen} == {"move", "recompute"}
+    assert plan.peak <= problem.budget
+    assert all(dict(remake.takes).keys() <= {DISK} for remake in plan.chosen)  # the row is the planner's own
