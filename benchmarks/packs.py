@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from statistics import median
@@ -32,6 +32,11 @@ LEVERS = {
     "pack_masks": "bert", "int8_activations": "gpt2", "int4_activations": "gpt2", "fp8_activations": "gpt2",
     "fewbit": "bert", "approx_bp": "bert",
 }  # fmt: skip
+# Wide, so that loops take most of a step, and shallow, as each is planned and compiled three times.
+WIDE: Mapping[str, Mapping[str, Any]] = {
+    "bert": {"num_hidden_layers": 2, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024},
+    "gpt2": {"n_layer": 2, "n_embd": 256, "n_head": 4},
+}
 EXACT = ("pack_masks",)
 WAYS = ("calls", "loops", "loops as calls")  # how it is planned, and run if otherwise
 
@@ -66,7 +71,7 @@ class Step:
     """One model, planned and compiled in one of the ways."""
 
     def __init__(self, lever: str, way: str, budget: int = 0) -> None:
-        self.work = workload(LEVERS[lever], dropout=lever in EXACT)
+        self.work = workload(LEVERS[lever], lever in EXACT, **WIDE[LEVERS[lever]])
         self.lever = lever
         torch.manual_seed(0)
         self.inputs = self.work.inputs(self.work.batch, self.work.seq)

@@ -38,8 +38,9 @@ ZOO: Mapping[str, Preset] = {
 }  # fmt: skip
 
 
-def workload(name: str, dropout: bool = True) -> Workload:
-    """The model of that name. dropout: as the family has it, else none. KeyError for a name that is not in `ZOO`."""
+def workload(name: str, dropout: bool = True, **config: Any) -> Workload:
+    """The model of that name. dropout: as the family has it, else none. config: entries of its configuration to have
+    instead. KeyError for a name that is not in `ZOO`."""
     preset = ZOO[name]
     off = {} if dropout else {key: 0.0 for key in DROPOUTS if key in preset.config}
-    return from_preset(name, replace(preset, config={**preset.config, **off}))
+    return from_preset(name, replace(preset, config={**preset.config, **off, **config}))

@@ -44,30 +44,36 @@ class Fences(IntEnum):
 
 @dataclass(frozen=True)
 class Fused:
-    """graph: contracted. original: before. members: fused step -> the steps inside, in order."""
+    """graph: contracted. original: before. members: fused step -> the steps inside, in order.
+
+    lifted: views of what a fused step makes that stand behind it, and in no members, as they are read outside of it.
+    """
 
     graph: StepGraph
     original: StepGraph
     members: Mapping[str, tuple[Step, ...]] = field(repr=False)
+    lifted: frozenset[str] = frozenset()
 
 
 def fused(graph: StepGraph) -> Fused:
     """Contract every group of fusable steps between two library calls that share values."""
     steps: list[Step] = []
     members: dict[str, tuple[Step, ...]] = {}
+    lifted: set[str] = set()
     fills = _fills(graph)
     for window in _windows(graph, frozenset(fill.name for fill in fills.values())):
         for group in _groups(graph, window):
             group = [*(fills[step.name] for step in group if step.name in fills), *group]
             if any(step.fusable and not graph.is_view(step) for step in group):
                 looks = _lifted(graph, group)
-                kernel = [step for step in group if step not in looks]
+                lifted.update(names := {step.name for step in looks})
+                kernel = [step for step in group if step.name not in names]
                 merged = _merged(graph, kernel, looks)
                 members[merged.name] = tuple(kernel)
                 steps.extend((merged, *looks))
             else:
                 steps.extend(group)
-    return Fused(replace(graph, steps=tuple(steps)), graph, members)
+    return Fused(replace(graph, steps=tuple(steps)), graph, members, frozenset(lifted))
 
 
 def _fills(graph: StepGraph) -> dict[str, Step]:
@@ -247,9 +253,17 @@ def leaving(after: StepGraph, kernel: Mapping[str, str]) -> set[str]:
 
 
 def _span(found: Fused, remake: Remake) -> tuple[str, str]:
-    """The span in original steps: from the first member of its first step to the last of its last."""
-    first, last = remake.span
-    return _first(found, first), last
+    """The span in original steps: from the first member of its first step to the last of its last.
+
+    Not from or to a lifted view, which stands within its kernel there: nothing that looks is served by itself.
+    """
+    steps, position = found.graph.steps, found.graph.position
+    first, last = (position[name] for name in remake.span)
+    while first < last and steps[first].name in found.lifted:
+        first += 1
+    while first < last and steps[last].name in found.lifted:
+        last -= 1
+    return _first(found, steps[first].name), steps[last].name
 
 
 def _first(found: Fused, step: str) -> str:

@@ -33,6 +33,8 @@ def moves(remake: Remake) -> bool:
 def overlapped(remake: Remake, drained: str, fetched: str) -> Remake:
     """The same move with its copies under way while steps run: out until that step has run, in from before that one.
 
+    What stays of a part is copied by what computes: the two waits have seconds of their own (memopt/prices.py).
+
     drained: a forward step of the same program, the value's maker or later; fetched: a backward one, not after the
     first read. Copies that already are under way get other moments.
     """
@@ -40,10 +42,10 @@ def overlapped(remake: Remake, drained: str, fetched: str) -> Remake:
         return replace(remake, drained=drained, fetched=fetched)
     (start,), (back,) = remake.pack, remake.unpack
     ((info, storage),) = remake.made
-    landed, token = f"{info.name}_landed", replace(info, shape=(TOKEN,))
+    (landed, arrived), token = waits_of(remake), replace(info, shape=(TOKEN,))
     drain = replace(start, name=landed, op=start.op.replace(PACK, DRAIN), reads=(remake.value, info.name),
                     writes=(landed,), key=f"drain_{start.key}")  # fmt: skip
-    arrive = replace(back, name=f"{back.name}_arrived", op=back.op.replace(UNPACK, ARRIVE), reads=(remake.value,),
+    arrive = replace(back, name=arrived, op=back.op.replace(UNPACK, ARRIVE), reads=(remake.value,),
                      writes=(), key=f"arrive_{back.key}", pure=False)  # fmt: skip
     return replace(
         remake,
@@ -58,12 +60,17 @@ def overlapped(remake: Remake, drained: str, fetched: str) -> Remake:
     )
 
 
+def waits_of(remake: Remake) -> tuple[str, str]:
+    """Names of the two waits that the move has once it is `overlapped`, for its copy out and in."""
+    return f"{remake.pack[0].writes[0]}_landed", f"{remake.unpack[0].name}_arrived"
+
+
 def spent(steps: Iterable[Step], seconds: Callable[[Step], float]) -> Iterator[tuple[Step, float]]:
     """Each step with the seconds it adds to the whole, on three resources: what computes, and one link each way, which
     takes copies in turn.
 
     seconds: of a step alone; of `start` and `fetch` those of the copy on its link, which cost the step nothing. A wait
-    lasts until its copy has ended. Assumes that copies slow nothing else.
+    lasts until its copy has ended, and then its own seconds. Assumes that copies slow nothing else.
     """
     clock, free, ends = 0.0, {START: 0.0, FETCH: 0.0}, dict[str, float]()
     for step in steps:
@@ -73,7 +80,7 @@ def spent(steps: Iterable[Step], seconds: Callable[[Step], float]) -> Iterator[t
             free[kind] = ends[step.writes[0]] = max(free[kind], clock) + seconds(step)
             cost = 0.0
         else:
-            cost = max(0.0, ends[step.reads[-1]] - clock)
+            cost = max(0.0, ends[step.reads[-1]] - clock) + seconds(step)
         clock += cost
         yield step, cost
 

@@ -99,6 +99,8 @@ def _rebuilt(saved: SavedRemake, graph: StepGraph, offers: Mapping[Any, Remake])
     if saved.value not in graph.storages:
         raise PlanFileError(f"the plan remakes {saved.value!r}, which this model's step does not hold; plan anew")
     unpack, pack = (tuple(graph.steps[graph.position[n]] for n in names) for names in (saved.unpack, saved.pack))
+    if not any(saved.value in graph.created(step) for step in unpack):
+        raise PlanFileError(f"the plan remakes {saved.value!r} by steps that do not make it here; plan anew")
     return Remake(saved.trade, saved.value, saved.span, unpack=unpack, pack=pack, seconds=saved.seconds)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from memopt.cost import CostModel
+from memopt.cost import CostModel, codec_of
 from memopt.edit import Remake
 from memopt.graph import Step, StepGraph, TensorInfo
+from memopt.overlap import moves, waits_of
 from memopt.runtime.opcost import OpCost
+from memopt.tokens import WHOLE, part_of
 
 Meter = Callable[[Step, TensorInfo], OpCost | None]  # a step and the value that is packed -> what it was measured at
 
@@ -33,7 +35,31 @@ def priced(
                 found = meter(step, graph.tensors[remake.value])
                 costs[step.name] = found or OpCost(model.seconds(both, step), 0, 0)
     filled = tuple(_filled(remake, costs) if remake.made else remake for remake in remakes)
-    return filled, {name: cost.seconds for name, cost in costs.items()}
+    seconds = {name: cost.seconds for name, cost in costs.items()}
+    return filled, seconds | _staying(brought, seconds)
+
+
+def _staying(brought: Sequence[Remake], seconds: Mapping[str, float]) -> dict[str, float]:
+    """Name of a wait (memopt/overlap.py) -> seconds of copying what stays of a part: what the part takes beyond its
+    share of the whole, which is offered as well."""
+    whole: dict[tuple[str, str], Remake] = {}
+    parts: list[tuple[Remake, str, int]] = []
+    for remake in filter(moves, brought):
+        codec, quarters = part_of(codec_of(remake.pack[0]))
+        if quarters == WHOLE:
+            whole[remake.value, codec] = remake
+        else:
+            parts.append((remake, codec, quarters))
+    found: dict[str, float] = {}
+    for remake, codec, quarters in parts:
+        ways = zip(waits_of(remake), _steps(remake), _steps(whole[remake.value, codec]), strict=True)
+        for wait, part, full in ways:
+            found[wait] = max(0.0, seconds[part.name] - quarters / WHOLE * seconds[full.name])
+    return found
+
+
+def _steps(remake: Remake) -> tuple[Step, ...]:
+    return remake.pack + remake.unpack
 
 
 def _filled(remake: Remake, costs: Mapping[str, OpCost]) -> Remake:

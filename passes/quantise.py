@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from math import prod
 from typing import ClassVar
 
-from memopt.graph import StepGraph, TensorInfo
+from memopt.graph import Step, StepGraph, TensorInfo
 from memopt.passbase import Numerics
 from memopt.passes.packing import Codec, Packing, packable, packed_bytes
 
 FLOATS = frozenset({"float32", "bfloat16", "float16"})
+STATISTIC = 1 / 32  # of what it was taken of, at most: rows are longer than that
 FEWEST = 4096  # elements of a value that is worth it
 
 
@@ -36,15 +37,22 @@ class Quantised(Packing):
 def quantisable(graph: StepGraph) -> set[str]:
     """Storages that depend on a batch, are their step's first output, and are read by the backward itself.
 
-    A fused step's outputs are first outputs of its members, but for statistics, whose last dimension is 1."""
+    Of a fused step all outputs are taken but its statistics, which are a STATISTIC of its largest tensor or less."""
     batch = {name for name in graph.input_storages if graph.storages[name].kind == "input"}
     found: set[str] = set()
     for step in graph.steps[: graph.boundary]:
         if any(graph.storage_of(name) in batch for name in step.reads):
             batch.update(graph.storage_of(name) for name in step.writes)
-            first = step.writes if step.fused else step.writes[:1]
+            first = wide(graph, step) if step.fused else step.writes[:1]
             found.update(name for name in first if name in graph.storages and worth(graph.tensors[name]))
     return {name for name in found if read_by_backward(graph, name)}
+
+
+def wide(graph: StepGraph, step: Step) -> tuple[str, ...]:
+    """What the step writes that is no statistic of something else that it makes or reads of the batch."""
+    read = (name for name in step.reads if graph.storages[graph.storage_of(name)].kind != "parameter")
+    sizes = {name: prod(graph.tensors[name].shape) for name in (*read, *step.writes)}
+    return tuple(name for name in step.writes if sizes[name] > STATISTIC * max(sizes.values()))
 
 
 def worth(info: TensorInfo) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 
 from memopt.edit import DISK, HOST, Placer, Remake, edit, taken
@@ -54,21 +55,32 @@ def just_in_time(graph: StepGraph, chosen: Sequence[Remake]) -> tuple[Remake, ..
     return tuple(out)
 
 
+@dataclass(frozen=True)
+class Way:
+    """A copy of a remake's value. direction: 1 out, whose wait moves later; -1 back, which begins earlier. beside: the
+    step it stands at now. alone: the moment from which on nobody but the copy holds the value."""
+
+    direction: int
+    remake: Remake
+    beside: str
+    alone: int = 0
+
+
 class Moments:
     """Moves drains later and fetches earlier, while the bytes of the step as it stands leave room.
 
-    graph: the step with all copies awaited at once. room: bytes left under the budget while each of its steps runs;
-    gap: once it has run, where a copy out is waited for: a fused step's results are in no other's place any more.
-    clock: seconds before each step, copies taking none. side: phase and program of the steps that a copy may be put
-    behind or before. drained: the name of a copy out -> step; fetched: remake -> step.
+    graph: the step with all copies awaited at once. free: bytes left under the budget at each of its moments: 2k is
+    while step k runs, 2k + 1 once it has run, where copies begin and are waited for; by then what a fused step made is
+    in no other value's place any more. clock: seconds before each step, copies taking none. side: phase and program of
+    the steps that a copy may be put behind or before. drained: the name of a copy out -> step; fetched: remake -> step.
     """
 
     def __init__(self, problem: Problem, remakes: Sequence[Remake]) -> None:
         self.problem, self.remakes = problem, remakes
         self.graph = edit(problem.graph, remakes)
         self.steps = self.graph.steps
-        self.room = [problem.budget - held for held in timeline(self.graph, problem.block)]
-        self.gap = [problem.budget - held for held in live_after(self.graph, problem.block)]
+        held = zip(timeline(self.graph, problem.block), live_after(self.graph, problem.block), strict=True)
+        self.free = [problem.budget - nbytes for both in held for nbytes in both]
         copied = {step.name for remake in remakes if remake.drained for step in (*remake.pack, *remake.unpack)}
         costs = (0.0 if copied & {s.name, original(s.name)} else self.cost(s) for s in self.steps)
         self.clock = list(accumulate(costs, initial=0.0))
@@ -82,10 +94,6 @@ class Moments:
         seconds = self.problem.seconds
         return seconds.get(step.name, seconds.get(original(step.name), 0.0))
 
-    def size(self, remake: Remake) -> int:
-        """Bytes of the value, and of its token: what it takes more, at most, while it is on its way."""
-        return sum(rounded(each, self.problem.block) for each in (self.graph.storages[remake.value].nbytes, TOKEN))
-
     def chosen(self) -> tuple[Remake, ...]:
         """The remakes with their moments."""
         self.drain()
@@ -98,17 +106,18 @@ class Moments:
     def drain(self) -> None:
         """In the order values are made: wait at the first moment at which the copy has ended, or at the last that there
         is room for. What is then still waited for puts the rest of the forward behind the clock."""
-        free = late = 0.0
+        busy = late = 0.0
         ends = {name: last for name, (_, last) in lifetimes(self.graph).items()}
         first = {self.graph.position[r.pack[0].name]: r for r in self.remakes if r.drained}
         for at, remake in sorted(first.items()):
-            free = max(free, self.clock[at] + late) + self.cost(remake.pack[0])
-            held = ends[remake.value] + 1  # from here on, and just before, it is held for the copy alone
-            enough = bisect_left(self.clock, free - late) - 1
-            best = self.furthest(range(at + 2, len(self.steps)), remake, remake.drained, held, enough)
+            busy = max(busy, self.clock[at] + late) + self.cost(remake.pack[0])
+            enough = bisect_left(self.clock, busy - late) - 1
+            way = Way(1, remake, remake.drained, alone=2 * ends[remake.value] + 1)
+            best = self.furthest(way, range(at + 2, len(self.steps)), enough)
             self.drained[remake.pack[0].name] = remake.drained if best is None else self.steps[best].name
-            self.hold(range(held, at if best is None else self.beyond(best, 1) + 1), remake)
-            late = max(late, free - self.clock[at if best is None else best + 1])
+            if best is not None:
+                self.hold(way, range(2 * at + 3, 2 * self.beyond(best, 1) + 2))
+            late = max(late, busy - self.clock[at if best is None else best + 1])
 
     def fetch(self) -> None:
         """From the last read to the first: begin at the last moment from which the copy arrives in time, or at the
@@ -118,16 +127,17 @@ class Moments:
         places = [
             (self.graph.position[placer.copies[r.value, at]], at) for at, r in enumerate(self.remakes) if r.drained
         ]
-        free = float("inf")
+        busy = float("inf")
         for place, index in sorted(places, reverse=True):
             remake = self.remakes[index]
-            free = min(free, self.clock[place]) - self.cost(remake.unpack[0])
-            enough = bisect_right(self.clock, free) - 1
-            best = self.furthest(range(place - 1, -1, -1), remake, remake.fetched, 0, enough)
+            busy = min(busy, self.clock[place]) - self.cost(remake.unpack[0])
+            enough = bisect_right(self.clock, busy) - 1
+            way = Way(-1, remake, remake.fetched)
+            best = self.furthest(way, range(place - 1, -1, -1), enough)
             self.fetched[index] = remake.fetched if best is None else self.steps[best].name
-            begins = place if best is None else best
-            self.hold(range(self.beyond(begins, -1), place), remake)
-            free = max(free, self.clock[begins])
+            if best is not None:
+                self.hold(way, range(2 * self.beyond(best, -1) - 1, 2 * place))
+            busy = max(busy, self.clock[place if best is None else best])
 
     def beyond(self, at: int, way: int) -> int:
         """The last of the steps that the plan has put behind the one at this place (way 1: packs), or the first of
@@ -137,34 +147,35 @@ class Moments:
             at += way
         return at
 
-    def hold(self, places: range, remake: Remake) -> None:
-        """The value takes its bytes there, and before and after."""
-        for at in places:
-            self.room[at] -= self.size(remake)
-        for at in (places.start - 1, *places) if places else ():
-            self.gap[at] -= self.size(remake)
+    def takes(self, way: Way, moment: int) -> int:
+        """Bytes that the copy adds there: its token, and the value from when on it is held for the copy alone."""
+        token = rounded(TOKEN, self.problem.block)
+        value = rounded(self.graph.storages[way.remake.value].nbytes, self.problem.block)
+        return token + (value if moment >= way.alone else 0)
 
-    def has_room(self, at: int, way: int, remake: Remake, held: int) -> bool:
-        """Whether the value can also be held beyond the step at this place, where what begins or ends there may be."""
-        end, size = self.beyond(at, way), self.size(remake)
-        beside, between = range(end, at), range(0)
-        if way > 0:
-            beside, between = range(max(at + 1, held), end + 1), range(max(at, held - 1), end + 1)
-        return all(self.room[place] >= size for place in beside) and all(self.gap[place] >= size for place in between)
+    def hold(self, way: Way, moments: range) -> None:
+        """The copy takes its bytes there."""
+        for moment in moments:
+            self.free[moment] -= self.takes(way, moment)
 
-    def furthest(self, places: range, remake: Remake, beside: str, held: int, enough: int) -> int | None:
+    def has_room(self, way: Way, moments: Iterable[int]) -> bool:
+        """Whether there is room for the copy."""
+        return all(self.free[moment] >= self.takes(way, moment) for moment in moments)
+
+    def furthest(self, way: Way, places: range, enough: int) -> int | None:
         """The first of these places that is past `enough`, else the last that there is room for up to; None if that is
-        where the copy stands now, beside this step. Below `held` the value of a copy out takes its bytes anyway."""
-        step = self.problem.graph.steps[self.problem.graph.position[beside]]
+        where the copy stands now."""
+        step = self.problem.graph.steps[self.problem.graph.position[way.beside]]
         best = None
         for at in places:
-            full = places.step < 0 or at >= held
-            if self.steps[at].phase != step.phase or (full and self.room[at] < self.size(remake)):
+            if self.steps[at].phase != step.phase or not self.has_room(way, (2 * at - way.direction, 2 * at)):
                 break
-            stands = self.side[at] == (step.phase, program(beside))
-            if stands and self.has_room(at, places.step, remake, held):
+            ends = 2 * self.beyond(at, way.direction) + way.direction
+            if self.side[at] == (step.phase, program(way.beside)) and self.has_room(
+                way, range(2 * at + way.direction, ends + way.direction, way.direction)
+            ):
                 best = at
-                if (at - enough) * places.step >= 0:
+                if (at - enough) * way.direction >= 0:
                     break
         return best
 

@@ -14,11 +14,11 @@ best ones; and the bound knows no link, so a step bound by one may be far above 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from memopt.edit import GRADIENT, Remake
-from memopt.overlap import moves
+from memopt.overlap import moves, waits_of
 from memopt.plans import Plan, Problem, Status, simulated
 from memopt.solvers.moments import rank, timed
 from memopt.solvers.planner import bounded, solve
@@ -36,8 +36,7 @@ def solve_overlapped(problem: Problem, *, time_limit: float = 20.0, quick: bool 
     if plan.status in (Status.FITS, Status.INFEASIBLE) or not any(map(moves, problem.remakes)):
         return plan
     hidden = solve(hiding(problem), time_limit=time_limit, quick=quick, bound=bound)
-    found = [plan, *(timed(problem, remakes_of(problem, p.chosen)) for p in (hidden, plan))]
-    tries = 1 if quick else TRIES
+    found, tries = [plan, timed(problem, plan.chosen)], 1 if quick else TRIES
     moved = replace(problem, remakes=tuple(filter(moves, problem.remakes)))
     exact = tuple(r for r in problem.remakes if not any(resource == GRADIENT for resource, _ in r.takes))
     found += shorter(problem, moved, solve(hiding(moved), quick=True), tries)
@@ -45,6 +44,7 @@ def solve_overlapped(problem: Problem, *, time_limit: float = 20.0, quick: bool 
         found += shorter(problem, problem, hidden, tries)
     else:  # consent to lossy levers makes no plan dearer
         exactly = replace(problem, remakes=exact)
+        found.append(timed(problem, remakes_of(problem, hidden.chosen)))
         found += shorter(problem, exactly, solve(hiding(exactly), quick=True), tries)
     best = min(found, key=lambda p: rank(problem, p))
     return certified(problem, replace(best, solver=plan.solver), hidden)
@@ -57,33 +57,46 @@ def shorter(problem: Problem, offered: Problem, first: Plan, tries: int) -> Iter
     yield plan
     for _ in range(tries - 1):
         waited = plan.seconds - simulated(hiding(problem, 0.0), plan.chosen, "").seconds
-        if waited <= DUST * problem.elapsed or plan.peak > problem.budget:
+        under_way = any(remake.drained for remake in plan.chosen)
+        if not under_way or waited <= DUST * problem.elapsed or plan.peak > problem.budget:
             return
-        row = linked(offered, copied(problem, plan.chosen) - waited)
-        plan = timed(problem, remakes_of(problem, solve(hiding(row), quick=True).chosen))
+        row = linked(offered, link_seconds(problem, plan.chosen) - waited)
+        plan, last = timed(problem, remakes_of(problem, solve(hiding(row), quick=True).chosen)), plan
+        if plan.chosen == last.chosen:
+            return
         yield plan
 
 
 def linked(problem: Problem, limit: float) -> Problem:
-    """The problem with a row for the link: moves take their seconds of it, out and back, of which there are so many."""
+    """The problem with a row for the link: a value that moves takes seconds of it, of which there are so many."""
     price = copying(problem)
     offers = tuple(
-        replace(r, takes=(*r.takes, (LINK, sum(price[s.name] for s in (*r.pack, *r.unpack))))) if moves(r) else r
-        for r in problem.remakes
+        replace(r, takes=(*r.takes, (LINK, there_and_back(r, price)))) if moves(r) else r for r in problem.remakes
     )
     return replace(problem, remakes=offers, limits={**problem.limits, LINK: max(0.0, limit)})
 
 
-def copied(problem: Problem, chosen: Sequence[Remake]) -> float:
-    """Seconds of the copies that these remakes make: one out of each value, and one in for each."""
+def there_and_back(remake: Remake, price: Mapping[str, float]) -> float:
+    """Seconds of its copy out and of one back, which is what a value takes of the link however often it comes back."""
+    return price[remake.pack[0].name] + price[remake.unpack[0].name]
+
+
+def link_seconds(problem: Problem, chosen: Sequence[Remake]) -> float:
+    """Seconds that these remakes take of the link, as the row counts them."""
     price = copying(problem)
-    out = {r.pack[0].name for r in chosen if moves(r)}
-    return sum(price[name] for name in (*sorted(out), *(r.unpack[0].name for r in chosen if moves(r))))
+    return sum({r.pack[0].name: there_and_back(r, price) for r in chosen if moves(r)}.values())
+
+
+def all_copies(problem: Problem) -> float:
+    """Seconds of all copies that are offered: one out of each value, and one in for each remake."""
+    price, offers = copying(problem), [remake for remake in problem.remakes if moves(remake)]
+    out = {remake.pack[0].name for remake in offers}
+    return sum(price[name] for name in (*sorted(out), *(remake.unpack[0].name for remake in offers)))
 
 
 def certified(problem: Problem, plan: Plan, hidden: Plan) -> Plan:
     """The plan with the lower bound that the plan of the `hiding` problem gives it."""
-    bound = min(max(0.0, hidden.lower_bound - SHARE * copied(problem, problem.remakes)), plan.seconds)
+    bound = min(max(0.0, hidden.lower_bound - SHARE * all_copies(problem)), plan.seconds)
     plan = replace(plan, lower_bound=bound)
     return replace(plan, status=Status.OPTIMAL if plan.gap <= NEAR else Status.FEASIBLE)
 
@@ -103,9 +116,15 @@ def copying(problem: Problem) -> dict[str, float]:
 
 
 def hiding(problem: Problem, share: float = SHARE) -> Problem:
-    """The problem whose copies take a share of their seconds, as if the rest could always be hidden."""
+    """The problem whose copies take a share of their seconds, as if the rest could always be hidden, and besides what
+    their waits take by themselves."""
     cheap = {name: share * seconds for name, seconds in copying(problem).items()}
-    offers = tuple(replace(r, seconds=share * r.seconds) if moves(r) else r for r in problem.remakes)
+    for remake in filter(moves, problem.remakes):
+        for step, wait in zip((*remake.pack, *remake.unpack), waits_of(remake), strict=True):
+            cheap[step.name] = share * problem.seconds.get(step.name, 0.0) + problem.seconds.get(wait, 0.0)
+    offers = tuple(
+        replace(r, seconds=sum(cheap[s.name] for s in (*r.pack, *r.unpack))) if moves(r) else r for r in problem.remakes
+    )
     return replace(problem, remakes=offers, seconds={**problem.seconds, **cheap})
 
 

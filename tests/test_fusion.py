@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from memopt.edit import Remake, edit
 from memopt.fusion import expanded, fused, fused_seconds, kernels, leaving, unfused
 from memopt.graph import Step, StepGraph, Storage, TensorInfo, verify
@@ -228,3 +230,48 @@ def test_a_fill_that_is_read_again_or_given_away_stays_beside_the_scatter() -> N
     names = ["zeros", "mm", "put", "weight"]
     assert [s.name for s in fused(scattered(late="zeros")).graph.steps] == names
     assert [s.name for s in fused(replace(scattered(), outputs=("zeros", "weight"))).graph.steps] == names
+
+
+def test_views_behind_a_kernel_whatever_they_look_like() -> None:
+    """Several at once; one that the caller holds; of views alone there is nothing to fuse."""
+    steps = (
+        step("x", "forward", "w", fusable=False),
+        step("y", "forward", "x"),
+        step("split", "forward", "y", "left right", fusable=False),
+        step("half", "forward", "left"),
+        step("flat", "forward", "half", fusable=False),
+        step("last", "forward", "half right", fusable=False),
+        step("out", "backward", "last", fusable=False),
+    )
+    graph = replace(graph_of(steps, {"left": "y", "right": "y", "flat": "half"}), outputs=("out", "flat"))
+    found = fused(graph)
+    verify(found.graph)
+    assert [s.name for s in found.graph.steps] == ["x", "half", "split", "flat", "last", "out"]
+    assert found.graph.steps[1].writes == ("y", "half")
+    assert found.lifted == {"split", "flat"}
+    looks = tuple(replace(s, fusable=True) for s in steps if s.name in found.lifted)
+    alone = replace(graph, inputs=("w", "y", "half"), steps=looks, outputs=("left", "flat"))
+    assert fused(alone).graph.steps == looks
+
+
+@pytest.mark.parametrize("span", [("look", "mm2"), ("mm", "mm2")])
+def test_a_span_that_begins_at_a_view_behind_a_kernel_parts_no_kernel(span: tuple[str, str]) -> None:
+    """In the step itself the view stands in the middle of the kernel."""
+    steps = (
+        step("x", "forward", "w", fusable=False),
+        step("loss", "forward", "x", fusable=False),
+        step("g", "backward", "loss"),
+        step("look", "backward", "g", fusable=False),
+        step("tail", "backward", "g x"),
+        step("mm", "backward", "look tail", fusable=False),
+        step("mm2", "backward", "mm x", fusable=False),
+    )
+    graph = graph_of(steps, {"look": "g"})
+    found = fused(graph)
+    remake = Remake("recompute", "x", span, (graph.steps[0],))
+    kept = {"g", "tail", "look"}
+    planned, real = (
+        [s.name for s in g.steps] for g in (edit(found.graph, [remake]), edit(graph, expanded(found, [remake])))
+    )
+    assert [n for n in planned if n not in kept] == [n for n in real if n not in kept]
+    assert real.index("tail") - real.index("g") == 2  # nothing was put between

@@ -108,6 +108,15 @@ def test_a_graph_without_the_named_steps_is_refused(make: Make, saved: Path) -> 
         load_plan(saved).chosen(make(64 * MIB, layers=1).before)
 
 
+def test_steps_that_do_not_make_the_value_here_are_refused(make: Make, saved: Path) -> None:
+    """As where an older memopt called a kernel by the view that it ended in."""
+    plan, graph = load_plan(saved), make(64 * MIB).before
+    other = next(step.name for step in graph.steps if plan.remakes[0].value not in graph.created(step))
+    wrong = replace(plan, remakes=(replace(plan.remakes[0], unpack=(other,)),))
+    with pytest.raises(PlanFileError, match="by steps that do not make it here; plan anew"):
+        wrong.chosen(graph)
+
+
 def test_an_infeasible_plan_is_not_saved(make_refused: Callable[[int], PlanResult], tmp_path: Path) -> None:
     with pytest.raises(PlanFileError, match="infeasible"):
         save_plan(make_refused(MIB), tmp_path / "p.json")

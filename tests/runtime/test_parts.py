@@ -144,6 +144,18 @@ def test_no_more_is_on_its_way_than_must_where_the_disk_is_what_the_step_waits_f
     assert 0 < 1.8 * seconds[0] < seconds[1]
 
 
+def test_where_the_disk_is_never_waited_for_no_part_is_moved_whose_rest_would_be_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What computes copies what stays of a part, however well the rest hides."""
+    monkeypatch.setattr(disk.Pool, "rates", lambda _: disk.DiskRates(1e13, 1e13, 1e-9))
+    x = torch.randn(4096, 64, generator=torch.Generator().manual_seed(1))
+    budget = compiled(x, "4GB", "-recompute,-stream").memopt.plan.peak - SAVED // 4 + 3 * TOKEN
+    plan = compiled(x, budget, "-recompute,-stream", disk_budget="1GB", disk_path=tmp_path).memopt.plan
+    assert sum(amount for r in plan.plan.chosen for _, amount in r.takes) == SAVED
+    assert all(r.drained for r in plan.plan.chosen)
+
+
 def test_a_saved_plan_moves_the_same_part(tmp_path: Path) -> None:
     x = torch.randn(4096, 64, generator=torch.Generator().manual_seed(1))
     budget = compiled(x, "4GB").memopt.plan.peak - SAVED // 4 + 2 * TOKEN
