@@ -18,7 +18,7 @@ import torch
 import memopt
 from benchmarks import picture
 from benchmarks.frontier.curves import ALL, EXACT, Row, Subject, named, on_cpu, on_paper, rows, seconds
-from benchmarks.record import RESULTS, command, read_lines, surroundings, write_lines
+from benchmarks.record import RESULTS, command, commit, read_lines, surroundings, write_lines
 from benchmarks.zoo import ZOO, workload
 from memopt.noise import LOSSY
 from memopt.passes import REWRITES
@@ -39,8 +39,9 @@ def main(words: Sequence[str] | None = None) -> int:
     head = {"surroundings": surroundings(), "command": typed}
     path = asked.results / "frontier.jsonl"
     found: list[Row] = read_lines(path)[1:] if asked.resume and path.exists() else []
+    made = {"commit": commit(), "command": typed}
     for part in parts(asked, {row["subject"] for row in found}):
-        found += part
+        found += [row | made for row in part]
         write_lines(path, [head, *found])
     picture.draw(panels(found), asked.results / "frontier.svg", *AXES)
     verdicts = marks(found)
