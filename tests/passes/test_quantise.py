@@ -60,6 +60,25 @@ def test_what_a_compilers_kernel_makes_is_offered_like_the_values_inside_it() ->
     assert quantisable(kernels) & further == quantisable(graph) & further
 
 
+def test_statistics_that_a_kernel_makes_are_left_alone() -> None:
+    """Also those that keep no dimension of what they are taken of."""
+
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(64, 64) for _ in range(3)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                var, mean = torch.var_mean(x, -1)
+                x = torch.tanh(layer((x - mean[:, None]) * torch.rsqrt(var + 1e-5)[:, None]))
+            return x.square().mean()
+
+    graph = fused(photograph(captured(Normed(), torch.randn(8192, 64)))).graph
+    assert any(graph.tensors[name].shape == (8192,) for step in graph.steps for name in step.writes if step.fused)
+    assert {graph.tensors[name].shape for name in quantisable(graph)} == {(8192, 64)}
+
+
 def test_it_is_never_chosen_unless_it_is_named() -> None:
     torch.manual_seed(0)
     x = inputs()

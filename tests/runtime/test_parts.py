@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,18 @@ import torch
 from torch import Tensor, nn
 
 import memopt
+from memopt.cost import Roofline
+from memopt.devices import device
+from memopt.edit import DISK
+from memopt.passes.packing import packed
 from memopt.planfile import save_plan
+from memopt.prices import priced
 from memopt.runtime import disk, host
 from memopt.runtime.measure import measure_step
+from memopt.runtime.opcost import OpCost
 from memopt.tokens import TOKEN, part_codec, part_of
 from tests.passes.test_packing import stepped
+from tests.synthetic import mlp
 
 
 @pytest.mark.parametrize("kind", ["disk", "host"])
@@ -142,6 +150,17 @@ def test_no_more_is_on_its_way_than_must_where_the_disk_is_what_the_step_waits_f
         assert measure_step(lambda: model(x), optimizer, resident=[model, x]).peak_bytes == plan.peak <= budget  # noqa: B023
         seconds.append(plan.plan.seconds)
     assert 0 < 1.8 * seconds[0] < seconds[1]
+
+
+def test_what_stays_of_a_part_is_priced_at_its_waits() -> None:
+    """Whatever a part takes beyond its share of the whole, the step computes itself."""
+    graph, _ = mlp(2)
+    offers = [replace(packed(graph, "offload_disk", "a0", (part_codec("disk_0", q), TOKEN)), takes=((DISK, 1.0),))
+              for q in (1, 4)]  # fmt: skip
+    seconds = {"a0_disk1of4": 1.5, "a0_from_disk1of4": 2.75, "a0_disk": 4.0, "a0_from_disk": 8.0}
+    roofline = Roofline(device("rtx4090"))
+    _, found = priced(graph, offers, roofline, lambda step, _: OpCost(seconds[step.name], 0, 0))
+    assert found == seconds | {"a0_disk1of4_landed": 0.5, "a0_from_disk1of4_arrived": 0.75}
 
 
 def test_where_the_disk_is_never_waited_for_no_part_is_moved_whose_rest_would_be_copied(
