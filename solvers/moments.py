@@ -1,4 +1,8 @@
-"""When the copies of a plan's moves begin and are waited for: as little waiting as the bytes left over can hide."""
+"""When the copies of a plan's moves begin and are waited for: as little waiting as the bytes left over can hide.
+
+In: a problem and remakes of it, whose moves have no moments. Out, by `timed`: a plan of them, simulated by `edit`.
+Moments are placed greedily, one copy after the other, and are not proven to be the best ones.
+"""
 
 from __future__ import annotations
 

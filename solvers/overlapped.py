@@ -17,11 +17,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from memopt.edit import GRADIENT, Remake
+from memopt.edit import Remake
 from memopt.overlap import moves, waits_of
 from memopt.plans import Plan, Problem, Status, simulated
 from memopt.solvers.moments import rank, timed
-from memopt.solvers.planner import bounded, solve
+from memopt.solvers.planner import bounded, exact_of, solve
 
 SHARE = 1e-3  # of a copy's seconds: enough that nothing is moved for nothing
 TRIES = 4  # programs about what moves, the first without a row for the link
@@ -38,7 +38,7 @@ def solve_overlapped(problem: Problem, *, time_limit: float = 20.0, quick: bool 
     hidden = solve(hiding(problem), time_limit=time_limit, quick=quick, bound=bound)
     found, tries = [plan, timed(problem, plan.chosen)], 1 if quick else TRIES
     moved = replace(problem, remakes=tuple(filter(moves, problem.remakes)))
-    exact = tuple(r for r in problem.remakes if not any(resource == GRADIENT for resource, _ in r.takes))
+    exact = exact_of(problem.remakes)
     found += shorter(problem, moved, solve(hiding(moved), quick=True), tries)
     if exact == problem.remakes:
         found += shorter(problem, problem, hidden, tries)
@@ -118,7 +118,7 @@ def copying(problem: Problem) -> dict[str, float]:
 def hiding(problem: Problem, share: float = SHARE) -> Problem:
     """The problem whose copies take a share of their seconds, as if the rest could always be hidden, and besides what
     their waits take by themselves."""
-    cheap = {name: share * seconds for name, seconds in copying(problem).items()}
+    cheap: dict[str, float] = {}
     for remake in filter(moves, problem.remakes):
         for step, wait in zip((*remake.pack, *remake.unpack), waits_of(remake), strict=True):
             cheap[step.name] = share * problem.seconds.get(step.name, 0.0) + problem.seconds.get(wait, 0.0)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from time import perf_counter
 
-from memopt.edit import GRADIENT
+from memopt.edit import GRADIENT, Remake
 from memopt.plans import Plan, Problem, Status, simulated
 from memopt.solvers.brute import brute
 from memopt.solvers.chain import Links, chain, levels, links_of
@@ -109,7 +109,7 @@ def apart(problem: Problem) -> Iterator[Problem]:
     what runs steps again alone; and with each trade alone whose values are HEAVY. Whatever the budget: what is refused
     has one floor."""
     large, offers = len(problem.graph.steps) > LARGE, problem.remakes
-    exact = tuple(r for r in offers if not any(resource == GRADIENT for resource, _ in r.takes))
+    exact = exact_of(offers)
     mixed = bool(exact) and len(exact) < len(offers) and not large
     again = tuple(remake for remake in offers if remake.repeats)
     yield replace(problem, remakes=exact if mixed else again)  # of the exact ones, these are tried in turn
@@ -119,6 +119,11 @@ def apart(problem: Problem) -> Iterator[Problem]:
     if (mixed or again or len(weight) > 1) and not large:
         for trade in (trade for trade, enough in weight.items() if enough):
             yield replace(problem, remakes=tuple(r for r in problem.remakes if r.trade == trade))
+
+
+def exact_of(offers: tuple[Remake, ...]) -> tuple[Remake, ...]:
+    """Those that take nothing of the gradient."""
+    return tuple(r for r in offers if not any(resource == GRADIENT for resource, _ in r.takes))
 
 
 def heavy(problem: Problem, trade: str) -> bool:

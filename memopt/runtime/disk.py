@@ -115,7 +115,7 @@ class Pool:
         number, offset = self.reserved(len(data))
         try:
             self.put(data, offset)
-        except BaseException:
+        except BaseException:  # whatever ended it, an interrupt too: nothing stays there
             self.release(number, self.process)
             raise
         return number
