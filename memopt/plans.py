@@ -34,6 +34,8 @@ class Problem:
 
     seconds: step name -> predicted seconds of one run of that step (missing: 0), the price of a copy of it.
     limits: resource -> how much of it all packing may take together (`memopt.edit.taken`).
+    links: names of packing and unpacking steps -> seconds of a link that they take while others run: what one way does
+    not fit beside the forward, or the other beside the rest, is waited for. Bounds know it; plans are priced by `edit`.
     """
 
     graph: StepGraph
@@ -42,6 +44,7 @@ class Problem:
     seconds: Mapping[str, float] = field(default_factory=dict, repr=False)
     block: int = 1
     limits: Mapping[str, float] = field(default_factory=dict)
+    links: Mapping[str, float] = field(default_factory=dict, repr=False)
 
     def cost(self, step: Step) -> float:
         """Seconds of the step, or of the one it is a copy of."""

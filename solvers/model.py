@@ -4,6 +4,7 @@ x[v, k]  the original of value v lives through its use in region k      (falls w
 d[w, k]  a value is remade in region k by its way w (memopt/solvers/space.py)
 y[s, k]  maker s runs again in region k, where s makes several values
 e[s]     the forward run of s itself becomes unnecessary (all its readers are served by copies)
+w[l, 0]  the step waits for link l, in shares of all copies that are offered for it
 n[v, h]  v has been remade by half-time h of its region, because something already remade there reads it
 
 A read in k wants x + d >= 1, d summed over ways; a remade value wants each value its maker reads alive or remade; a
@@ -17,6 +18,7 @@ engine adds them as corrections found by simulation.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -25,6 +27,7 @@ import highspy
 import numpy as np
 import pulp
 
+from memopt.graph import Step
 from memopt.solvers.space import Parts, Space
 from memopt.solvers.unneeded import dead_seconds, droppable
 
@@ -54,6 +57,7 @@ class Model:
         self.scale = max(space.sizes.max(initial=1), 1) / 100.0  # bytes a unit of the rows: keeps coefficients near 1
         self.seconds = max((m.seconds for m in space.makers.values()), default=0.0) or 1.0
         self.rows: dict[int, Row] = {}  # by half-time
+        self.copies: dict[Key, float] = {}  # seconds of a link that these columns take
         self.pairs: dict[int, list[int]] = {}
         self._constraints()
         self._load()
@@ -93,6 +97,7 @@ class Model:
                     self.at_least([(self.var("x", v, k), 1.0), *((self.var("d", w, k), 1.0) for w in remade)], 1.0)
         self._limits()
         self._free_runs()
+        self._links()
 
     def _limits(self) -> None:
         """What all that is packed takes of a resource, in shares of the largest taker: at most what there is."""
@@ -141,6 +146,30 @@ class Model:
             seconds = again[at]
             e = self.var("e", at, 0, -seconds)
             self.at_least([*((self.variables[key], 1.0) for key in copies), (e, -1.0)], 0.0)
+
+    def _links(self) -> None:
+        """A copy out ends with the forward and a copy in begins behind it: see `_link`."""
+        space, price = self.space, self.space.problem.links
+        packed = {p: ks[0] for p, ks in self.pairs.items() if p in space.packed}
+        out = {("x", p, k): price.get(space.packed[p].name, 0.0) for p, k in packed.items()}
+        back = {key: price.get(space.makers[key[1]].unpacks, 0.0) for key in self.variables if key[0] == "d"}
+        steps, border = space.graph.steps, space.graph.boundary
+        self._link(0, out, "xe", steps[:border])
+        self._link(1, back, "dy", steps[border:])
+
+    def _link(self, link: int, copies: dict[Key, float], kinds: str, steps: Sequence[Step]) -> None:
+        """This part of the step lasts at least as long as its copies, which take turns: it waits for what they exceed.
+
+        kinds: of the columns whose costs are seconds of this part, beside those of its steps."""
+        longest = sum(copies.values())
+        if not longest:
+            return
+        self.copies |= copies
+        terms = {key: self.cost[key] - copies.get(key, 0.0) / self.seconds for key in self.variables if key[0] in kinds}
+        wait = self.var("w", link, 0, longest)
+        lasts = [(self.variables[key], amount) for key, amount in terms.items() if amount]
+        room = sum(self.space.problem.cost(step) for step in steps)
+        self.at_least([(wait, longest / self.seconds), *lasts], -room / self.seconds)
 
     def _maker_of(self, key: Key) -> int:
         """Position of the step that runs again; -1 where none of the graph does."""
@@ -357,6 +386,10 @@ class Model:
         """Seconds of the last solution, less what dead steps of the graph would give back; never negative."""
         found: float = self.highs.getObjectiveValue() * self.seconds - dead_seconds(self.space)
         return max(0.0, found)
+
+    def copied(self, values: np.ndarray) -> float:
+        """Seconds of the links that a solution takes, both ways together."""
+        return sum(seconds * float(values[self.index[key]]) for key, seconds in self.copies.items())
 
     def dual_bound(self) -> float:
         """As objective, for solve_whole: what no solution in integers undercuts."""

@@ -1,70 +1,83 @@
 """Plans whose copies go on while the step computes: what moves, then when.
 
-The two are decided one after the other. The planner chooses what moves with copies at what they take and at next to
-nothing; `moments.timed` gives each choice's copies their moments and simulates what comes of it by `edit`; the cheapest
-is taken. Where the step waits for its copies, the link is a row of the next program: no more seconds of copies than
-there were, less those that were waited for. So a plan is never dearer than with copies that are awaited at once, nor
-than with nothing but copies.
+The two are decided one after the other. The planner chooses what moves with copies at what they take, at next to
+nothing, and with a row for the link: no more seconds of copies than the relaxation that knows both links makes, then
+fewer as long as the step waits for some. `moments.timed` gives each choice's copies their moments and simulates what
+comes of it by `edit`; the cheapest is taken. So a plan is never dearer than with copies that are awaited at once.
 
 What is proven. A plan whose copies overlap holds, at each of the graph's steps, at least what it holds with the same
-copies awaited at once, and takes at least the seconds of its other steps. So no plan is cheaper than the bound of the
-problem whose copies cost a SHARE, less what that share of all copies comes to. What is not: that the moments are the
-best ones; and the bound knows no link, so a step bound by one may be far above it.
+copies awaited at once. Its forward lasts at least as long as its other steps, and as long as all copies out, which end
+there; so does the rest with the copies in. The bound is that of a program with these rows. What is not: that the
+moments are the best ones.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from memopt.edit import Remake
 from memopt.overlap import moves, waits_of
 from memopt.plans import Plan, Problem, Status, simulated
+from memopt.solvers.engine import Engine
 from memopt.solvers.moments import rank, timed
 from memopt.solvers.planner import bounded, exact_of, solve
+from memopt.solvers.space import Space
 
 SHARE = 1e-3  # of a copy's seconds: enough that nothing is moved for nothing
-TRIES = 4  # programs about what moves, the first without a row for the link
+TRIES = 4  # programs with a row for the link, of one set of offers
 LINK = "link"  # a resource: seconds of copies
 DUST = 1e-9  # of the step's seconds: sums taken in another order
-NEAR = 0.01  # of the seconds: a plan so near its bound is called optimal, as by `solve`
 
 
 def solve_overlapped(problem: Problem, *, time_limit: float = 20.0, quick: bool = False, bound: bool = True) -> Plan:
     """As `solve`, with copies that may go on while other steps run; see above for what the plan certifies."""
-    plan = solve(problem, time_limit=time_limit, quick=quick, bound=bound)
-    if plan.status in (Status.FITS, Status.INFEASIBLE) or not any(map(moves, problem.remakes)):
+    if not any(map(moves, problem.remakes)):
+        return solve(problem, time_limit=time_limit, quick=quick, bound=bound)
+    plan = solve(problem, time_limit=time_limit, quick=quick, bound=False)
+    if plan.status in (Status.FITS, Status.INFEASIBLE):
         return plan
-    hidden = solve(hiding(problem), time_limit=time_limit, quick=quick, bound=bound)
-    found, tries = [plan, timed(problem, plan.chosen)], 1 if quick else TRIES
-    moved = replace(problem, remakes=tuple(filter(moves, problem.remakes)))
-    exact = exact_of(problem.remakes)
-    found += shorter(problem, moved, solve(hiding(moved), quick=True), tries)
-    if exact == problem.remakes:
-        found += shorter(problem, problem, hidden, tries)
-    else:  # consent to lossy levers makes no plan dearer
-        exactly = replace(problem, remakes=exact)
-        found.append(timed(problem, remakes_of(problem, hidden.chosen)))
-        found += shorter(problem, exactly, solve(hiding(exactly), quick=True), tries)
-    best = min(found, key=lambda p: rank(problem, p))
-    return certified(problem, replace(best, solver=plan.solver), hidden)
+    hidden = solve(hiding(problem), time_limit=time_limit, quick=quick, bound=False)
+    found = [plan, timed(problem, plan.chosen), timed(problem, remakes_of(problem, hidden.chosen))]
+    moved = tuple(filter(moves, problem.remakes))
+    for offers in dict.fromkeys((moved, exact_of(problem.remakes))):  # consent to lossy levers makes no plan dearer
+        found += balanced(problem, replace(problem, remakes=offers), 1 if quick else TRIES)
+    best = replace(min(found, key=lambda p: rank(problem, p)), solver=plan.solver)
+    return best if quick or not bound else bounded_overlapped(problem, best, time_limit=time_limit)
 
 
-def shorter(problem: Problem, offered: Problem, first: Plan, tries: int) -> Iterator[Plan]:
-    """Timed plans with ever fewer seconds of copies, until none is waited for. first: of these offers, without a row
-    for the link."""
-    plan = timed(problem, remakes_of(problem, first.chosen))
-    yield plan
-    for _ in range(tries - 1):
-        waited = plan.seconds - simulated(hiding(problem, 0.0), plan.chosen, "").seconds
-        under_way = any(remake.drained for remake in plan.chosen)
-        if not under_way or waited <= DUST * problem.elapsed or plan.peak > problem.budget:
-            return
-        row = linked(offered, link_seconds(problem, plan.chosen) - waited)
-        plan, last = timed(problem, remakes_of(problem, solve(hiding(row), quick=True).chosen)), plan
-        if plan.chosen == last.chosen:
-            return
+def balanced(problem: Problem, offered: Problem, tries: int) -> Iterator[Plan]:
+    """Timed plans of these offers with ever other seconds of copies. The first has as many as are worth it by the
+    relaxation that knows the links; less those waited for, until there are none, and from there halfway back."""
+    limit, most, found = worthwhile(offered), math.inf, set[tuple[Remake, ...]]()
+    for _ in range(tries):
+        row = offered if limit is None else linked(offered, limit)
+        plan = timed(problem, remakes_of(problem, solve(hiding(row), quick=True).chosen))
         yield plan
+        under_way = any(remake.drained for remake in plan.chosen)
+        if plan.chosen in found or not under_way or plan.peak > problem.budget:
+            return
+        found.add(plan.chosen)
+        copied = link_seconds(problem, plan.chosen)
+        waited = plan.seconds - simulated(hiding(problem, 0.0), plan.chosen, "").seconds
+        if waited > DUST * problem.elapsed:
+            limit, most = copied - waited, copied
+        elif most < math.inf:
+            limit = (copied + most) / 2
+        else:
+            return
+
+
+def worthwhile(problem: Problem) -> float | None:
+    """Seconds of copies in the relaxation of the problem that `beside` makes; None where it has no solution."""
+    space = Space(beside(problem))
+    if not space.separable:
+        return None
+    engine = Engine(space)
+    if engine.bound(problem.budget) is None or (values := engine.model.solve(problem.budget)) is None:
+        return None
+    return engine.model.copied(values)
 
 
 def linked(problem: Problem, limit: float) -> Problem:
@@ -87,26 +100,16 @@ def link_seconds(problem: Problem, chosen: Sequence[Remake]) -> float:
     return sum({r.pack[0].name: there_and_back(r, price) for r in chosen if moves(r)}.values())
 
 
-def all_copies(problem: Problem) -> float:
-    """Seconds of all copies that are offered: one out of each value, and one in for each remake."""
-    price, offers = copying(problem), [remake for remake in problem.remakes if moves(remake)]
-    out = {remake.pack[0].name for remake in offers}
-    return sum(price[name] for name in (*sorted(out), *(remake.unpack[0].name for remake in offers)))
-
-
-def certified(problem: Problem, plan: Plan, hidden: Plan) -> Plan:
-    """The plan with the lower bound that the plan of the `hiding` problem gives it."""
-    bound = min(max(0.0, hidden.lower_bound - SHARE * all_copies(problem)), plan.seconds)
-    plan = replace(plan, lower_bound=bound)
-    return replace(plan, status=Status.OPTIMAL if plan.gap <= NEAR else Status.FEASIBLE)
-
-
 def bounded_overlapped(problem: Problem, plan: Plan, *, time_limit: float = 20.0) -> Plan:
     """A plan that `solve_overlapped` found with bound=False for this problem, with its lower bound."""
-    if plan.status in (Status.FITS, Status.INFEASIBLE) or not any(map(moves, problem.remakes)):
+    if not any(map(moves, problem.remakes)):
         return bounded(problem, plan, time_limit=time_limit)
-    hidden = bounded(hiding(problem), simulated(hiding(problem), plan.chosen, plan.solver), time_limit=time_limit)
-    return certified(problem, plan, hidden)
+    return bounded(beside(problem), plan, time_limit=time_limit)
+
+
+def beside(problem: Problem) -> Problem:
+    """The problem whose copies take their links' seconds alone; nothing it can hold takes fewer than its relaxation."""
+    return replace(hiding(problem, 0.0), links=copying(problem))
 
 
 def copying(problem: Problem) -> dict[str, float]:

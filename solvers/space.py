@@ -56,9 +56,10 @@ class State:
 
 @dataclass(frozen=True)
 class Packed:
-    """What a value was packed into. source: that value. born: half-time of the packing. workspace: bytes it takes.
-    seconds: of the packing. takes: as of its remakes."""
+    """What a value was packed into. name: of the step that packs. source: that value. born: half-time of the packing.
+    workspace: bytes it takes. seconds: of the packing. takes: as of its remakes."""
 
+    name: str
     source: int
     born: int
     workspace: int
@@ -140,7 +141,9 @@ class Space:
         step = remake.pack[0]
         seconds, workspace = self.problem.seconds.get(step.name, 0.0), rounded(step.workspace, self.problem.block)
         packed = self.number[remake.made[0][1].name]
-        self.packed[packed] = Packed(value, 2 * self.uses[value][0] + 2, workspace, seconds, dict(remake.takes))
+        self.packed[packed] = Packed(
+            step.name, value, 2 * self.uses[value][0] + 2, workspace, seconds, dict(remake.takes)
+        )
 
     def maker(self, remake: Remake) -> Maker:
         step, graph, number = remake.unpack[0], self.graph, self.number

@@ -16,7 +16,7 @@ from memopt.graph import Step, StepGraph, Storage, TensorInfo, verify
 from memopt.overlap import moves, overlapped, waits_of
 from memopt.passes.packing import packable, packed, read_late
 from memopt.passes.recompute import Recompute
-from memopt.plans import Plan, Problem, added_seconds, simulated
+from memopt.plans import Plan, Problem, Status, added_seconds, simulated
 from memopt.solvers import solve
 from memopt.solvers.moments import Moments, just_in_time, timed, wanted
 from memopt.solvers.overlapped import hiding, remakes_of, solve_overlapped
@@ -68,11 +68,13 @@ def test_no_plan_is_dearer_than_with_awaited_copies_nor_over_the_budget(problem:
 
 
 def every_moment(problem: Problem, chosen: tuple[Remake, ...]) -> Iterator[tuple[Remake, ...]]:
-    """The remakes with their copies awaited, and with every pair of moments that they can have."""
+    """The remakes with all copies awaited, and with every pair of moments that they can have. One awaited beside others
+    on their way would take its seconds of the same link, of which `spent` knows nothing: no plan has one."""
+    yield chosen
     graph, ways = problem.graph, []
     begun = just_in_time(graph, chosen)
     for remake, moved in zip(chosen, begun, strict=True):
-        found = [remake]
+        found = [] if moved.drained else [remake]
         if moved.drained:
             made, read = graph.position[moved.drained], graph.position[moved.fetched]
             late = range(graph.boundary, read + 1)
@@ -96,8 +98,8 @@ def least(problem: Problem) -> Plan | None:
 
 
 def test_the_bound_is_below_every_choice_and_every_moment() -> None:
-    """All of them, on small random steps; the moments chosen are the best ones in most."""
-    best = plans = 0
+    """All of them, on small random steps; the moments chosen are the best ones in most, and the bound is theirs."""
+    best = close = plans = 0
     for seed in range(60):
         problem = problem_of(seed, 0.3, steps=4, most=2, again=seed % 4 == 0)
         plan, found = solve_overlapped(problem), least(problem)
@@ -107,8 +109,10 @@ def test_the_bound_is_below_every_choice_and_every_moment() -> None:
         assert found.seconds <= plan.seconds + 1e-9
         plans += 1
         best += plan.seconds <= found.seconds + 1e-9
+        close += plan.lower_bound >= 0.999 * found.seconds
     assert plans >= 5
     assert best >= plans - 1
+    assert close >= plans - 1
 
 
 @settings(max_examples=40, deadline=None)
@@ -169,6 +173,27 @@ def chained(slow: float, share: float) -> Problem:
     problem = Problem(graph, (*Recompute().propose(graph, seconds), *late), 0, seconds | copies)
     floor = solve(problem).peak
     return replace(problem, budget=int(floor + share * (peak(graph) - floor)))
+
+
+@pytest.mark.parametrize(("slow", "share", "proven"), [(4, 0.5, 0.8), (8, 0.5, 0.99)])
+def test_the_bound_knows_the_link(slow: float, share: float, proven: float) -> None:
+    """Copies that nothing is left to hide are waited for, whatever their moments."""
+    plan = solve_overlapped(chained(slow, share))
+    assert plan.seconds > 0.0
+    assert plan.gap <= 1 - proven
+    assert (plan.status is Status.OPTIMAL) == (plan.gap <= 0.01)
+
+
+def test_each_way_of_the_link_has_its_own_part_of_the_step() -> None:
+    """What the forward leaves over hides no copy back, and what is left of the rest hides none out."""
+    problem = chained(8, 0.3)
+    graph = problem.graph
+    offers = tuple(filter(moves, problem.remakes))
+    for mine in (graph.steps[: graph.boundary], graph.steps[graph.boundary :]):
+        longer = {step.name: 100 * problem.cost(step) for step in mine}
+        there = replace(problem, remakes=offers, seconds={**problem.seconds, **longer})
+        plan = solve_overlapped(there)
+        assert plan.lower_bound > 0.5 * plan.seconds > 0.0
 
 
 @pytest.mark.parametrize(("slow", "share"), [(2, 0.1), (4, 0.5), (8, 0.5)])
