@@ -17,6 +17,7 @@ from memopt.overlap import moves, overlapped, waits_of
 from memopt.passes.packing import packable, packed, read_late
 from memopt.passes.recompute import Recompute
 from memopt.plans import Plan, Problem, Status, added_seconds, simulated
+from memopt.solvers import overlapped as overlapped_solver
 from memopt.solvers import solve
 from memopt.solvers.moments import Moments, just_in_time, timed, wanted
 from memopt.solvers.overlapped import hiding, remakes_of, solve_overlapped
@@ -208,6 +209,16 @@ def test_no_more_moves_than_the_link_can_hide_where_the_rest_is_made_again_for_l
     assert all(dict(remake.takes).keys() <= {DISK} for remake in plan.chosen)  # the row is the planner's own
 
 
+def test_fewer_seconds_of_copies_are_tried_and_then_halfway_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the relaxation makes may still be waited for; what nobody waits for may be too few."""
+    seconds = []
+    for tries in (1, 2, 4):
+        monkeypatch.setattr(overlapped_solver, "TRIES", tries)
+        seconds.append(solve_overlapped(chained(3, 0.3), bound=False).seconds)
+    first, fewer, back = seconds
+    assert first > 1.1 * fewer > 1.2 * back
+
+
 def test_a_wait_takes_its_own_seconds_beside_those_of_the_copy() -> None:
     """What stays of a part is copied there, by what computes."""
     problem = chained(1, 0.7)
@@ -240,6 +251,31 @@ def kernels_in_a_row(values: int) -> tuple[StepGraph, tuple[Remake, ...]]:
     made = (packed(verify(graph), "move", name, ("disk_0", TOKEN)) for name in names)
     spans = (replace(r, span=(f"{r.value}.d", f"{r.value}.d"), takes=((DISK, 1.0),)) for r in made)
     return graph, tuple(spans)
+
+
+def test_what_is_made_again_hides_copies_too() -> None:
+    """Neither of two values has room beside a third; one comes back while the other is made again, for 10 seconds."""
+    forward = [
+        Step("a", "a", "forward", ("x",), ("a",)),
+        Step("b", "b", "forward", ("x",), ("b",)),
+        Step("short", "short", "forward", ("a", "b"), ("short",)),
+        Step("third", "third", "forward", ("short",), ("third",)),
+        Step("loss", "loss", "forward", ("third",), ("loss",)),
+    ]
+    late = [Step("seed", "d", "backward", ("loss",), ("seed",))]
+    late += [Step(f"{name}.d", "d", "backward", (name, "seed"), (f"{name}.d",)) for name in "ab"]
+    small = ("x", "short", "loss", "seed", "a.d", "b.d")
+    sizes = {"a": 1000, "b": 1000, "third": 1500} | dict.fromkeys(small, 4)
+    storages = {name: Storage(name, size) for name, size in sizes.items()}
+    tensors = {name: TensorInfo(name, (size,), "uint8", name) for name, size in sizes.items()}
+    graph = verify(StepGraph(("x",), (*forward, *late), ("a.d", "b.d"), tensors, storages))
+    move = replace(packed(graph, "move", "b", ("disk_0", TOKEN)), span=("seed", "b.d"), takes=((DISK, 1.0),))
+    (again,) = (remake for remake in Recompute().propose(graph, {"a": 10.0}) if remake.value == "a")
+    seconds = {"a": 10.0, "b": 12.0, "short": 9.0} | {step.name: 9.0 for step in (*move.pack, *move.unpack)}
+    problem = Problem(graph, (replace(again, span=move.span), move), 2200, seconds)
+    plan = solve_overlapped(problem)
+    assert {remake.trade for remake in plan.chosen} == {"move", "recompute"}
+    assert plan.lower_bound == pytest.approx(plan.seconds) == pytest.approx(10.0)
 
 
 @pytest.mark.parametrize(("values", "behind"), [(1, ["w"]), (2, ["f", "w"])])
