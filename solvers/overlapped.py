@@ -13,7 +13,6 @@ moments are the best ones.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -26,7 +25,7 @@ from memopt.solvers.planner import bounded, exact_of, solve
 from memopt.solvers.space import Space
 
 SHARE = 1e-3  # of a copy's seconds: enough that nothing is moved for nothing
-TRIES = 4  # programs with a row for the link, of one set of offers
+TRIES = 6  # programs with a row for the link, of one set of offers
 LINK = "link"  # a resource: seconds of copies
 DUST = 1e-9  # of the step's seconds: sums taken in another order
 
@@ -49,24 +48,30 @@ def solve_overlapped(problem: Problem, *, time_limit: float = 20.0, quick: bool 
 
 def balanced(problem: Problem, offered: Problem, tries: int) -> Iterator[Plan]:
     """Timed plans of these offers with ever other seconds of copies. The first has as many as are worth it by the
-    relaxation that knows the links; less those waited for, until there are none, and from there halfway back."""
-    limit, most, found = worthwhile(offered), math.inf, set[tuple[Remake, ...]]()
+    relaxation that knows the links; the next ones less those waited for, until there are none; then some beside the
+    cheapest."""
+    limit, tried, waiting = worthwhile(offered), dict[float, float](), True  # seconds of copies -> seconds added
     for _ in range(tries):
         row = offered if limit is None else linked(offered, limit)
         plan = timed(problem, remakes_of(problem, solve(hiding(row), quick=True).chosen))
         yield plan
-        under_way = any(remake.drained for remake in plan.chosen)
-        if plan.chosen in found or not under_way or plan.peak > problem.budget:
+        copied = link_seconds(problem, plan.chosen) if any(remake.drained for remake in plan.chosen) else 0.0
+        if plan.peak > problem.budget or copied in tried:
             return
-        found.add(plan.chosen)
-        copied = link_seconds(problem, plan.chosen)
+        tried[copied] = plan.seconds
         waited = plan.seconds - simulated(hiding(problem, 0.0), plan.chosen, "").seconds
-        if waited > DUST * problem.elapsed:
-            limit, most = copied - waited, copied
-        elif most < math.inf:
-            limit = (copied + most) / 2
-        else:
+        waiting = waiting and copied > 0.0 and waited > DUST * problem.elapsed
+        if not waiting and len(tried) == 1:
             return
+        limit = copied - waited if waiting else beside_cheapest(tried)
+
+
+def beside_cheapest(tried: Mapping[float, float]) -> float:
+    """Halfway from the cheapest to the farther one of those beside it."""
+    order = sorted(tried)
+    at = order.index(min(order, key=lambda copied: tried[copied]))
+    near = order[max(at - 1, 0) : at + 2]
+    return (order[at] + max(near, key=lambda copied: abs(copied - order[at]))) / 2
 
 
 def worthwhile(problem: Problem) -> float | None:
