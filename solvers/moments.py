@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 from memopt.edit import DISK, HOST, Placer, Remake, edit, taken
@@ -37,13 +37,23 @@ def timed(problem: Problem, chosen: Sequence[Remake]) -> Plan:
 
 
 def wanted(graph: StepGraph, chosen: Sequence[Remake]) -> tuple[Remake, ...]:
-    """The remakes without moves that nobody reads, of what others move too. All moves of a value, or of one part, share
-    one copy out, so one without moments of its own would leave the others without a beginning."""
+    """The remakes without moves that bring nothing back, of what others move too. All moves of a value, or of one part,
+    share one copy out, so one without moments of its own would leave the others without a beginning. Where its value
+    is made in passing, by a step that runs again for another, it becomes a remake by that step.
+    """
     placer = Placer(graph, chosen)
-    placer.schedule()
-    read = {chosen[at].pack[0].name for _, at in placer.copies if moves(chosen[at])}
-    spare = (moves(r) and r.pack[0].name in read and (r.value, at) not in placer.copies for at, r in enumerate(chosen))
-    return tuple(r for r, without in zip(chosen, spare, strict=True) if not without)
+    copies = {name: copy.step for before in placer.schedule().before.values() for copy in before
+              for name in copy.tensors.values()}  # fmt: skip
+    makers = [copies.get(placer.copies.get((remake.value, at), "")) for at, remake in enumerate(chosen)]
+    back = {r.pack[0].name for r, maker in zip(chosen, makers, strict=True) if moves(r) and maker in r.unpack}
+    out = []
+    for remake, maker in zip(chosen, makers, strict=True):
+        if not moves(remake) or maker in remake.unpack or remake.pack[0].name not in back:
+            out.append(remake)
+        elif maker is not None:
+            again = next(r for r in chosen if maker in r.unpack)
+            out.append(replace(again, value=remake.value, span=remake.span))
+    return tuple(out)
 
 
 def just_in_time(graph: StepGraph, chosen: Sequence[Remake]) -> tuple[Remake, ...]:

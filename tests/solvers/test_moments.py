@@ -255,6 +255,33 @@ def kernels_in_a_row(values: int) -> tuple[StepGraph, tuple[Remake, ...]]:
     return graph, tuple(spans)
 
 
+def test_a_move_that_another_values_maker_serves_in_passing_shares_no_copy() -> None:
+    """A step makes two values and runs again for one: there the other needs no copy back, later it does."""
+    sizes = {"u": 1000, "v": 1000} | dict.fromkeys(("x", "loss", "seed", "first", "second"), 4)
+    steps = (
+        Step("pair", "pair", "forward", ("x",), ("u", "v")),
+        Step("loss", "loss", "forward", ("u", "v"), ("loss",)),
+        Step("seed", "d", "backward", ("loss",), ("seed",)),
+        Step("first", "d", "backward", ("u", "v", "seed"), ("first",)),
+        Step("second", "d", "backward", ("v", "first"), ("second",)),
+    )
+    storages = {name: Storage(name, size) for name, size in sizes.items()}
+    tensors = {name: TensorInfo(name, (size,), "uint8", name) for name, size in sizes.items()}
+    graph = verify(StepGraph(("x",), steps, ("second",), tensors, storages))
+    offered = Recompute().propose(graph, {"pair": 1.0})
+    again = replace(next(remake for remake in offered if remake.value == "u"), span=("seed", "first"))
+    move = replace(packed(graph, "move", "v", ("disk_0", TOKEN)), span=("seed", "first"), takes=((DISK, 1.0),))
+    chosen = (again, move, replace(move, span=("second", "second")))
+    seconds = dict.fromkeys(graph.position, 1.0) | {step.name: 1.0 for step in (*move.pack, *move.unpack)}
+    problem = Problem(graph, chosen, 10_000, seconds)
+    plan = timed(problem, chosen)
+    assert [(r.trade, r.value) for r in plan.chosen if not r.drained] == [("recompute", "u"), ("recompute", "v")]
+    assert len([remake for remake in plan.chosen if remake.drained]) == 1
+    assert plan.seconds == pytest.approx(1.0)  # of the step that runs again
+    same, before = (simulated(problem, each, "") for each in (wanted(graph, chosen), chosen))
+    assert (same.peak, same.seconds) == (before.peak, before.seconds)
+
+
 def test_what_is_made_again_hides_copies_too() -> None:
     """Neither of two values has room beside a third; one comes back while the other is made again, for 10 seconds."""
     forward = [
