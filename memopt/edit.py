@@ -21,6 +21,7 @@ from memopt.graph import Step, StepGraph, Storage, TensorInfo
 GRADIENT = "gradient"  # a resource: squares of relative errors of the gradient, which add where errors are independent
 HOST = "host"  # bytes in its memory
 DISK = "disk"  # bytes there
+TOKEN = 16  # bytes of what stands for a value that lies there
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,15 +230,32 @@ def edited_by(placer: Placer, remakes: Sequence[Remake]) -> StepGraph:
 
 
 def packs_of(graph: StepGraph, remakes: Iterable[Remake]) -> dict[int, dict[str, Step]]:
-    """Position -> remakes' pack steps by name, to stand right behind it: where the value is made, and where it is let
-    go once it has been copied."""
+    """Position -> remakes' pack steps by name, to stand right behind it (`packed_behind`): the last one where the value
+    is let go once it has been copied, if the copy goes on while other steps run."""
     packs: dict[int, dict[str, Step]] = {}
     for remake in remakes:
         for step in remake.pack:
             last = remake.drained and step is remake.pack[-1]
-            at = graph.position[remake.drained] if last else graph.uses[remake.value][0]
+            first = graph.uses[remake.value][0] if remake.drained else packed_behind(graph, remake)
+            at = graph.position[remake.drained] if last else first
             packs.setdefault(at, {}).setdefault(step.name, step)
     return packs
+
+
+def packed_behind(graph: StepGraph, remake: Remake) -> int:
+    """Position of the step behind which a value is packed: its maker; of one that moves in part its last reader in the
+    forward of the same program, as what stays of it is copied, which until then would be bytes beside the value."""
+    made, *uses = graph.uses[remake.value]
+    whole = not any(resource in (DISK, HOST) for resource, _ in remake.takes) or remake.made[0][1].nbytes <= TOKEN
+    if whole:
+        return made
+    mine = program(graph.steps[made].name)
+    return max((at for at in uses if at < graph.boundary and program(graph.steps[at].name) == mine), default=made)
+
+
+def program(step: str) -> str:
+    """Which of the graph's programs a step belongs to, by its prefix."""
+    return step.partition("/")[0] if "/" in step else ""
 
 
 def taken(remakes: Iterable[Remake]) -> dict[str, float]:

@@ -10,9 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
-from memopt.edit import DISK, HOST, Remake
+from memopt.edit import DISK, HOST, TOKEN, Remake
 from memopt.graph import Step
-from memopt.tokens import TOKEN
 
 START, DRAIN, FETCH, ARRIVE = COPYING = tuple(f"memopt.{kind}_" for kind in ("start", "drain", "fetch", "arrive"))
 OVERLAP = "overlap"  # its name among the passes, to switch it off

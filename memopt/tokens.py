@@ -6,9 +6,8 @@ so that the value itself may be let go.
 
 from __future__ import annotations
 
-from memopt.edit import DISK, HOST
+from memopt.edit import DISK, HOST, TOKEN
 
-TOKEN = 16  # bytes
 WHOLE = 4  # quarters
 
 

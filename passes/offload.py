@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-from memopt.edit import DISK, HOST, Remake
+from memopt.edit import DISK, HOST, TOKEN, Remake
 from memopt.graph import StepGraph
 from memopt.passbase import Numerics
 from memopt.passes.packing import Codec, Packing, packable, packed_bytes
 from memopt.runtime.host import room
-from memopt.tokens import TOKEN, WHOLE, part_codec
+from memopt.tokens import WHOLE, part_codec
 
 MANY = 32  # values that make up a step: where there are more, whole ones are fine enough
 LEAST = 1 << 16  # bytes of a value that is worth it: a copy costs its latency however small (2312.11514)

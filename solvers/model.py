@@ -18,7 +18,7 @@ engine adds them as corrections found by simulation.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -27,9 +27,11 @@ import highspy
 import numpy as np
 import pulp
 
+from memopt.edit import TOKEN
 from memopt.graph import Step
 from memopt.solvers.space import Parts, Space
 from memopt.solvers.unneeded import dead_seconds, droppable
+from memopt.timeline import rounded
 
 Key = tuple[str, int, int]
 
@@ -55,12 +57,18 @@ class Model:
         self.index: dict[Key, int] = {}
         self.cost: dict[Key, float] = {}
         self.scale = max(space.sizes.max(initial=1), 1) / 100.0  # bytes a unit of the rows: keeps coefficients near 1
-        self.seconds = max((m.seconds for m in space.makers.values()), default=0.0) or 1.0
+        self.seconds = self._longest() or 1.0
         self.rows: dict[int, Row] = {}  # by half-time
         self.copies: dict[Key, float] = {}  # seconds of a link that these columns take
         self.pairs: dict[int, list[int]] = {}
         self._constraints()
         self._load()
+
+    def _longest(self) -> float:
+        """Seconds a unit of costs: of the longest step, or copy, that is offered."""
+        space = self.space
+        again, packing = ([one.seconds for one in found.values()] for found in (space.makers, space.packed))
+        return max((*again, *packing, *space.problem.links.values()), default=0.0)
 
     # -- building ---------------------------------------------------------------------------------------------------
 
@@ -234,9 +242,23 @@ class Model:
                 if v in pulled and always:
                     terms[pulled[v]] = terms.get(pulled[v], 0.0) + size / self.scale
             if region is not None:
-                column = self.index["x", v, region]
-                terms[column] = terms.get(column, 0.0) + size / self.scale
+                for column, nbytes in self._living(v, region, half):
+                    terms[column] = terms.get(column, 0.0) + nbytes / self.scale
         return constant, terms
+
+    def _living(self, v: int, region: int, half: int) -> Iterator[tuple[int, float]]:
+        """Columns and bytes of an original that lives to this region. What stays of a part that moves may be copied as
+        late as the forward ends, its value held as long: it is not certain to lie beside a value that lives on."""
+        space, column = self.space, self.index["x", v, region]
+        yield column, space.size[v]
+        packed = space.packed.get(v)
+        if packed is None or packed.name not in space.problem.links or half >= 2 * space.graph.boundary:
+            return
+        source, stays = packed.source, space.size[v] - rounded(TOKEN, space.problem.block)
+        if half <= space.anchor[source] or source in space.held:
+            yield column, -stays
+        elif (lives := self._lives_to(source, self.pairs[source], half)) is not None:
+            yield self.index["x", source, lives], -stays
 
     def _storing(self, v: int, k: int) -> list[int]:
         """The ways of the value after which it is stored for who reads it in region k."""

@@ -11,12 +11,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
-from memopt.edit import DISK, HOST, Placer, Remake, edit, taken
+from memopt.edit import DISK, HOST, TOKEN, Placer, Remake, edit, packed_behind, program, taken
 from memopt.graph import Step, StepGraph
 from memopt.overlap import moves, overlapped
 from memopt.plans import Plan, Problem, original, simulated
 from memopt.timeline import lifetimes, live_after, rounded, timeline
-from memopt.tokens import TOKEN
 
 
 def rank(problem: Problem, plan: Plan) -> tuple[bool, float, float]:
@@ -42,9 +41,9 @@ def wanted(graph: StepGraph, chosen: Sequence[Remake]) -> tuple[Remake, ...]:
     is made in passing, by a step that runs again for another, it becomes a remake by that step.
     """
     placer = Placer(graph, chosen)
-    copies = {name: copy.step for before in placer.schedule().before.values() for copy in before
-              for name in copy.tensors.values()}  # fmt: skip
-    makers = [copies.get(placer.copies.get((remake.value, at), "")) for at, remake in enumerate(chosen)]
+    before = placer.schedule().before.values()
+    made = {copy.tensors[name]: copy.step for copied in before for copy in copied for name in copy.step.writes}
+    makers = [made.get(placer.copies.get((remake.value, at), "")) for at, remake in enumerate(chosen)]
     back = {r.pack[0].name for r, maker in zip(chosen, makers, strict=True) if moves(r) and maker in r.unpack}
     out = []
     for remake, maker in zip(chosen, makers, strict=True):
@@ -57,15 +56,15 @@ def wanted(graph: StepGraph, chosen: Sequence[Remake]) -> tuple[Remake, ...]:
 
 
 def just_in_time(graph: StepGraph, chosen: Sequence[Remake]) -> tuple[Remake, ...]:
-    """The remakes with each move as it is awaited at once: drained behind the maker, fetched by the first reader."""
+    """The remakes with each move as it is awaited at once: drained where it is packed, fetched by the first reader."""
     placer = Placer(graph, chosen)
     before = placer.schedule().before
     reader = {copy.name: graph.steps[at].name for at, copied in before.items() for copy in copied}
     out = []
     for index, remake in enumerate(chosen):
         first = reader.get(placer.copies.get((remake.value, index), ""))
-        maker = graph.steps[graph.uses[remake.value][0]].name
-        out.append(overlapped(remake, maker, first) if first and moves(remake) else remake)
+        behind = graph.steps[packed_behind(graph, remake)].name
+        out.append(overlapped(remake, behind, first) if first and moves(remake) else remake)
     return tuple(out)
 
 
@@ -127,11 +126,12 @@ class Moments:
             busy = max(busy, self.clock[at] + late) + self.cost(remake.pack[0])
             enough = bisect_left(self.clock, busy - late) - 1
             way = Way(1, remake, remake.drained, alone=2 * ends[remake.value] + 1)
-            best = self.furthest(way, range(at + 2, len(self.steps)), enough)
+            there = self.graph.position[remake.pack[-1].name]
+            best = self.furthest(way, range(there + 1, len(self.steps)), enough)
             self.drained[remake.pack[0].name] = remake.drained if best is None else self.steps[best].name
             if best is not None:
-                self.hold(way, range(2 * at + 3, 2 * self.beyond(best, 1) + 2))
-            late = max(late, busy - self.clock[at if best is None else best + 1])
+                self.hold(way, range(2 * there + 1, 2 * self.beyond(best, 1) + 2))
+            late = max(late, busy - self.clock[there if best is None else best + 1])
 
     def fetch(self) -> None:
         """From the last read to the first: begin at the last moment from which the copy arrives in time, or at the
@@ -192,8 +192,3 @@ class Moments:
                 if (at - enough) * way.direction >= 0:
                     break
         return best
-
-
-def program(step: str) -> str:
-    """Which of the step's programs it belongs to, by its prefix."""
-    return step.partition("/")[0] if "/" in step else ""

@@ -26,6 +26,7 @@ WHOLE = 1.0  # seconds for one such search; the plan does not depend on it
 ROUNDS = 4  # solutions in integers that may sharpen the bound of a small problem
 CHEAP = 0.8  # of remaking everything inside blocks: cheaper plans cannot be undercut by the chain's
 HEAVY = 0.2  # of the peak
+WITHIN = 1e-6  # of the seconds: a solver's tolerance
 NARROW = 0.001  # of that range: no halving below
 
 
@@ -223,13 +224,13 @@ def certified(problem: Problem, engine: Engine, plan: Plan, gap: float, until: f
     """The plan with its lower bound: the relaxation's, for small problems sharpened in integers.
 
     It bounds the subsets of the offers. A plan with gaps that undercuts it is none of them, and has none (0.0)."""
-    bound = engine.bound(problem.budget) or 0.0
-    if plan.seconds < bound * (1 - 1e-9):
+    bound = engine.bound(problem.budget)
+    if bound is None or plan.seconds < bound * (1 - WITHIN):
         return plan
     plan = replace(plan, lower_bound=min(bound, plan.seconds))
-    if plan.gap > gap and bound and engine.offers <= TINY:
+    if plan.gap > gap and engine.offers <= TINY:
         bound = sharpened(problem, engine, (1 - gap) * plan.seconds, until)
-        if plan.seconds < bound * (1 - 1e-9):
+        if plan.seconds < bound * (1 - WITHIN):
             return replace(plan, lower_bound=0.0)
         plan = replace(plan, lower_bound=min(max(bound, plan.lower_bound), plan.seconds))
     return replace(plan, status=Status.OPTIMAL) if plan.gap <= gap else plan
@@ -252,10 +253,12 @@ def sharpened(problem: Problem, engine: Engine, enough: float, until: float) -> 
         if simulated(problem, space.remakes(parts), "bound").peak <= problem.budget:
             break
         at = space.state(parts).at
-        if at in model.rows:
-            model.exclude(parts)
-        else:
+        if at not in model.rows:
             model.add_row(at)
+        elif problem.links:  # other moments of its copies may hold fewer bytes
+            break
+        else:
+            model.exclude(parts)
     return bound
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from memopt.edit import Remake, workspace_again
+from memopt.edit import Remake, packed_behind, workspace_again
 from memopt.plans import ROUNDING, Problem
 from memopt.solvers.region import Maker, Walk, Work
 from memopt.timeline import rounded
@@ -141,9 +141,8 @@ class Space:
         step = remake.pack[0]
         seconds, workspace = self.problem.seconds.get(step.name, 0.0), rounded(step.workspace, self.problem.block)
         packed = self.number[remake.made[0][1].name]
-        self.packed[packed] = Packed(
-            step.name, value, 2 * self.uses[value][0] + 2, workspace, seconds, dict(remake.takes)
-        )
+        born = 2 * packed_behind(self.graph, remake) + 2
+        self.packed[packed] = Packed(step.name, value, born, workspace, seconds, dict(remake.takes))
 
     def maker(self, remake: Remake) -> Maker:
         step, graph, number = remake.unpack[0], self.graph, self.number

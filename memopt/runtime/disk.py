@@ -25,12 +25,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from memopt.edit import DISK
+from memopt.edit import DISK, TOKEN
 from memopt.errors import MemoptError
 from memopt.kernels.codec import register
 from memopt.runtime.flights import register_flights
 from memopt.runtime.parts import register_parts, token_row
-from memopt.tokens import TOKEN, token_bytes
+from memopt.tokens import token_bytes
 from memopt.units import format_size
 
 TRIAL = 1 << 22  # bytes written and read back to learn a folder's rates

@@ -18,8 +18,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from memopt.edit import TOKEN
 from memopt.kernels.codec import LIBRARY, flat
-from memopt.tokens import TOKEN, WHOLE, moved, part_codec, staying_bytes
+from memopt.tokens import WHOLE, moved, part_codec, staying_bytes
 
 
 class Mover(Protocol):

@@ -13,8 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from memopt.edit import TOKEN
 from memopt.kernels.codec import define, flat
-from memopt.tokens import TOKEN, WHOLE, moved, part_codec, staying_bytes
+from memopt.tokens import WHOLE, moved, part_codec, staying_bytes
 
 
 class Keeper(Protocol):

@@ -14,14 +14,14 @@ from torch import Tensor, nn
 import memopt
 from memopt.cost import Roofline
 from memopt.devices import device
-from memopt.edit import DISK
+from memopt.edit import DISK, TOKEN
 from memopt.passes.packing import packed
 from memopt.planfile import save_plan
 from memopt.prices import priced
 from memopt.runtime import disk, host
 from memopt.runtime.measure import measure_step
 from memopt.runtime.opcost import OpCost
-from memopt.tokens import TOKEN, part_codec, part_of
+from memopt.tokens import part_codec, part_of
 from tests.passes.test_packing import stepped
 from tests.synthetic import mlp
 

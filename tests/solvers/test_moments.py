@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memopt.edit import DISK, Remake, edit
+from memopt.edit import DISK, TOKEN, Remake, edit
 from memopt.graph import Step, StepGraph, Storage, TensorInfo, verify
 from memopt.overlap import moves, overlapped, waits_of
 from memopt.passes.packing import packable, packed, read_late
@@ -19,10 +19,11 @@ from memopt.passes.recompute import Recompute
 from memopt.plans import Plan, Problem, Status, added_seconds, simulated
 from memopt.solvers import overlapped as overlapped_solver
 from memopt.solvers import solve
+from memopt.solvers.engine import Engine
 from memopt.solvers.moments import Moments, just_in_time, timed, wanted
-from memopt.solvers.overlapped import hiding, remakes_of, solve_overlapped
+from memopt.solvers.overlapped import beside, hiding, remakes_of, solve_overlapped
+from memopt.solvers.space import Space
 from memopt.timeline import peak, timeline
-from memopt.tokens import TOKEN
 from tests.synthetic import mlp, random_step
 
 LARGE = 100  # times a random step's bytes: a value is larger than its token
@@ -253,6 +254,41 @@ def kernels_in_a_row(values: int) -> tuple[StepGraph, tuple[Remake, ...]]:
     made = (packed(verify(graph), "move", name, ("disk_0", TOKEN)) for name in names)
     spans = (replace(r, span=(f"{r.value}.d", f"{r.value}.d"), takes=((DISK, 1.0),)) for r in made)
     return graph, tuple(spans)
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_bound_holds_for_parts_whose_rest_is_copied_late(again: bool) -> None:
+    """A value is read once more early in the backward, and lives as long; a part of it comes back later. Until the
+    forward ends, what stays of it need not lie beside it. again: for the early read it might be made again, dearly."""
+    sizes = {"a": 8000, "third": 12000, "wide": 13000} | dict.fromkeys(
+        ("x", "short", "loss", "seed", "a.d1", "less", "a.d2"), 4
+    )
+    steps = (
+        Step("a", "a", "forward", ("x",), ("a",)),
+        Step("short", "short", "forward", ("a",), ("short",)),
+        Step("third", "third", "forward", ("short",), ("third",)),
+        Step("loss", "loss", "forward", ("third",), ("loss",)),
+        Step("seed", "d", "backward", ("loss",), ("seed",)),
+        Step("a.d1", "d", "backward", ("a", "seed"), ("a.d1",)),
+        Step("wide", "wide", "backward", ("a.d1",), ("wide",)),
+        Step("less", "less", "backward", ("wide",), ("less",)),
+        Step("a.d2", "d", "backward", ("a", "less"), ("a.d2",)),
+    )
+    storages = {name: Storage(name, size) for name, size in sizes.items()}
+    tensors = {name: TensorInfo(name, (size,), "uint8", name) for name, size in sizes.items()}
+    graph = verify(StepGraph(("x",), steps, ("a.d2",), tensors, storages))
+    move = packed(graph, "move", "a", ("disk1of4_0", TOKEN + 6000))
+    part = replace(move, span=("a.d2", "a.d2"), takes=((DISK, 2000.0),))
+    seconds = dict.fromkeys(graph.position, 10.0) | {step.name: 15.0 for step in (*part.pack, *part.unpack)}
+    seconds["a"] = 1000.0
+    early = [replace(r, span=("seed", "a.d1")) for r in Recompute().propose(graph, seconds) if r.value == "a"]
+    problem = Problem(graph, (*(early if again else ()), part), 0, seconds)
+    by_hand = simulated(problem, (overlapped(part, "loss", "a.d2"),), "")
+    assert by_hand.peak < peak(graph)
+    engine = Engine(Space(beside(replace(problem, budget=by_hand.peak))))
+    bound = engine.bound(by_hand.peak)
+    assert bound is not None
+    assert bound <= by_hand.seconds + 1e-6
 
 
 def test_a_move_that_another_values_maker_serves_in_passing_shares_no_copy() -> None:
