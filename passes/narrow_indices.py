@@ -10,8 +10,8 @@ from memopt.graph import Step, StepGraph
 from memopt.passbase import Numerics
 from memopt.passes.packing import Codec, Packing, packable
 
-# Operation -> which of its outputs counts places in what it reads (ATen): each is below the number of its elements.
-# Others of their outputs are values, which may be integers too and of any size.
+# Operation -> which of its outputs counts places in what it reads (ATen). Others of their outputs are values, which may
+# be integers too and of any size.
 INDEXING = {
     **dict.fromkeys(("max_pool2d_with_indices.default", "max_pool3d_with_indices.default"), 1),
     **dict.fromkeys(("adaptive_max_pool2d.default", "adaptive_max_pool3d.default"), 1),
@@ -21,6 +21,8 @@ INDEXING = {
     ),
     **dict.fromkeys(("argmax.default", "argmin.default", "argsort.default", "argsort.stable"), 0),
 }
+POOLED = {"pool2d": 2, "pool3d": 3}  # last dimensions of the input that a pooling's indices count in, row by row
+FLAT = ("argmax.default", "argmin.default")  # count in the whole tensor where no dimension is given
 WIDTHS = (("uint8", 1, 2**8), ("int16", 2, 2**15), ("int32", 4, 2**31))  # codec, bytes an element, first it cannot hold
 
 
@@ -31,7 +33,7 @@ class NarrowIndices(Packing):
     name, numerics = "narrow_indices", Numerics.EXACT
 
     def codecs(self, graph: StepGraph) -> Mapping[str, Codec]:
-        """The narrowest type by the elements that the indices count in."""
+        """The narrowest type by the places that the indices count."""
         indices = (value for value in packable(graph) if graph.tensors[value].dtype == "int64")
         found = ((value, narrowest(graph, value)) for value in indices)
         return {value: codec for value, codec in found if codec is not None}
@@ -53,5 +55,12 @@ def indexing(step: Step, value: str) -> bool:
 
 
 def places(graph: StepGraph, step: Step) -> int:
-    """Elements of the largest tensor it reads: all its indices are below."""
-    return max(prod(graph.tensors[name].shape) for name in step.reads)
+    """What all its indices are below: elements of a plane that is pooled, or of a tensor that is reduced to one place,
+    else the size of a dimension, of the longest as the step does not say which."""
+    op, shapes = step.op.removeprefix("aten."), [graph.tensors[name].shape for name in step.reads]
+    pooled = next((dims for kind, dims in POOLED.items() if kind in op), 0)
+    if pooled:
+        return max(prod(shape[-pooled:]) for shape in shapes)
+    if op in FLAT and prod(graph.tensors[step.writes[0]].shape) == 1:
+        return max(map(prod, shapes))
+    return max((max(shape, default=1) for shape in shapes), default=1)

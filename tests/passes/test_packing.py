@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import memopt
 from memopt.capture import survey
 from memopt.graph import StepGraph
-from memopt.passes.narrow_indices import NarrowIndices
+from memopt.passes.narrow_indices import INDEXING, NarrowIndices, places
 from memopt.passes.pack_masks import PackMasks
 from memopt.passes.relu_masks import relu_masks
 from memopt.passes.replay_random import replay_random
@@ -71,13 +71,50 @@ def test_every_mask_the_backward_reads_is_offered_as_bits() -> None:
         assert storage.nbytes == graph.storages[offer.value].nbytes // 8
 
 
-def test_indices_are_offered_in_the_narrowest_type_of_the_plane() -> None:
-    for side, name, size in ((2, "uint8", 1), (16, "int16", 2), (128, "int32", 4)):
-        graph = photograph(captured(Pooling(), torch.randn(2, 4, side, side)))
-        offers = NarrowIndices().propose(graph, {})
-        assert {offer.unpack[0].op for offer in offers} == {f"memopt.unpack_{name}.default"}
-        for offer in offers:
-            assert offer.made[0][1].nbytes * 8 == graph.storages[offer.value].nbytes * size
+@pytest.mark.parametrize(
+    ("side", "name", "size"),
+    [(2, "uint8", 1), (16, "uint8", 1), (18, "int16", 2), (128, "int16", 2), (256, "int32", 4)],
+)
+def test_indices_are_offered_in_the_narrowest_type_of_the_plane(side: int, name: str, size: int) -> None:
+    """Whatever the batch and the channels: a pooling counts within a plane. 16 x 16 is the last that a byte counts."""
+    graph = photograph(captured(Pooling(), torch.randn(2, 4, side, side)))
+    offers = NarrowIndices().propose(graph, {})
+    assert {offer.unpack[0].op for offer in offers} == {f"memopt.unpack_{name}.default"}
+    for offer in offers:
+        assert offer.made[0][1].nbytes * 8 == graph.storages[offer.value].nbytes * size
+
+
+def most(find: Any, x: Tensor) -> tuple[int, int]:
+    """The largest index that `find` gives of x, and the places that its step is said to have."""
+
+    class Found(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            at: Tensor = find(x)
+            return (x.flatten()[at.flatten()] * x.flatten()[at.flatten()]).sum()
+
+    graph = photograph(captured(Found(), x.requires_grad_()))
+    (step,) = (step for step in graph.steps if step.op.removeprefix("aten.") in INDEXING)
+    return int(find(x).max()), places(graph, step)
+
+
+@pytest.mark.parametrize(
+    ("find", "count"),
+    [
+        (lambda x: nn.functional.max_pool2d(x, 2, return_indices=True)[1], 20 * 30),
+        (lambda x: nn.functional.max_pool3d(x, 2, return_indices=True)[1], 10 * 20 * 30),
+        (lambda x: nn.functional.adaptive_max_pool2d(x, 20, return_indices=True)[1], 20 * 30),
+        (lambda x: x.topk(3, 0)[1], 30),
+        (lambda x: x.sort(-1)[1], 30),
+        (lambda x: x.max(2)[1], 30),
+        (lambda x: x.argmax(), 4 * 10 * 20 * 30),
+        (lambda x: x.argmax(3), 30),
+    ],
+)
+def test_an_index_is_below_its_places(find: Any, count: int) -> None:
+    """The largest element last."""
+    index, known = most(find, torch.arange(4.0 * 10 * 20 * 30).reshape(4, 10, 20, 30) / 1e4)
+    assert known == count
+    assert index < known
 
 
 def test_integers_of_unknown_range_are_left_alone() -> None:
