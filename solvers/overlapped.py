@@ -6,9 +6,9 @@ fewer as long as the step waits for some. `moments.timed` gives each choice's co
 comes of it by `edit`; the cheapest is taken. So a plan is never dearer than with copies that are awaited at once.
 
 What is proven. A plan whose copies overlap holds, at each of the graph's steps, at least what it holds with the same
-copies awaited at once. Its forward lasts at least as long as its other steps, and as long as all copies out, which end
-there; so does the rest with the copies in. The bound is that of a program with these rows. What is not: that the
-moments are the best ones.
+copies awaited at once; of a part what stays may be copied later, which the rows allow. Its forward lasts at least as
+long as its other steps, and as long as all copies out, which end there; so does the rest with the copies in. The bound
+is that of a program with these rows. What is not: that the moments are the best ones.
 """
 
 from __future__ import annotations
