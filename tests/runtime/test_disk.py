@@ -169,6 +169,30 @@ def test_a_killed_process_leaves_no_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_step_killed_with_copies_under_way_leaves_no_file(x: Tensor, whole: int, tmp_path: Path) -> None:
+    """The process dies while the first copy is still being written, in the step's own forward."""
+    script = f"""
+        import os, signal, threading, torch
+        from memopt.runtime import disk
+        from tests.runtime.test_disk import compiled
+        x = torch.randn(2048, 256)
+        model = compiled(x, {int(0.7 * whole)}, passes="-recompute", disk_budget="1GB", disk_path={str(tmp_path)!r})
+        pool = disk.use({str(tmp_path)!r}, 10**9)
+        begun, waits = threading.Event(), any(r.drained for r in model.memopt.plan.plan.chosen)
+        def slow(*given):
+            begun.set()
+            threading.Event().wait(60)
+        pool.put = slow
+        threading.Thread(target=lambda: (begun.wait(), print(pool.held > 0, waits, flush=True),
+                                         os.kill(os.getpid(), signal.SIGKILL))).start()
+        model(x).backward()
+    """
+    run = [sys.executable, "-c", textwrap.dedent(script)]
+    done = subprocess.run(run, check=False, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (-signal.SIGKILL, "True True\n"), done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_models_keep_to_their_own_folders_and_limits(x: Tensor, whole: int, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
