@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import memopt
 from memopt.cost import Roofline
 from memopt.devices import device
-from memopt.edit import DISK, TOKEN
+from memopt.edit import DISK, TOKEN, edit, packed_behind
+from memopt.graph import Step, StepGraph, Storage, TensorInfo, verify
 from memopt.passes.packing import packed
 from memopt.planfile import save_plan
 from memopt.prices import priced
@@ -184,3 +185,26 @@ def test_a_saved_plan_moves_the_same_part(tmp_path: Path) -> None:
     again = compiled(x, budget, plan_file=tmp_path / "plan.json", **place).memopt.plan
     assert again.reused
     assert again.plan.chosen == made.plan.chosen
+
+
+def test_a_part_is_packed_behind_its_programs_last_forward_reader_and_a_whole_value_behind_its_maker() -> None:
+    """What stays of a part is copied there, which before would be bytes beside the value. Another program, which may
+    read it as its input, has code of its own; what the backward reads comes too late."""
+    sizes = {"x": 4, "0/v": 400, "0/w": 4, "1/y": 4, "d": 4}
+    steps = (
+        Step("0/v", "v", "forward", ("x",), ("0/v",)),
+        Step("0/w", "w", "forward", ("0/v",), ("0/w",)),
+        Step("1/y", "y", "forward", ("0/v", "0/w"), ("1/y",)),
+        Step("d", "d", "backward", ("0/v", "1/y"), ("d",)),
+    )
+    storages = {name: Storage(name, size) for name, size in sizes.items()}
+    tensors = {name: TensorInfo(name, (size,), "uint8", name) for name, size in sizes.items()}
+    graph = verify(StepGraph(("x",), steps, ("d",), tensors, storages))
+    given: tuple[tuple[int, tuple[tuple[str, float], ...], int], ...] = (
+        (TOKEN + 300, ((DISK, 100.0),), 1), (TOKEN, ((DISK, 400.0),), 0), (100, (), 0),
+    )  # fmt: skip
+    for nbytes, takes, behind in given:
+        made = replace(packed(graph, "trade", "0/v", ("codec", nbytes)), span=("d", "d"), takes=takes)
+        assert packed_behind(graph, made) == behind
+        order = [step.name for step in edit(graph, [made]).steps]
+        assert order[behind + 1] == made.pack[0].name
