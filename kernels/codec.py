@@ -28,8 +28,10 @@ PACKED_BYTES: dict[str, Callable[[Sequence[int], int], int]] = {}  # codec -> sh
 SAMPLE: dict[str, Callable[[Tensor], Tensor]] = {}  # codec -> normal values made such as it packs, if it packs others
 VERSION = 2  # of the loops of INLINED: raised where other code is given, for no cache's keys have it by themselves
 INLINED = frozenset({  # memopt.kernels.lowered
-    *("bits", "int8", "int4", "int2", "fp8"),
-    *("fewbit_gelu", "fewbit_silu", "fewbit_tanh", "fewbit_sigmoid", "approx_gelu", "approx_silu"),
+    *("bits", "fp8"),
+    *(f"int{bits}{width}" for bits in (8, 4, 2) for width in ("", "_128", "_64", "_32", "_16")),
+    *(f"{kind}_{name}" for kind in ("s2a", "fewbit") for name in ("gelu", "silu", "tanh", "sigmoid")),
+    *("approx_gelu", "approx_silu"),
 })  # fmt: skip
 READ: dict[str, Callable[[Tensor], Tensor]] = {}  # codec -> what the backward makes of a value, if not the value itself
 

@@ -1,4 +1,4 @@
-"""What a pointwise nonlinearity's backward needs of its input, in 3 or 2 bits an element: lossy, the forward exact.
+"""What a pointwise nonlinearity's backward needs of its input, in 4, 3 or 2 bits an element: lossy, the forward exact.
 
 The backward of y = f(x) reads f'(x) alone, which is replaced by a step function. A code says which stretch x lies in;
 unpacked, it is a point of that stretch at which f' has the stretch's level, so that the nonlinearity's own backward can
@@ -6,7 +6,7 @@ read it. Rounding is to one level whatever the batch, and so not unbiased.
 
 fewbit, 3 bits: the 2^b levels nearest to f' in L2, found by dynamic programming over a grid (Novikov et al., Few-Bit
 Backward, arXiv:2202.00441): C[k, j] = min over i of C[k-1, i] + cost(i, j), the cost of one level for a stretch being
-its sum of squares about its mean.
+its sum of squares about its mean. s2a, 4 bits: the same of 16 levels (Jin et al., S2A, arXiv:2503.08154).
 approx, 2 bits: the levels 0, l, 1 - l, 1 with cuts at -a, 0, a whose integral, a sum of three ReLUs, is nearest to f
 itself in L2 (Yang et al., Approx-BP, arXiv:2406.16282). Of GELU and SiLU, f(x) - relu(x) is even, and that sum is
 relu(x) + l max(a - |x|, 0): for each a the best l is a projection.
@@ -68,7 +68,11 @@ OUTPUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }  # what they save
 
 
-BITS = {**dict.fromkeys((f"fewbit_{name}" for name in SLOPES), 3), "approx_gelu": 2, "approx_silu": 2}
+BITS = {
+    **dict.fromkeys((f"s2a_{name}" for name in SLOPES), 4),
+    **dict.fromkeys((f"fewbit_{name}" for name in SLOPES), 3),
+    **{"approx_gelu": 2, "approx_silu": 2},
+}
 
 
 @lru_cache(maxsize=16)

@@ -110,15 +110,15 @@ def codes(packed: TensorBox, first: int, nbytes: int, bits: int) -> Element:
     return code
 
 
-def unpack_quantised(packed: TensorBox, count: int, bits: int) -> Element:
+def unpack_quantised(packed: TensorBox, count: int, bits: int, group: int) -> Element:
     """lo + q s."""
-    groups = -(-count // quantise.GROUP)
+    groups = -(-count // group)
     terms = viewed(packed, groups * 8, torch.float32)
-    code = codes(packed, groups * 8, quantise.nbytes(count, bits), bits)
+    code = codes(packed, groups * 8, quantise.nbytes(count, bits, group), bits)
 
     def element(p: Any) -> Any:
-        group, q = FloorDiv(p, quantise.GROUP), ops.to_dtype(code(p), torch.float32)
-        return ops.add(ops.mul(q, terms([2 * group + 1])), terms([2 * group]))
+        mine, q = FloorDiv(p, group), ops.to_dtype(code(p), torch.float32)
+        return ops.add(ops.mul(q, terms([2 * mine + 1])), terms([2 * mine]))
 
     return element
 
@@ -173,6 +173,6 @@ def e4m3(code: Any) -> Any:
 UNPACKING: dict[str, Unpacking] = {
     "bits": unpack_bits,
     "fp8": unpack_fp8,
-    **{name: partial(unpack_quantised, bits=bits) for name, bits in quantise.BITS.items()},
+    **{name: partial(unpack_quantised, bits=bits, group=group) for name, (bits, group) in quantise.CODECS.items()},
     **{name: partial(unpack_slope, name=name) for name in fewbit.BITS},
 }

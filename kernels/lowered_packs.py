@@ -29,7 +29,7 @@ Load = Callable[[Any], Any]  # where an element lies in memory -> the expression
 Packing = Callable[[TensorBox, Load, int], Any]  # the value, its elements, their number -> its bytes
 SAMPLES = 64  # of a value, about: memopt.kernels.quantise.place
 TURN = 0x9E3779B1
-NOISE = quantise.EACH * quantise.GROUP  # a power of two
+NOISE = quantise.CHUNK  # a power of two
 
 
 def register_pack(codec: str, packing: Packing, each: int) -> None:
@@ -136,9 +136,9 @@ def stored(x: TensorBox) -> Callable[[Sequence[Any]], Any]:
     return load
 
 
-def pack_quantised(x: TensorBox, element: Load, count: int, bits: int) -> Any:
+def pack_quantised(x: TensorBox, element: Load, count: int, bits: int, group: int) -> Any:
     """lo and s of each group; floor((x - lo) / s + u) of each element."""
-    group, levels, value = quantise.GROUP, (1 << bits) - 1, floats(element)
+    levels, value = (1 << bits) - 1, floats(element)
     groups = count // group
     rows = loops(x, torch.float32, [groups, group], lambda index: value(index[0] * group + index[1]))
     low, high = (stored(lowerings[op](rows, [1])) for op in (aten.amin.default, aten.amax.default))
@@ -180,7 +180,7 @@ def turned(x: TensorBox, value: Load, count: int) -> Load:
     total = stored(lowerings[aten.sum.dim_IntList](loops(x, torch.int64, [samples], hashed), [0]))
 
     def start(index: Sequence[Any]) -> Any:
-        turn = ops.index_expr(index[0] * quantise.EACH * 40_503, torch.int64)
+        turn = ops.index_expr(index[0] * quantise.TURN, torch.int64)
         return ops.bitwise_and(ops.add(total([]), turn), ops.constant(NOISE - 1, torch.int64))
 
     starts = stored(loops(x, torch.int64, [-(-count // NOISE)], start))
@@ -228,7 +228,10 @@ def nearest(value: Any) -> Any:
 PACKING: dict[str, tuple[Packing, int]] = {
     "bits": (pack_bits_, 8),
     "fp8": (pack_fp8, fp8.GROUP),
-    **{name: (partial(pack_quantised, bits=bits), quantise.GROUP) for name, bits in quantise.BITS.items()},
+    **{
+        name: (partial(pack_quantised, bits=bits, group=group), group)
+        for name, (bits, group) in quantise.CODECS.items()
+    },
     **{name: (partial(pack_slope, name=name), 8) for name in fewbit.BITS},
 }
 

@@ -279,7 +279,7 @@ def _copied(
             home[info.storage] = own = f"{info.storage}@{copy.name}"
             made = storages[info.storage]
             storages[own] = Storage(own, made.nbytes, made.kind)
-        tensors[renamed[name]] = TensorInfo(renamed[name], info.shape, info.dtype, home[info.storage])
+        tensors[renamed[name]] = TensorInfo(renamed[name], info.shape, info.dtype, home[info.storage], info.stride)
     old = copy.step  # written out: a plan may be simulated a hundred times, and `replace` is three times as slow
     reads, writes = tuple(renamed.get(n, n) for n in old.reads), tuple(renamed[n] for n in old.writes)
     return Step(

@@ -26,6 +26,7 @@ class Made:
     """One tensor a node makes. home: index into the node's tensor inputs whose storage it shares, None if fresh."""
 
     shape: tuple[int, ...]
+    stride: tuple[int, ...]
     dtype: str
     nbytes: int
     home: int | None
@@ -100,8 +101,9 @@ def _read(node: fx.Node) -> Facts:
 
 def _made(value: torch.Tensor, homes: dict[int, int]) -> Made:
     shape = tuple(hint(size) for size in value.shape)
+    stride = tuple(hint(step) for step in value.stride())
     home = homes.get(value.untyped_storage()._cdata)
-    return Made(shape, str(value.dtype).removeprefix("torch."), storage_bytes(value), home)
+    return Made(shape, stride, str(value.dtype).removeprefix("torch."), storage_bytes(value), home)
 
 
 def _copied_bytes(node: fx.Node) -> int:

@@ -35,12 +35,14 @@ class Storage:
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """A tensor as the step sees it: shape and dtype, and the storage it is a view of."""
+    """A tensor as the step sees it: shape and dtype, and the storage it is a view of. stride: in elements, as captured;
+    () where it is not known."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     storage: str
+    stride: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ class _Photographer:
             self.storages[home] = Storage(home, made.nbytes, kind)
         else:
             home = self.tensors[self.program.name(tensor_inputs(node)[made.home])].storage
-        self.tensors[name] = TensorInfo(name, made.shape, made.dtype, home)
+        self.tensors[name] = TensorInfo(name, made.shape, made.dtype, home, made.stride)
         return True
 
     def given(self, node: fx.Node) -> None:

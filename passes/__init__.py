@@ -18,6 +18,7 @@ from memopt.passes.quantise import Fp8Activations, Int2Activations, Int4Activati
 from memopt.passes.recompute import Recompute
 from memopt.passes.relu_masks import ReluMasks
 from memopt.passes.replay_random import ReplayRandom
+from memopt.passes.s2a import S2A
 from memopt.passes.stream import Stream, StreamAttention
 from memopt.passes.unread_inputs import UnreadInputs
 from memopt.passes.weight_copies import WeightCopies
@@ -48,6 +49,7 @@ TRADES: tuple[type[Trade], ...] = (
     Fp8Activations,
     Int4Activations,
     Int2Activations,
+    S2A,
     FewBit,
     ApproxBP,
     WtaCrs,  # their variance is large: max_grad_error has to be raised for them

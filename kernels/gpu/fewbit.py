@@ -72,7 +72,7 @@ def unpack(packed: Tensor, out: Tensor, name: str) -> None:
 _TYPES = {"count": "i64", "eights": "i64"}
 BUILDS: dict[str, Any] = {
     name: build
-    for codec, bits in (("fewbit", 3), ("approx", 2))
+    for codec, bits in (("s2a", 4), ("fewbit", 3), ("approx", 2))
     for name, build in {
         f"pack_{codec}": (
             pack_kernel,

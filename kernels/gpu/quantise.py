@@ -13,10 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from memopt.kernels.quantise import BITS, EACH, GROUP, SMALLEST, nbytes, noise, place
+from memopt.kernels.quantise import BITS, CHUNK, CODECS, GROUP, SMALLEST, TURN, nbytes, noise, place
 
-ROWS = 4  # groups a program
-TURN = 40_503 * EACH  # the noise of each chunk begins elsewhere
+EACH = 1024  # elements a program
 
 
 @triton.jit
@@ -46,7 +45,7 @@ def pack_kernel(
     live = row < groups
     tl.store(terms + row * 2, low, mask=live)
     tl.store(terms + row * 2 + 1, step, mask=live)
-    turned = (tl.load(start) + row // CHUNK * TURN) % (CHUNK * GROUP) + row % CHUNK * GROUP
+    turned = (tl.load(start) + row * GROUP // CHUNK * TURN) % CHUNK + row * GROUP % CHUNK
     joined = tl.full((ROWS, GROUP // SHARE), 0, tl.int32)
     for part in tl.static_range(SHARE):
         value = tl.load(x + tl.minimum(inside + part, count - 1)).to(tl.float32)
@@ -84,38 +83,48 @@ def parts(packed: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     return packed[: groups * 8].view(torch.float32), packed[groups * 8 :]
 
 
-def pack(x: Tensor, bits: int) -> Tensor:
+def pack(x: Tensor, bits: int, group: int = GROUP) -> Tensor:
     """Parameters and codes of flat values. The noise begins where the values say, which the host never learns."""
-    groups = triton.cdiv(x.numel(), GROUP)
-    out = x.new_empty((nbytes(x.numel(), bits),), dtype=torch.uint8)
+    groups = triton.cdiv(x.numel(), group)
+    out = x.new_empty((nbytes(x.numel(), bits, group),), dtype=torch.uint8)
     if groups:
         terms, codes = parts(out, groups)
-        pack_kernel[(triton.cdiv(groups, ROWS),)](
+        pack_kernel[(triton.cdiv(x.numel(), EACH),)](
             x, terms, codes, noise(x.device), place(x), x.numel(), groups,
-            BITS=bits, GROUP=GROUP, CHUNK=EACH, TURN=TURN, SMALLEST=SMALLEST, ROWS=ROWS, enable_fp_fusion=False,
+            **_packing(bits, group), enable_fp_fusion=False,
         )  # fmt: skip
     return out
 
 
-def unpack(packed: Tensor, out: Tensor, bits: int) -> None:
+def unpack(packed: Tensor, out: Tensor, bits: int, group: int = GROUP) -> None:
     """Write lo + q s."""
-    if groups := triton.cdiv(out.numel(), GROUP):
+    if groups := triton.cdiv(out.numel(), group):
         terms, codes = parts(packed, groups)
-        unpack_kernel[(triton.cdiv(groups, ROWS),)](
-            terms, codes, out, out.numel(), groups, BITS=bits, GROUP=GROUP, ROWS=ROWS, enable_fp_fusion=False
+        unpack_kernel[(triton.cdiv(out.numel(), EACH),)](
+            terms, codes, out, out.numel(), groups, **_unpacking(bits, group), enable_fp_fusion=False
         )
+
+
+def _unpacking(bits: int, group: int) -> dict[str, int]:
+    """The constants of what unpacks."""
+    return {"BITS": bits, "GROUP": group, "ROWS": EACH // group}
+
+
+def _packing(bits: int, group: int) -> dict[str, Any]:
+    """The constants of what packs."""
+    return {**_unpacking(bits, group), "CHUNK": CHUNK, "TURN": TURN, "SMALLEST": SMALLEST}
 
 
 _TYPES = {"terms": "*fp32", "codes": "*u8", "count": "i64", "groups": "i64"}
 BUILDS: dict[str, Any] = {
     name: build
-    for codec, bits in BITS.items()
+    for codec in (*BITS, "int4_64", "int2_16")  # the other widths are built alike
     for name, build in {
         f"pack_{codec}": (
             pack_kernel,
             {"x": "*T", "noise": "*fp32", "start": "*i64", **_TYPES},
-            {"BITS": bits, "GROUP": GROUP, "CHUNK": EACH, "TURN": TURN, "SMALLEST": SMALLEST, "ROWS": ROWS},
+            _packing(*CODECS[codec]),
         ),
-        f"unpack_{codec}": (unpack_kernel, {"out": "*T", **_TYPES}, {"BITS": bits, "GROUP": GROUP, "ROWS": ROWS}),
+        f"unpack_{codec}": (unpack_kernel, {"out": "*T", **_TYPES}, _unpacking(*CODECS[codec])),
     }.items()
 }

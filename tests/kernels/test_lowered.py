@@ -16,6 +16,8 @@ from memopt.kernels.codec import INLINED
 from memopt.kernels.fewbit import table
 from memopt.operations import overload
 
+LOOPS = [*sorted(c for c in INLINED if not re.search(r"_\d", c)), "int8_16", "int4_64", "int2_128"]  # others are alike
+
 
 def value(codec: str, shape: tuple[int, ...]) -> Tensor:
     """What the codec packs."""
@@ -46,7 +48,7 @@ def test_every_codec_that_is_planned_as_inlined_has_loops() -> None:
 
 @pytest.mark.parametrize("shape", [(4, 24, 64), (3, 5, 7, 11)])
 def test_unpacking_is_part_of_the_kernel_that_reads(shape: tuple[int, ...]) -> None:
-    values = {codec: value(codec, shape) for codec in sorted(INLINED)}
+    values = {codec: value(codec, shape) for codec in LOOPS}
     packed = {codec: call("pack", codec, x, x.stride()) for codec, x in values.items()}
     other = torch.randn(shape)
 
@@ -61,7 +63,7 @@ def test_unpacking_is_part_of_the_kernel_that_reads(shape: tuple[int, ...]) -> N
 
 @pytest.mark.parametrize("shape", [(4, 24, 64), (2, 4, 8, 32), (3, 5, 7, 11)])
 def test_packing_gives_the_same_bytes(shape: tuple[int, ...]) -> None:
-    values = {codec: value(codec, shape) for codec in sorted(INLINED)}
+    values = {codec: value(codec, shape) for codec in LOOPS}
 
     def pack(values: dict[str, Tensor]) -> dict[str, Tensor]:
         return {codec: call("pack", codec, x, x.stride()) for codec, x in values.items()}
@@ -69,7 +71,7 @@ def test_packing_gives_the_same_bytes(shape: tuple[int, ...]) -> None:
     got, calls = code_of(pack, values)
     want = pack(values)
     assert [codec for codec in want if not torch.equal(got[codec], want[codec])] == []
-    called = INLINED if shape == (3, 5, 7, 11) else ()  # no whole number of groups
+    called = LOOPS if shape == (3, 5, 7, 11) else ()  # no whole number of groups
     assert calls == {f"pack_{codec}" for codec in called}
 
 

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from memopt.kernels import quantise
-from memopt.kernels.quantise import BITS, GROUP, nbytes, pack, unpack
+from memopt.kernels.quantise import BITS, CODECS, GROUP, nbytes, pack, unpack
 from memopt.operations import overload
 
-COUNTS = (1, 2, GROUP - 1, GROUP, GROUP + 1, 1000, quantise.EACH * GROUP + 3)
+COUNTS = (1, 2, GROUP - 1, GROUP, GROUP + 1, 1000, quantise.CHUNK + 3)
 
 
 def through(name: str, x: Tensor) -> Tensor:
@@ -23,31 +23,43 @@ def values(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(count, generator=torch.Generator().manual_seed(count)).mul(3).add(1).to(dtype)
 
 
-def steps(x: Tensor, bits: int) -> Tensor:
+def steps(x: Tensor, bits: int, group: int = GROUP) -> Tensor:
     """The distance of two levels in each element's group."""
-    groups = [group.expand(len(group)) for group in x.float().split(GROUP)]
+    groups = x.float().split(group)
     return torch.cat([torch.full_like(g, float(g.max() - g.min()) / ((1 << bits) - 1)) for g in groups])
 
 
-@pytest.mark.parametrize("name", BITS)
+@pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("count", COUNTS)
 def test_every_element_is_within_one_step(name: str, count: int) -> None:
     x = values(count)
     off = (through(name, x) - x).abs()
-    assert bool((off <= steps(x, BITS[name]) * (1 + 1e-4) + 1e-5).all())
-    assert overload(f"memopt.pack_{name}.default")(x, x.stride()).numel() == nbytes(count, BITS[name])
+    assert bool((off <= steps(x, *CODECS[name]) * (1 + 1e-4) + 1e-5).all())
+    assert overload(f"memopt.pack_{name}.default")(x, x.stride()).numel() == nbytes(count, *CODECS[name])
 
 
-@pytest.mark.parametrize("name", BITS)
+@pytest.mark.parametrize("kind", BITS)
+def test_a_small_head_beside_large_ones_is_kept_in_groups_of_its_width(kind: str) -> None:
+    """Four heads of 64 columns in a row, 0.05, 1, 1 and 5 in size: wider groups give all of them the largest's step."""
+    heads = values(1024 * 256).view(1024, 4, 64) * torch.tensor([0.05, 1.0, 1.0, 5.0])[:, None]
+    off = {
+        codec: (through(codec, heads.flatten(1)) - heads.flatten(1)).view_as(heads) for codec in (kind, f"{kind}_64")
+    }
+    wide, narrow = (e.norm(dim=(0, 2)) / heads.norm(dim=(0, 2)) for e in off.values())
+    assert float(wide[0]) > 20 * float(narrow[0])
+    assert float(narrow.max()) < 1.02 * float(narrow.min())  # no head suffers for another
+
+
+@pytest.mark.parametrize("name", [*BITS, "int4_64"])
 def test_the_mean_over_the_noise_is_the_value(name: str) -> None:
     """A z-test an element, over every offset tried: rounding to nearest fails it at once."""
-    bits, x, runs = BITS[name], values(2 * GROUP), 4000
+    (bits, group), x, runs = CODECS[name], values(2 * GROUP), 4000
     total = torch.zeros_like(x)
     for start in range(runs):
         back = torch.empty_like(x)
-        unpack(pack(x, bits, start * 977), back, bits)
+        unpack(pack(x, bits, group, start * 977), back, bits, group)
         total += back - x
-    mean, spread = total / runs, steps(x, bits) / 2  # a step's Bernoulli noise has at most half its width
+    mean, spread = total / runs, steps(x, bits, group) / 2  # a step's Bernoulli noise has at most half its width
     z = mean / (spread / runs**0.5)
     assert float(z.abs().max()) < 5.0
     assert abs(float(mean.mean() / spread.mean())) < 0.01
@@ -100,7 +112,7 @@ def test_an_infinity_is_not_passed_over_in_silence(name: str) -> None:
     assert bool(back[2 * GROUP :].isfinite().all())
 
 
-@pytest.mark.parametrize("name", [*BITS, "fp8"])
+@pytest.mark.parametrize("name", [*BITS, "int4_64", "fp8"])
 def test_the_fake_is_like_the_real_one(name: str) -> None:
     x = values(600).view(6, 100)
     packed = overload(f"memopt.pack_{name}.default")(x, x.stride())

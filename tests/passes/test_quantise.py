@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import memopt
 from memopt.fusion import fused
-from memopt.passes.quantise import Int8Activations, quantisable
+from memopt.passes.quantise import Int4Activations, Int8Activations, quantisable
 from memopt.runtime.measure import measure_step
 from tests.passes.test_packing import Dropping, captured, photograph, stepped
 
@@ -77,6 +77,33 @@ def test_statistics_that_a_kernel_makes_are_left_alone() -> None:
     graph = fused(photograph(captured(Normed(), torch.randn(8192, 64)))).graph
     assert any(graph.tensors[name].shape == (8192,) for step in graph.steps for name in step.writes if step.fused)
     assert {graph.tensors[name].shape for name in quantisable(graph)} == {(8192, 64)}
+
+
+class Attention(nn.Module):
+    """Queries of every head from one product, turned so that each head's rows follow each other, or copied so."""
+
+    def __init__(self, columns: int, copied: bool) -> None:
+        super().__init__()
+        self.project, self.columns, self.copied = nn.Linear(8 * columns, 8 * columns), columns, copied
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.project(x).unflatten(-1, (8, self.columns)).transpose(1, 2)
+        q = q.contiguous() if self.copied else q
+        return (q.tanh() * q.sigmoid()).square().mean()
+
+
+@pytest.mark.parametrize(
+    ("columns", "copied", "codec"),
+    [(64, False, "int4_64"), (64, True, "int4"), (96, False, "int4_32"), (20, False, "int4"), (256, False, "int4")],
+)
+@pytest.mark.parametrize("compiler", [False, True])
+def test_no_group_spans_two_heads_that_lie_side_by_side(columns: int, copied: bool, codec: str, compiler: bool) -> None:
+    graph = photograph(captured(Attention(columns, copied), torch.randn(4, 32, 8 * columns)))
+    graph = fused(graph).graph if compiler else graph
+    made = Int4Activations().codecs(graph)
+    shape = (4, 8, 32, columns)
+    found = {made[value][0] for value in made if graph.tensors[value].shape == shape}
+    assert found == {codec}
 
 
 def test_it_is_never_chosen_unless_it_is_named() -> None:
