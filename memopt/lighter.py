@@ -71,8 +71,8 @@ class LighterPlanner(Planner):
         return tuple(way for way in ways if self.fitting(way))
 
     def packed(self, ways: Sequence[Way], key: Any, call: Call) -> Planned:
-        """The plan in the first of these ways that has one, with no more weights packed than must be; where none takes
-        a weight, that of the model as it is."""
+        """The plan in the first of these ways that has one, with no more weights packed than must be, unless it takes
+        another lowering or streams to pack no more; where none takes a weight, that of the model as it is."""
         ways = [way for way in ways if self.accepted(way)]
         if not ways:
             return self.with_stored(super().chosen(key, call))
@@ -84,6 +84,7 @@ class LighterPlanner(Planner):
             request = lessened(self.request, self.model, done)
             other = Planner(**{**given, "model": twin, "request": request, "surveys": {}, "refused": None})
             other.advise = self.advise and at == len(tries) - 1
+            other.patient = at == len(tries) - 1 or tries[at + 1][0] != way  # else more weights of this way are next
             try:
                 planned = other.chosen(input_key(twin, *call), call)
             except BudgetError:

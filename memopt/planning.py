@@ -50,7 +50,8 @@ class Planner:
     measure: price operations by running each once on this device; False where nothing may be allocated. advise: find
     the ways out of a refusal, which takes further plans; spelling: how they are written. missed: bytes by which real
     steps exceeded what was predicted of them. surveys: by what `input_key` gives, lowering, rewrites left out, chunks.
-    refused: the latest plan that did not hold the budget.
+    refused: the latest plan that did not hold the budget. patient: try other lowerings and streams in chunks, a capture
+    each, before a refusal.
     """
 
     model: nn.Module
@@ -62,6 +63,7 @@ class Planner:
     surveys: dict[Any, Survey] = field(default_factory=dict)
     refused: PlanResult | None = None
     advise: bool = True
+    patient: bool = True
     spelling: Spelling = field(default_factory=Spelling)
     missed: int = 0
     accuracy: Accuracy = field(default_factory=Accuracy)
@@ -70,7 +72,7 @@ class Planner:
         """The plan in the lowering asked for; where none of its holds the budget and the choice was left to us, in the
         spare one, unless that is hopeless. Raises BudgetError with the lowest floor of those tried."""
         tried: list[tuple[Planned, Survey]] = []
-        for lowering in self.request.lowerings:
+        for lowering in self.request.lowerings if self.patient else self.request.lowerings[:1]:
             started = time.perf_counter()
             found, left_out = self.matching(key, call, lowering)
             if self.plan_file is not None and lowering != self.request.lowerings[-1] and not self.saved_of(found):
@@ -115,7 +117,7 @@ class Planner:
     def smaller(self, key: Any, call: Call, planned: Planned, found: Survey) -> tuple[Planned, Survey]:
         """Where no plan of the step as it is holds the budget: one whose step streams in chunks, if that does; else the
         one that takes least, of a search that is the same whatever the budget, so that refusals name the same floor."""
-        if self.plan_file is not None or not planned.result.infeasible:
+        if self.plan_file is not None or not planned.result.infeasible or not self.patient:
             return planned, found
         request = replace(self.request, lowering=planned.lowering)
 

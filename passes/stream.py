@@ -52,13 +52,14 @@ def _site(forward: Forward, found: Stretch) -> Site:
 
 
 def _region(found: Stretch) -> Region:
-    """The stretch as a graph of its own."""
+    """The stretch as a graph of its own. Nodes are named by their places: layers that are alike share a region."""
     graph, made = fx.Graph(), dict[fx.Node, fx.Node]()
     for at, arg in enumerate((*found.by_rows, *found.whole)):
         made[arg] = graph.placeholder(f"given_{at}")
         made[arg].meta = {"val": arg.meta["val"]}
-    for node in found.nodes:
+    for at, node in enumerate(found.nodes):
         made[node] = graph.node_copy(node, made.__getitem__)
+        made[node].name = f"made_{at}"
     graph.output(tuple(made[node] for node in found.returned))
     places = {made[node]: place for node, place in found.places().items()}
     rows, whole, outputs = (

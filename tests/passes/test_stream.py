@@ -95,6 +95,15 @@ def test_an_mlp_and_its_norm_become_one_call_that_reads_the_residual_alone() -> 
     assert run(forward) == ()  # a second time there is nothing
 
 
+def test_layers_that_are_alike_share_a_region_whose_chunks_are_traced_once() -> None:
+    forward = replace(forward_of(traced(Mixed(4), torch.randn(2, SEQ, WIDTH))), chunks=3)
+    run(forward)
+    keys = [call.args[-2] for call in forward.calls(STREAMED)]
+    assert len(keys) == 4
+    assert len(set(keys[:3])) == 1
+    assert keys[3] != keys[0]  # the last one ends in the mean of its squares
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("chunks", [4, 5, 200])  # none left over; some; and more than there are rows
 def test_gradients_are_as_near_to_fp64_as_they_were(dtype: torch.dtype, chunks: int) -> None:
