@@ -26,7 +26,9 @@ Pack = Callable[[Tensor], Tensor]  # flat elements -> bytes
 Unpack = Callable[[Tensor, Tensor], None]  # bytes, flat elements to write
 PACKED_BYTES: dict[str, Callable[[Sequence[int], int], int]] = {}  # codec -> shape, itemsize -> bytes packed into
 SAMPLE: dict[str, Callable[[Tensor], Tensor]] = {}  # codec -> normal values made such as it packs, if it packs others
-VERSION = 2  # of the loops of INLINED: raised where other code is given, for no cache's keys have it by themselves
+# Of the loops of INLINED, and of masks (memopt/kernels/lowered_masks.py): raised where other code is given, for no
+# cache's keys have it by themselves.
+VERSION = 3
 INLINED = frozenset({  # memopt.kernels.lowered
     *("bits", "fp8"),
     *(f"int{bits}{width}" for bits in (8, 4, 2) for width in ("", "_128", "_64", "_32", "_16")),

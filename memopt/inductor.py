@@ -32,6 +32,7 @@ from memopt.facts import hint, is_fusable
 from memopt.fences import KERNEL
 from memopt.fusion import Fences
 from memopt.kernels import codec, lowered, lowered_packs  # noqa: F401  # the last for what importing does
+from memopt.kernels.lowered_masks import masks_as_bytes
 from memopt.kernels.lowered_slopes import without_slopes
 from memopt.program import copied
 from memopt.runtime.executor import Executor
@@ -92,7 +93,8 @@ def _generated(graph: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> 
     patches = _patches(None, (*marks.items(), APART, _donated(), *_handed_through(graph), codec.VERSION))
     if any(fences is Fences.TIGHT for _, fences in marks.values()):
         patches["allow_buffer_reuse"] = False
-    with config.patch(patches), V.set_choices_handler(PlannedKernels()), _apart() if marks else nullcontext():
+    apart = _apart() if marks else nullcontext()
+    with config.patch(patches), V.set_choices_handler(PlannedKernels()), apart, masks_as_bytes(graph):
         return compile_fx_inner(graph, inputs, **options)
 
 
