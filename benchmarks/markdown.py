@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -25,3 +26,12 @@ def between(readme: Path, name: str, text: str) -> None:
     if not (found and closed):
         raise ValueError(f"{readme.name} has no {begin} ... {end}")
     readme.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
+
+
+def sources(rows: Sequence[Mapping[str, Any]], of: str) -> list[str]:
+    """What made which rows, by what they are rows of, where they were not all made at once."""
+    found: dict[tuple[str, str], dict[str, None]] = {}
+    for row in rows:
+        if "commit" in row:
+            found.setdefault((row["commit"], row["command"]), {})[row[of]] = None
+    return [f"{', '.join(names)}: commit {commit}, `{command}`" for (commit, command), names in found.items()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.frontier.curves import ALL, EXACT, Row, seconds
-from benchmarks.markdown import table
+from benchmarks.markdown import sources, table
 
 HEAD = ("step", "budget", "best lever alone", "all together", "bound", "what was taken, MiB")
 LEGEND = (
@@ -20,16 +20,7 @@ LEGEND = (
 def summary(rows: Sequence[Row]) -> str:
     """The table, its legend, and what was run."""
     told = (executed(row) for row in rows if "measured" in row)
-    return "\n\n".join((table(HEAD, [line(group) for group in groups(rows)]), LEGEND, *told, *sources(rows)))
-
-
-def sources(rows: Sequence[Row]) -> list[str]:
-    """What made which rows, where they were not all made at once."""
-    found: dict[tuple[str, str], dict[str, None]] = {}
-    for row in rows:
-        if "commit" in row:
-            found.setdefault((row["commit"], row["command"]), {})[row["subject"]] = None
-    return [f"{', '.join(names)}: commit {commit}, `{command}`" for (commit, command), names in found.items()]
+    return "\n\n".join((table(HEAD, [line(group) for group in groups(rows)]), LEGEND, *told, *sources(rows, "subject")))
 
 
 def groups(rows: Sequence[Row]) -> list[dict[str, Row]]:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import memopt
-from benchmarks.record import RESULTS, command, read_lines, surroundings, write_lines
+from benchmarks.record import RESULTS, command, commit, read_lines, surroundings, write_lines
 from benchmarks.training.picture import draw
 from benchmarks.training.tasks import TASKS, Task
 from memopt.api import make_request
@@ -47,7 +47,7 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="keep the runs that are there already")
     asked = parser.parse_args(words)
     typed = command("training", sys.argv[1:] if words is None else words)
-    head = {"surroundings": surroundings(), "command": typed}
+    head, made = {"surroundings": surroundings(), "command": typed}, {"commit": commit(), "command": typed}
     path, rows = asked.results / "training.jsonl", list[Row]()
     there = read_lines(path)[1:] if asked.resume and path.exists() else []
     for name in asked.task:
@@ -55,7 +55,7 @@ def main(words: Sequence[str] | None = None) -> int:
         steps = asked.steps or task.steps
         for seed, plan in product(range(asked.seeds), asked.plan):
             found = earlier(there, (name, plan, seed, steps))
-            rows.append(found or {"task": name, "metric": task.metric, **run(task, plan, seed, steps)})
+            rows.append(found or {"task": name, "metric": task.metric, **run(task, plan, seed, steps), **made})
             print(line(rows[-1]), flush=True)
             write_lines(path, [head, *rows])
     draw(rows, asked.results / "training.svg")

@@ -6,16 +6,17 @@ from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
 
-from benchmarks.markdown import table
+from benchmarks.markdown import sources, table
 
 Row = Mapping[str, Any]
 HEAD = ("task", "plan", "quality", "peak", "gradient off by", "seeds")
 
 
 def summary(rows: Sequence[Row]) -> str:
-    """A line a task and plan."""
+    """A line a task and plan, and what was run."""
     kinds = dict.fromkeys((row["task"], row["plan"]) for row in rows)
-    return table(HEAD, [line([r for r in rows if (r["task"], r["plan"]) == kind]) for kind in kinds])
+    lines = table(HEAD, [line([r for r in rows if (r["task"], r["plan"]) == kind]) for kind in kinds])
+    return "\n\n".join((lines, *sources(rows, "task")))
 
 
 def line(rows: Sequence[Row]) -> tuple[str, ...]:
