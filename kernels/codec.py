@@ -30,8 +30,8 @@ SAMPLE: dict[str, Callable[[Tensor], Tensor]] = {}  # codec -> normal values mad
 # cache's keys have it by themselves.
 VERSION = 3
 INLINED = frozenset({  # memopt.kernels.lowered
-    *("bits", "fp8"),
-    *(f"int{bits}{width}" for bits in (8, 4, 2) for width in ("", "_128", "_64", "_32", "_16")),
+    *("bits", "fp8", "int8", "int4", "int2"),
+    *("int8_128", "int8_64", "int8_32", "int8_16", "int4_128", "int4_64", "int4_32", "int2_128", "int2_64"),
     *(f"{kind}_{name}" for kind in ("s2a", "fewbit") for name in ("gelu", "silu", "tanh", "sigmoid")),
     *("approx_gelu", "approx_silu"),
 })  # fmt: skip

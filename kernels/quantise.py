@@ -23,17 +23,18 @@ GROUP = 256
 NARROW = (128, 64, 32, 16)  # further widths of a group: powers of two, as kernels want them
 CHUNK = 1 << 16  # elements at a time; the noise of each begins TURN elements further on
 TURN = 40_503 << 8
+TERMS = 64  # bits of a group beside its codes, of which there are to be more
 SMALLEST = torch.finfo(torch.float32).tiny
 BITS = {"int8": 8, "int4": 4, "int2": 2}
 CODECS = {  # codec -> bits an element, elements a group
     **{kind: (bits, GROUP) for kind, bits in BITS.items()},
-    **{f"{kind}_{width}": (bits, width) for kind, bits in BITS.items() for width in NARROW},
+    **{f"{kind}_{wide}": (bits, wide) for kind, bits in BITS.items() for wide in NARROW if wide * bits > TERMS},
 }
 
 
 def nbytes(count: int, bits: int, group: int = GROUP) -> int:
     """Bytes for so many elements: parameters and codes of whole groups."""
-    return -(-count // group) * (8 + group * bits // 8)
+    return -(-count // group) * (TERMS + group * bits) // 8
 
 
 @lru_cache(maxsize=8)

@@ -8,6 +8,7 @@ compiles both halves. Eager runs them as flat Python that frees at last use; Ind
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -102,7 +103,19 @@ def _program(joint: fx.GraphModule, forward_outputs: int, described: Sequence[tu
         at = getattr(holder.meta.get("desc"), "idx", primals)
         primals += 1
         kinds[holder.name], names[holder.name] = described[at] if at < len(described) else ("input", holder.name)
+    _apart_from(joint.graph, {name for key, name in names.items() if kinds[key] in ("parameter", "buffer")})
     return normalised(Program(joint, forward_outputs, kinds, names))
+
+
+def _apart_from(graph: fx.Graph, names: set[str]) -> None:
+    """Rename nodes that are called like one of the user's tensors, or whose outputs would be ("mul", "topk.0")."""
+    taken = {re.sub(r"\.\d+$", "", name) for name in names}
+    for node in graph.nodes:
+        if node.op != "placeholder" and node.name in taken:
+            name = f"{node.name}_step"
+            while name in taken:
+                name += "_"
+            node._rename(name)
 
 
 def _eager(

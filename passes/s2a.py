@@ -15,8 +15,8 @@ from memopt.passes.quantise import Int4Activations, of_batch
 
 @dataclass(frozen=True)
 class S2A(Trade):
-    """Sixteen levels of a nonlinearity's slope, and int4 of what else no operation with parameters reads: no gradient
-    of a parameter is a product with it (Jin et al., arXiv:2503.08154). A narrower consent than `int4_activations`."""
+    """Sixteen levels of a nonlinearity's slope, and int4 of what else no operation with parameters reads (Jin et al.,
+    arXiv:2503.08154). A narrower consent than `int4_activations`."""
 
     name, numerics = "s2a", Numerics.LOSSY
 
@@ -31,7 +31,9 @@ class _Slopes(Slopes):
 
 @dataclass(frozen=True)
 class _Values(Int4Activations):
-    name = S2A.name
+    """What is computed again from a value is made of the value itself: an operation with parameters may read it."""
+
+    name, stand_in = S2A.name, True
 
     def codecs(self, graph: StepGraph) -> Mapping[str, Codec]:
         slopes, batch = read_for_slope(graph), of_batch(graph)
@@ -41,7 +43,8 @@ class _Values(Int4Activations):
 
 def meets_parameters(graph: StepGraph, value: str, batch: set[str]) -> bool:
     """Whether a step of the forward reads it beside a floating-point value that no batch made: a parameter, or one's
-    cast."""
-    reading = (graph.steps[at] for at in graph.uses[value] if at < graph.boundary)
-    beside = {name for step in reading if value in map(graph.storage_of, step.reads) for name in step.reads}
-    return any("float" in graph.tensors[name].dtype for name in beside if graph.storage_of(name) not in batch)
+    cast. What a fused step makes it may read as well."""
+    early = (graph.steps[at] for at in graph.uses[value] if at < graph.boundary)
+    reading = (step for step in early if step.fused or value in map(graph.storage_of, step.reads))
+    beside = {name for step in reading for name in step.reads if graph.storage_of(name) not in batch}
+    return any("float" in graph.tensors[name].dtype for name in beside)

@@ -263,3 +263,33 @@ def test_parameters_nobody_reads_are_the_optimizers_all_the_same() -> None:
     found = planned(model, optimizer=torch.optim.AdamW(model.parameters()))
     assert "state:rise.weight:exp_avg" in found.before.tensors
     assert "state:spare.weight:exp_avg" not in found.before.tensors
+
+
+class Named(nn.Module):
+    """Tensors called like the operations that read them, one of them like a second output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mul = nn.Parameter(torch.ones(8))
+        self.topk = nn.ParameterList([nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))])
+        self.register_buffer("tanh", torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        values, _ = torch.topk(torch.tanh(x * self.mul) * self.tanh, 4)
+        return (values * self.topk[0] * self.topk[1]).square().mean()
+
+
+@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+def test_tensors_may_be_called_like_operations(lowering: str) -> None:
+    model, x = Named(), torch.randn(16, 8)
+    want = model(x)
+    want.backward()
+    grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    memopt.compile(model, "1GB", example_inputs=(x,), lowering=lowering)
+    loss = model(x)
+    loss.backward()
+    assert torch.allclose(loss, want)
+    assert all(
+        torch.allclose(p.grad, grad) for p, grad in zip(model.parameters(), grads, strict=True) if p.grad is not None
+    )

@@ -132,7 +132,7 @@ class Race:
             return
         goal, best = whole.row["resident"] + whole.row["transient"] // 2, 0.0
         for probe in range(PROBES + 1):
-            if min(ran.values(), default=0) > goal:
+            if probe and min(ran.values()) > goal:
                 return self.tell(f"{self.bed}: torch's budget fits at no share tried")
             shares = between(ran, goal) if probe else FIRST
             tried = self._several(stack, [replace(BISECTED, share=share) for share in shares], place)

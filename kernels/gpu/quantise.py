@@ -118,7 +118,7 @@ def _packing(bits: int, group: int) -> dict[str, Any]:
 _TYPES = {"terms": "*fp32", "codes": "*u8", "count": "i64", "groups": "i64"}
 BUILDS: dict[str, Any] = {
     name: build
-    for codec in (*BITS, "int4_64", "int2_16")  # the other widths are built alike
+    for codec in (*BITS, "int4_64", "int8_16")  # the other widths are built alike
     for name, build in {
         f"pack_{codec}": (
             pack_kernel,

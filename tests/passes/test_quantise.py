@@ -94,7 +94,7 @@ class Attention(nn.Module):
 
 @pytest.mark.parametrize(
     ("columns", "copied", "codec"),
-    [(64, False, "int4_64"), (64, True, "int4"), (96, False, "int4_32"), (20, False, "int4"), (256, False, "int4")],
+    [(64, False, "int4_64"), (64, True, "int4"), (96, False, "int4_32"), (48, False, "int4"), (256, False, "int4")],
 )
 @pytest.mark.parametrize("compiler", [False, True])
 def test_no_group_spans_two_heads_that_lie_side_by_side(columns: int, copied: bool, codec: str, compiler: bool) -> None:

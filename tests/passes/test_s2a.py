@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from memopt.cost import codec_of
+from memopt.fusion import fused
 from memopt.passes.s2a import S2A
 from memopt.photograph import photograph
 from memopt.runtime.measure import measure_step
@@ -54,6 +55,27 @@ def test_what_a_linear_layer_reads_is_left_alone(dtype: torch.dtype) -> None:
     # queries, keys, values, their weights, and the sum whose squares are the loss
     assert makers == {"aten.addmm.default": 3, "aten._softmax.default": 1, "aten.add.Tensor": 1}
     assert [graph.tensors[value].shape[-1] for value in codecs if codecs[value] == "s2a_gelu"] == [256]
+
+
+class Normed(nn.Module):
+    """An RMSNorm, whose weight a fused kernel reads beside what it is multiplied by, and which makes that as well."""
+
+    def __init__(self, wide: int = 64) -> None:
+        super().__init__()
+        self.into, self.weight, self.out = nn.Linear(wide, wide), nn.Parameter(torch.ones(wide)), nn.Linear(wide, wide)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.into(x)
+        x = self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6))
+        return self.out(x.sigmoid() * x.tanh()).square().mean()
+
+
+@pytest.mark.parametrize("model", [Normed, blocks])
+def test_a_compilers_kernels_hide_no_parameter_and_nothing_is_made_of_what_comes_back(model: Any) -> None:
+    graph = photograph(captured(model(), inputs()))
+    plain, kernels = S2A().propose(graph, {}), S2A().propose(fused(graph).graph, {})
+    assert {offer.value for offer in kernels} <= {offer.value for offer in plain} != set()
+    assert all(offer.stand_in for offer in (*plain, *kernels))
 
 
 @pytest.mark.parametrize("allow", [("s2a",), ("s2a", "fewbit", "int4_activations")])
