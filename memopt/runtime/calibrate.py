@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+import psutil
 import torch
 
 from memopt.devices import Device
@@ -28,6 +29,7 @@ SIDE = {"cpu": 1024, "cuda": 8192}  # of the square matrices multiplied
 PACKED = {"cpu": 4 * 2**20, "cuda": 2**28}  # bytes of the value packed
 ROW = 1024  # elements of the value's last dimension
 PACKS = {"bits": torch.bool, "uint8": torch.int64, "int16": torch.int64, "int32": torch.int64}  # others pack floats
+BUSY = 0.25  # of the processor's time at other work, above which rates are doubted
 LAUNCHES = 500
 SLOW = 0.05  # seconds of a product, above which the next, eight times the work, is not run
 FEWEST, MOST, ENOUGH = 3, 100, 0.3  # runs timed, until ENOUGH seconds went into them; the least counts, as others'
@@ -52,9 +54,19 @@ class Rates:
 def measure_rates(where: torch.device) -> Rates:
     """Run copies, matrix products in each dtype, a tiny operation and every codec. Takes some seconds and COPIED * 2
     bytes."""
+    warn_if_busy(where)
     flops = {name: _matmul(where, dtype) for name, dtype in DTYPES.items()}
     codecs = {name: _codec(where, name) for name in sorted(PACKED_BYTES) if not elsewhere(name)}
     return Rates(_bandwidth(where), _launch(where), flops, codecs, _links(where))
+
+
+def warn_if_busy(where: torch.device) -> None:
+    """Threads that wait for each other beside other work are slower by far more than their share of the processor."""
+    if where.type == "cpu" and (others := psutil.cpu_percent(interval=0.3) / 100) > BUSY:
+        logger.warning(
+            "memopt: %.0f %% of the processor's time goes to other work, and rates measured now may be far too low; "
+            "calibrate again when it is idle", 100 * others,
+        )  # fmt: skip
 
 
 def _best(run: Callable[[], object], where: torch.device) -> float:

@@ -80,6 +80,15 @@ def test_packing_is_priced_by_what_its_codec_reaches() -> None:
     assert found == pytest.approx([1000 / 1e9 + 1e-6, 1000 / 2e9 + 1e-6])
 
 
+@pytest.mark.parametrize("percent", [5.0, 80.0])
+def test_a_busy_machine_is_named(
+    percent: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(calibrate.psutil, "cpu_percent", lambda interval: percent)
+    calibrate.warn_if_busy(CPU)
+    assert ("80 % of the processor's time" in caplog.text) == (percent > 50)
+
+
 def test_measured_rates_order_the_work_as_the_machine_does(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(calibrate.COPIED, "cpu", 4 * 2**20)
     monkeypatch.setitem(calibrate.SIDE, "cpu", 256)
