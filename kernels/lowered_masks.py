@@ -24,8 +24,8 @@ LOADED = re.compile(r"at::vec::VecMask<float,\d+>::from\((.+), ([^,]+)\)")
 
 @contextmanager
 def masks_as_bytes(graph: fx.GraphModule) -> Iterator[None]:
-    """While the graph's code is generated. Lines that are written otherwise than torch 2.13 does stay as they are; so
-    does all of a graph that looks at other numbers as booleans, which then are no masks."""
+    """While the graph's code is generated. Lines that are not those of torch 2.11 to 2.13 stay as they are; so does all
+    of a graph that looks at other numbers as booleans, which then are no masks."""
     if any(torch.bool in node.args and node.target is torch.ops.aten.view.dtype for node in graph.graph.nodes):
         yield
         return
