@@ -27,9 +27,11 @@ Codec = tuple[str, int]  # name of a pair of operations, bytes it packs the valu
 class Packing(Trade):
     """A trade that packs values. Assumes: the codec gives back what it was given, or the trade is lossy and says so.
 
-    stand_in: as of its remakes."""
+    stand_in: as of its remakes. label: in the names of what is packed, where it must not be another trade's of the same
+    codec; else the codec's."""
 
     stand_in: ClassVar[bool] = False
+    label: ClassVar[str] = ""
 
     @abstractmethod
     def codecs(self, graph: StepGraph) -> Mapping[str, Codec]:
@@ -41,7 +43,7 @@ class Packing(Trade):
     def late(self, graph: StepGraph, choices: Sequence[Mapping[str, Codec]]) -> tuple[Remake, ...]:
         """For each choice of codecs, a remake for every late read of a value that it packs."""
         found = [
-            {v: replace(packed(graph, self.name, v, codec), stand_in=self.stand_in) for v, codec in codecs.items()}
+            {v: replace(packed(graph, self.name, v, c, self.label), stand_in=self.stand_in) for v, c in codecs.items()}
             for codecs in choices
         ]
         reads = tuple(read_late(graph, dict.fromkeys(value for codecs in choices for value in codecs).keys()))
@@ -66,11 +68,11 @@ def packed_bytes(codec: str, info: TensorInfo) -> int:
     return PACKED_BYTES[codec](info.shape, ITEMSIZE[info.dtype])
 
 
-def packed(graph: StepGraph, trade: str, value: str, codec: Codec) -> Remake:
+def packed(graph: StepGraph, trade: str, value: str, codec: Codec, label: str = "") -> Remake:
     """The remake that packs the value where it is made; its span is still to be set, as are its seconds."""
     name, nbytes = codec
     made = graph.steps[graph.uses[value][0]]
-    label = name.partition("_")[0]  # a disk's pools are numbered: which one is no part of a plan
+    label = label or name.partition("_")[0]  # a disk's pools are numbered: which one is no part of a plan
     to, back = f"{value}_{label}", f"{value}_from_{label}"
     shape = f"{graph.tensors[value].dtype}{list(graph.tensors[value].shape)}"
     pack = Step(to, f"memopt.pack_{name}.default", "forward", (value,), (to,), made.source, f"pack_{name}({shape})")

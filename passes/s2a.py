@@ -33,7 +33,7 @@ class _Slopes(Slopes):
 class _Values(Int4Activations):
     """What is computed again from a value is made of the value itself: an operation with parameters may read it."""
 
-    name, stand_in = S2A.name, True
+    name, label, stand_in = S2A.name, S2A.name, True
 
     def codecs(self, graph: StepGraph) -> Mapping[str, Codec]:
         slopes, batch = read_for_slope(graph), of_batch(graph)

@@ -78,6 +78,15 @@ def test_a_compilers_kernels_hide_no_parameter_and_nothing_is_made_of_what_comes
     assert all(offer.stand_in for offer in (*plain, *kernels))
 
 
+def test_beside_int4_of_the_same_values_no_plan_is_dearer_than_without_consent() -> None:
+    budget = int(0.6 * compiled(blocks(), inputs(), "4GB").memopt.plan.peak)
+    plain, ours = (
+        compiled(blocks(), inputs(), budget, allow=allow, passes="-attention,-stream").memopt.plan
+        for allow in ((), ("s2a", "int4_activations"))
+    )
+    assert ours.plan.seconds <= plain.plan.seconds
+
+
 @pytest.mark.parametrize("allow", [("s2a",), ("s2a", "fewbit", "int4_activations")])
 def test_a_step_holds_its_budget_and_its_gradients_are_near(allow: tuple[str, ...]) -> None:
     model, x = blocks(), inputs()
