@@ -52,8 +52,8 @@ class Rates:
 
 
 def measure_rates(where: torch.device) -> Rates:
-    """Run copies, matrix products in each dtype, a tiny operation and every codec. Takes some seconds and COPIED * 2
-    bytes."""
+    """Run copies, matrix products in each dtype, a tiny operation and every codec. Takes some twenty seconds and
+    COPIED * 2 bytes."""
     warn_if_busy(where)
     flops = {name: _matmul(where, dtype) for name, dtype in DTYPES.items()}
     codecs = {name: _codec(where, name) for name in sorted(PACKED_BYTES) if not elsewhere(name)}

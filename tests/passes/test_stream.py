@@ -95,7 +95,7 @@ def test_an_mlp_and_its_norm_become_one_call_that_reads_the_residual_alone() -> 
     assert run(forward) == ()  # a second time there is nothing
 
 
-def test_layers_that_are_alike_share_a_region_whose_chunks_are_traced_once() -> None:
+def test_layers_that_are_alike_share_a_region() -> None:
     forward = replace(forward_of(traced(Mixed(4), torch.randn(2, SEQ, WIDTH))), chunks=3)
     run(forward)
     keys = [call.args[-2] for call in forward.calls(STREAMED)]
