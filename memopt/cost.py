@@ -11,7 +11,7 @@ from math import prod
 from typing import Protocol
 
 from memopt.devices import Device
-from memopt.edit import HOST
+from memopt.edit import HOST, READ, WRITE
 from memopt.graph import Step, StepGraph
 from memopt.tokens import moved, part_of
 
@@ -70,20 +70,30 @@ class Roofline:
     """max(flops / peak rate, bytes / bandwidth) + launch (Williams et al., 2009, doi:10.1145/1498765.1498785).
 
     The rate is that of the widest dtype among the step's main tensors; the device says which share of its rates a good
-    kernel reaches.
+    kernel reaches. disk: bytes a second of writing to disk and of reading back, where the optimizer's state lies there.
     """
 
     device: Device
+    disk: tuple[float, float] | None = None
 
     def seconds(self, graph: StepGraph, step: Step) -> float:
         if is_view(graph, step):
             return 0.0
+        if step.op in (READ, WRITE):
+            return self._fetching(graph, step) + self.device.launch_seconds
         codec = codec_of(step)
         if codec in self.device.codecs or codec.startswith(HOST):
             return self._packing(graph, step, codec) + self.device.launch_seconds
         compute = step.flops / self.device.flops(main_dtypes(graph, step)) if step.flops else 0.0
         memory = moved_bytes(graph, step) / self.device.memory_bandwidth
         return max(compute, memory) / self.device.efficiency + self.device.launch_seconds
+
+    def _fetching(self, graph: StepGraph, step: Step) -> float:
+        """Seconds of moving a part of the optimizer's state between its home and the device."""
+        out, back = self.disk or (self.device.device_to_host, self.device.host_to_device)
+        if step.op == READ:
+            return _tensor_bytes(graph, step.writes[0]) / back
+        return _tensor_bytes(graph, step.reads[1]) / out  # behind its home
 
     def _packing(self, graph: StepGraph, step: Step, codec: str) -> float:
         packing = step.op.startswith("memopt.pack_")

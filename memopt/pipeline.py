@@ -6,9 +6,11 @@ Order and duties (timing, verification, dumps) live here; passes, trades and sol
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import accumulate
 
 from torch.optim import Optimizer
 
@@ -18,13 +20,14 @@ from memopt.compose import whole_step, with_inputs, with_workspaces, without_out
 from memopt.cost import CostModel, Measured, Roofline
 from memopt.dumps import CAPTURED, count, dump_program, passed
 from memopt.early import overtaken
-from memopt.edit import Remake, edit
+from memopt.edit import DISK, HOST, Remake, edit
 from memopt.fences import fenced
 from memopt.fusion import Fences, Fused, expanded, fused, fused_seconds, unfused
 from memopt.garbage import collected_later
 from memopt.graph import StepGraph
 from memopt.joints import Part
 from memopt.noise import Noise
+from memopt.optim.moved import PLACES
 from memopt.optim.photograph import WHOLE, OptimizerPhase
 from memopt.optim.portions import Update
 from memopt.optim.precision import obstacle
@@ -42,11 +45,12 @@ from memopt.report import PlanResult
 from memopt.request import Request
 from memopt.reused import identity, reused
 from memopt.rewrites import rewritten_levers
+from memopt.runtime import disk
 from memopt.seams import parts_of
 from memopt.solvers import solve
 from memopt.solvers.overlapped import solve_overlapped
 from memopt.timeline import peak
-from memopt.trained import affordable, candidates, hindrance, libraries, unread, update_phase
+from memopt.trained import affordable, candidates, hindrance, libraries, states_there, unread, update_phase
 from memopt.units import format_size
 
 Progress = Callable[[str, float | None], None]
@@ -248,8 +252,37 @@ class _Maker:
         request, device = self.request, self.request.device
         portion = affordable(whole, self.phase, request.optimizer, request.budget, device.allocator_block)
         planned = _planned(self, WHOLE, phase, whole) if portion is None else self.planned(Update(portion))
-        backward = planned.result.infeasible and request.update == "backward"
-        return self.in_backward(planned) if backward else planned
+        if planned.result.infeasible and request.update == "backward":
+            planned = self.in_backward(planned)
+        return self.elsewhere(planned) if planned.result.infeasible else planned
+
+    def elsewhere(self, refused: Planned) -> Planned:
+        """The plan with the optimizer's state in the host's memory or on disk, of no more parameters than must be; what
+        was refused, where that does not fit either and takes less."""
+        least = refused
+        for update in self.moves(refused):
+            planned = self.planned(update)
+            if planned.result.infeasible and self.request.update == "backward":
+                planned = self.in_backward(planned)
+            least = min(least, planned, key=lambda one: one.result.plan.peak)
+            if not planned.result.infeasible:
+                return planned
+        return least
+
+    def moves(self, refused: Planned) -> Iterator[Update]:
+        """Updates with ever more states elsewhere: as many of the largest as the refused plan exceeds the budget by,
+        twice as many, and all that there is room for."""
+        phase, over = self.phase(WHOLE), refused.result.plan.peak - self.request.budget
+        pools = (self.request.host, HOST), (self.request.disk, DISK)
+        for limit, codec in (pool for pool, kind in pools if pool[0] and PLACES[kind] not in self.request.off):
+            sizes = states_there(phase, self.request.optimizer, codec)
+            total = [*accumulate(sizes.values())]
+            names = [*sizes][: bisect_right(total, limit)]
+            if not names:
+                continue
+            some = bisect_left(total, over + total[0]) + 1  # what is updated is there besides
+            for number in (*(number for number in (some, 2 * some) if number < len(names)), len(names)):
+                yield Update(1, moved=frozenset(names[:number]), pool=codec, there=total[number - 1])
 
     def lossy(self, refused: Planned) -> Planned:
         """The first plan that fits with moments in fewer bits, of the ways allowed; else the one that takes least."""
@@ -274,7 +307,8 @@ class _Maker:
         assert optimizer is not None
         early = candidates(self.survey, self.parts[0], optimizer)
         while early:
-            planned = self.planned(Update(self.portion_of_the_rest(refused, early), early, refused.update.state))
+            portion = self.portion_of_the_rest(refused, early)
+            planned = self.planned(replace(refused.update, portion=portion, in_backward=early))
             late = overtaken(planned.result.after, early)
             if not late:
                 return planned
@@ -284,15 +318,22 @@ class _Maker:
     def portion_of_the_rest(self, refused: Planned, early: frozenset[str]) -> int | None:
         """In what portions the others are updated, if there are any."""
         others = any(sent.target.startswith("grad:") for sent in self.parts[0].sent if sent.target[5:] not in early)
-        return refused.update.portion if others else None
+        return refused.update.portion if others or refused.update.moved else None
 
     def planned(self, update: Update) -> Planned:
         """The plan of the step that is updated so."""
         return _planned(self, update, *self.step(update))
 
+    def left(self, update: Update) -> Request:
+        """The request when the optimizer's state takes its share of what may lie elsewhere."""
+        host, there = self.request.host, self.request.disk
+        if update.pool.startswith(HOST):
+            return replace(self.request, host=(host[0] - update.there, host[1]))
+        return replace(self.request, disk=(there[0] - update.there, there[1])) if update.moved else self.request
+
 
 def _planned(make: _Maker, update: Update, phase: OptimizerPhase, whole: StepGraph) -> Planned:
-    survey, request, costs, plan_file = make.survey, make.request, make.costs, make.plan_file
+    survey, request, costs, plan_file = make.survey, make.left(update), make.costs, make.plan_file
     contracted, seconds = _contracted(whole, request, costs)
     graph = contracted.graph
     remakes, brought = priced(graph, _proposals(graph, seconds, request), _cost_model(request, costs), costs.meter)
@@ -373,7 +414,8 @@ def optimizer_phase(survey: Survey, request: Request, update: Update = WHOLE) ->
 
 
 def _cost_model(request: Request, costs: Costs) -> CostModel:
-    model: CostModel = Roofline(request.device)
+    rates = disk.pool_of(request.disk[1]).rates() if request.disk[1] else None
+    model: CostModel = Roofline(request.device, None if rates is None else (rates.write, rates.read))
     return Measured(costs.seconds, model) if costs.seconds else model
 
 

@@ -84,7 +84,7 @@ class Planner:
             if not planned.result.infeasible:
                 planned = self.faster(key, call, planned)
                 return self.adopted(planned.instead_of(tried[0][0].result) if len(tried) > 1 else planned)
-            if hopeless(planned.result):
+            if hopeless(planned.result) and self.request.update == "step":  # in backward only one lowering may update
                 break
         self.refuse(*min(tried, key=lambda pair: pair[0].result.plan.peak), call)
 

@@ -18,7 +18,7 @@ from memopt.optim.precision import obstacle
 from memopt.passbase import Numerics
 from memopt.passes import TRADES
 from memopt.passes.offload import Offload, OffloadDisk, OffloadHost
-from memopt.pipeline import UNMEASURED, Costs, make_plan, silent
+from memopt.pipeline import UNMEASURED, Costs, Planned, make_plan, silent
 from memopt.plans import Plan
 from memopt.report import PlanResult
 from memopt.request import Request
@@ -180,8 +180,10 @@ class Refused:
         yield self._way(self.spelling.anew, max(classes, key=ORDER.__getitem__, default="exact"), plan)
 
     def _plan(self, found: Survey, request: Request) -> Plan:
-        request = replace(request, quick=True)
-        return make_plan(found, request, self.price(found), 0.0, silent, noise=self.noise).result.plan
+        return self._planned(found, request).result.plan
+
+    def _planned(self, found: Survey, request: Request) -> Planned:
+        return make_plan(found, replace(request, quick=True), self.price(found), 0.0, silent, noise=self.noise)
 
     def _way(self, change: str, numerics: str, plan: Plan) -> WayOut:
         """What this change leads to: the plan's peak, if it fits, else the lowest that was found."""
@@ -223,14 +225,15 @@ class Refused:
     def _host(self) -> Iterator[WayOut]:
         """The host's memory, as much as the plan with any takes of it."""
         wanted = self.request.device.kind == "cuda" and OffloadHost.name in self.request.off
-        if wanted and not hopeless(self.result):
+        if wanted and not hopeless(self.result, WITHOUT_STATE):
             anything = replace(self.request, host=(ANY, host.use(ANY).codec))
             yield self._elsewhere(OffloadHost, anything, self.spelling.host)
 
     def _elsewhere(self, trade: type[Offload], request: Request, word: str) -> WayOut:
-        """The plan with room elsewhere, and how much of it that plan uses."""
-        plan = self._plan(self.found, replace(request, off=request.off - {trade.name}))
-        used = int(taken(plan.chosen).get(trade.resource, 1))
+        """The plan with room elsewhere, and how much of it that plan uses, for the optimizer's state too."""
+        planned = self._planned(self.found, replace(request, off=request.off - {trade.name}))
+        plan = planned.result.plan
+        used = max(1, int(taken(plan.chosen).get(trade.resource, 0)) + planned.update.there)
         return self._way(word.format(round_up(used)), trade.numerics.value, plan)
 
     def _numerics(self) -> Iterator[WayOut]:

@@ -89,7 +89,7 @@ class Session(LighterPlanner):
         anew = self.exceeded() and self.replanned(args, kwargs)
         planned = self.plan_for(args, kwargs)
         if self.stepper is not None:
-            self.stepper.follow(planned.update)
+            self.stepper.follow(planned.update, dict(self.model.named_parameters()))
         self.inputs = (args, kwargs)
         self.watch.begin(self.current, planned.result.plan.peak)
         self.inputs = ()

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from math import prod
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from memopt.capture import Survey
+from memopt.edit import HOST
 from memopt.facts import storage_bytes
 from memopt.graph import TANGENTS, StepGraph, Storage, TensorInfo
 from memopt.joints import Part
+from memopt.optim.alone import MOVABLE
+from memopt.optim.moved import LEAST
 from memopt.optim.photograph import WHOLE, OptimizerPhase, photograph_optimizer
 from memopt.optim.portions import Update, nbytes, separate
 from memopt.optim.precision import WIDTHS, planned_as
 from memopt.optim.sharded import Sharded
+from memopt.runtime.disk import aligned
+from memopt.runtime.host import room
 from memopt.timeline import lasting, peak, phase_peaks
 from memopt.units import format_size
 
@@ -37,8 +43,7 @@ def update_phase(
         if optimizer is not None and update.state:
             optimizer = planned_as(optimizer, update.state)
         params = [(name, p) for name, p in survey.model.named_parameters() if name in trained]
-        foreach = True if kind == "cuda" else None
-        survey.updates[known] = photograph_optimizer(params, optimizer, foreach=foreach, update=update)
+        survey.updates[known] = photograph_optimizer(params, optimizer, kind=kind, update=update)
     found: OptimizerPhase = survey.updates[known]
     return found
 
@@ -107,6 +112,21 @@ def affordable(
     return best[1]
 
 
+def states_there(phase: OptimizerPhase, optimizer: torch.optim.Optimizer | None, codec: str) -> dict[str, int]:
+    """Bytes that the state of each parameter would take in this pool, the largest first; of those whose state can lie
+    there: matrices and the like of classes that are known."""
+    if type(optimizer) not in MOVABLE:
+        return {}
+    found: dict[str, int] = {}
+    for name in phase.state_names:
+        info, (_, _, owner_and_key) = phase.tensors[name], name.partition(":")
+        owner = owner_and_key.rpartition(":")[0]
+        if owner in phase.tensors and info.shape and prod(phase.tensors[owner].shape) >= LEAST:
+            nbytes = phase.storages[info.storage].nbytes
+            found[owner] = found.get(owner, 0) + (room(nbytes) if codec.startswith(HOST) else aligned(nbytes))
+    return dict(sorted(found.items(), key=lambda each: -each[1]))
+
+
 def hindrance(survey: Survey, optimizer: torch.optim.Optimizer | None, lowering: str, accumulate: int) -> str:
     """Why no parameter can be updated in backward; "" if some can."""
     if optimizer is None:
@@ -151,7 +171,13 @@ def said(update: Update, optimizer: torch.optim.Optimizer | None, phase: Optimiz
         )
     if update.state:
         notes.append(f"AdamW's moments are stored in {WIDTHS[update.state]} (lossy, allowed as {update.state})")
-    if update.portion is not None:
+    if update.moved:
+        there = "in the host's memory" if update.pool.startswith(HOST) else "on disk"
+        notes.append(
+            f"the optimizer's state of {len(update.moved)} parameters lies {there}, {format_size(update.there)}, and "
+            "is copied for each update and back (exact)"
+        )
+    elif update.portion is not None:
         portion = format_size(update.portion)
         notes.append(f"the optimizer updates at most {portion} of parameters at a time (exact): at once takes too much")
     if update.in_backward:

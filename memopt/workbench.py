@@ -41,6 +41,7 @@ OPTIMIZERS: Mapping[str, Callable[..., torch.optim.Optimizer]] = {
     "sgd-momentum": lambda params: torch.optim.SGD(params, lr=1e-3, momentum=0.9),
     "adafactor": torch.optim.Adafactor,
     "rmsprop": torch.optim.RMSprop,
+    "adamw-fp32": optim.AdamW,
     "adamw-bf16": optim.AdamWBf16,
     "adamw8bit": optim.AdamW8bit,
     "adamw4bit": optim.AdamW4bit,

@@ -118,14 +118,14 @@ def in_order(tensor: Tensor, like: Tensor) -> Tensor:
 
     Raises ValueError if `like` has gaps or overlaps.
     """
-    if not _dense(like):
+    if not dense(like):
         raise ValueError(f"a parameter of strides {like.stride()} has gaps or overlaps; make it contiguous")
     if tensor.stride() != like.stride():
         tensor = torch.empty_like(like, dtype=tensor.dtype).copy_(tensor)
     return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
 
 
-def _dense(tensor: Tensor) -> bool:
+def dense(tensor: Tensor) -> bool:
     """Whether its elements fill one stretch of memory."""
     expected = 1
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):

@@ -19,8 +19,8 @@ from torch.utils._pytree import tree_iter
 
 from memopt.errors import MemoptError
 from memopt.graph import Step, StepGraph, Storage, TensorInfo
-from memopt.optim.family import plain_step
-from memopt.optim.portions import Update, part_of, portions_of
+from memopt.optim.moved import Layout, State, movable
+from memopt.optim.portions import Update, portions_of, update_portion
 from memopt.optim.rebuild import fake_parameters, rebuilt, refuse
 from memopt.optim.recorder import Recorder
 
@@ -60,15 +60,15 @@ def photograph_optimizer(
     params: Sequence[tuple[str, Tensor]],
     optimizer: Optimizer | None,
     *,
-    foreach: bool | None = None,
+    kind: str = "cpu",
     update: Update = WHOLE,
 ) -> OptimizerPhase:
     """What `optimizer.step()` reads, writes and holds once its state exists, for parameters that all have gradients.
 
     params: the parameters that get one, fake or real (only shapes are read), by name; the very objects the optimizer
     holds, or as many in its order. None: AdamW as torch builds it by default, its states and temporaries in fp32 even
-    for parameters of less precision (where torch's own would follow the parameters). foreach: what torch picks where
-    the optimizer leaves it open; None for this device's choice, True to plan on a CPU for a CUDA device. update: over
+    for parameters of less precision (where torch's own would follow the parameters). kind: of the device that is
+    planned for, "cpu" or "cuda": where the optimizer leaves it open, torch updates in lists on the latter. update: over
     how many parameters at a time it steps, and which ones in backward. Neither the optimizer nor a tensor of it is
     changed.
 
@@ -80,16 +80,30 @@ def photograph_optimizer(
     with FakeTensorMode(allow_non_fake_inputs=True):
         fakes = fake_parameters(params, least=torch.float32 if optimizer is None else None)
         double = _default(fakes) if optimizer is None else rebuilt(optimizer, params, fakes)
-        _choose_foreach(double, foreach)
+        _choose_foreach(double, True if kind == "cuda" else None)
         with recorder:
             _step(double)
-            _introduce(recorder, double, fakes)
+            homes = _introduce(recorder, double, fakes, update.moved)
             recorder.on = True
-            early = _recorded(recorder, double, fakes, update)
+            early = _recorded(recorder, double, fakes, update, homes, kind)
             outputs = recorder.finish()
     if optimizer is None:
         _narrow(recorder, params)
     return _phase(recorder, outputs, ASSUMED if optimizer is None else "", early)
+
+
+def state_layouts(optimizer: Optimizer, params: Mapping[str, Tensor]) -> dict[str, dict[str, Layout]]:
+    """How the state of these parameters is laid out, but for its scalars, once there is one."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fakes = fake_parameters([*params.items()])
+        double = rebuilt(optimizer, [*params.items()], fakes)
+        with Recorder():  # numbers are read
+            _step(double)
+        found = {name: dict(movable(double.state[fake])) for name, fake in fakes.items()}
+    return {
+        name: {key: (value.shape, value.stride(), value.dtype) for key, value in state.items()}
+        for name, state in found.items()
+    }
 
 
 def _default(fakes: dict[str, nn.Parameter]) -> Optimizer:
@@ -124,8 +138,9 @@ def _step(optimizer: Optimizer) -> None:
 
 
 def _recorded(
-    recorder: Recorder, double: Optimizer, fakes: dict[str, nn.Parameter], update: Update
-) -> dict[str, slice]:
+    recorder: Recorder, double: Optimizer, fakes: dict[str, nn.Parameter], update: Update, homes: Mapping[int, State],
+    kind: str,
+) -> dict[str, slice]:  # fmt: skip
     """Run the photographed step, in portions; where among the recorder's steps those of each early parameter are."""
     if update == WHOLE:
         _step(double)
@@ -133,16 +148,20 @@ def _recorded(
     names = {id(fake): name for name, fake in fakes.items()}
     alone = frozenset(id(fake) for name, fake in fakes.items() if name in update.in_backward)
     early: dict[str, slice] = {}
-    for portion in portions_of(double, update.portion, alone):
+    for portion in portions_of(double, update.portion, alone | homes.keys()):
         before = len(recorder.steps)
-        plain_step(part_of(double, portion))
+        update_portion(double, portion, update.portion, homes, kind)
         if id(portion[0]) in alone:
             early[names[id(portion[0])]] = slice(before, len(recorder.steps))
     return early
 
 
-def _introduce(recorder: Recorder, optimizer: Optimizer, fakes: dict[str, nn.Parameter]) -> None:
-    """Name what is alive before the photographed step. Parameters first, so that state that aliases one is no state."""
+def _introduce(
+    recorder: Recorder, optimizer: Optimizer, fakes: dict[str, nn.Parameter], moved: frozenset[str]
+) -> dict[int, State]:
+    """Name what is alive before the photographed step. Parameters first, so that state that aliases one is no state.
+
+    moved: parameters whose state takes no bytes here; returned are its homes, by the parameters' ids."""
     for name, fake in fakes.items():
         recorder.know(name, fake, "parameter")
     for name, fake in fakes.items():
@@ -154,6 +173,10 @@ def _introduce(recorder: Recorder, optimizer: Optimizer, fakes: dict[str, nn.Par
             for at, leaf in enumerate(leaf for leaf in tree_iter(value) if isinstance(leaf, Tensor)):
                 name = f"state:{names.get(id(owner), 'other')}:{key}"
                 recorder.know(name if not at else f"{name}.{at}", leaf, "state")
+    homes = {id(fakes[name]): dict(movable(optimizer.state[fakes[name]])) for name in moved}
+    for home in (leaf for state in homes.values() for leaf in state.values()):
+        recorder.elsewhere(home)
+    return homes
 
 
 def _phase(recorder: Recorder, outputs: tuple[str, ...], assumed: str, early: Mapping[str, slice]) -> OptimizerPhase:

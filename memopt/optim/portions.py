@@ -2,13 +2,14 @@
 
 Where no update depends on another parameter's, the portions give the bits of the whole step: a foreach operation treats
 each tensor of its list by itself. Adam over a list of all parameters makes temporaries of their size; over a portion,
-of the portion's.
+of the portion's. A parameter larger than a portion is updated in pieces where that is known to change no bit
+(memopt/optim/alone.py), and one whose state lies elsewhere by itself.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from memopt.optim.family import Family
+from memopt.optim.alone import piece, update_alone
+from memopt.optim.family import Family, plain_step
+from memopt.optim.moved import State
 from memopt.optim.sharded import Sharded
 
 # The very classes, no subclass: what those do is not known. LBFGS and SparseAdam are none (memopt.optim.rebuild).
@@ -29,13 +32,17 @@ SEPARATE = frozenset({
 
 @dataclass(frozen=True)
 class Update:
-    """How a planned step updates. portion: bytes of parameters to update together, at most (one parameter at least);
-    None: all at once, as the optimizer does. in_backward: names of parameters updated as soon as their gradient is
-    final. state: how the moments are stored instead, a name of memopt/optim/precision.py; "": as they are."""
+    """How a planned step updates. portion: bytes of parameters to update together, at most (one parameter, or piece of
+    one, at least); None: all at once, as the optimizer does. in_backward: names of parameters updated as soon as their
+    gradient is final. state: how the moments are stored instead, a name of memopt/optim/precision.py; "": as they are.
+    moved: names of parameters whose state lies in this codec's pool but for its update, and takes `there` bytes."""
 
     portion: int | None = None
     in_backward: frozenset[str] = frozenset()
     state: str = ""
+    moved: frozenset[str] = frozenset()
+    pool: str = ""
+    there: int = 0
 
 
 def separate(optimizer: Optimizer | None) -> bool:
@@ -56,7 +63,7 @@ def part_of(optimizer: Optimizer, params: Sequence[Tensor]) -> Optimizer:
     return part
 
 
-def portions_of(optimizer: Optimizer, portion: int | None, alone: frozenset[int]) -> Iterator[list[Tensor]]:
+def portions_of(optimizer: Optimizer, portion: int | None, alone: Collection[int]) -> Iterator[list[Tensor]]:
     """The parameters that have a gradient, in order, by portions of so many bytes. alone: ids of those that make a
     portion by themselves."""
     found: list[Tensor] = []
@@ -70,6 +77,18 @@ def portions_of(optimizer: Optimizer, portion: int | None, alone: frozenset[int]
         found.append(p)
     if found:
         yield found
+
+
+def update_portion(
+    optimizer: Optimizer, params: Sequence[Tensor], portion: int | None, homes: Mapping[int, State], kind: str
+) -> None:
+    """Update these parameters together, or the one there is by itself. homes: of states that lie elsewhere, by id.
+    kind: of the device."""
+    if len(params) == 1:
+        each, home = piece(optimizer, portion, params[0], kind), homes.get(id(params[0]))
+        if each is not None or home is not None:
+            return update_alone(optimizer, params[0], each, home)
+    plain_step(part_of(optimizer, params))
 
 
 def nbytes(tensors: Sequence[Tensor]) -> int:

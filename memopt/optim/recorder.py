@@ -44,6 +44,11 @@ class Recorder(TorchDispatchMode):
             self._declare(name, tensor, kind)
             self.given.append(name)
 
+    def elsewhere(self, tensor: Tensor) -> None:
+        """What is known lies somewhere else: its bytes are none of this memory."""
+        home = self.tensors[self._latest[_storage(tensor)]].storage
+        self.storages[home] = replace(self.storages[home], nbytes=0)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default:

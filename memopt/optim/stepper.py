@@ -6,7 +6,7 @@ see the optimizer they know; what changes is over how many parameters its class'
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from memopt.errors import MemoptError
-from memopt.optim.family import plain_step
-from memopt.optim.portions import Update, part_of, portions_of
+from memopt.optim.moved import Homes
+from memopt.optim.photograph import state_layouts
+from memopt.optim.portions import Update, portions_of, update_portion
 from memopt.optim.precision import obstacle, turn
 
 TWICE = (
@@ -32,23 +33,48 @@ LATE = (
 
 @dataclass
 class Stepper:
-    """done: ids of the parameters that were updated in backward since the last step. portion: as `Update`'s."""
+    """done: ids of the parameters that were updated in backward since the last step. portion: as `Update`'s. homes: of
+    the states that lie elsewhere."""
 
     optimizer: Optimizer
     portion: int | None = None
     done: set[int] = field(default_factory=set)
+    homes: Homes | None = None
     installed: bool = False
 
-    def follow(self, update: Update) -> None:
-        """Step as this plan asks from now on; of several plans, in the smallest portions asked for."""
+    def follow(self, update: Update, params: Mapping[str, Tensor]) -> None:
+        """Step as this plan asks from now on; of several plans, in the smallest portions asked for, and with all states
+        elsewhere that one wants there. params: the model's, by name. Raises DiskError, nothing changed, where there is
+        no room for them."""
         if update == Update():
             return
+        if update.moved:
+            self.move({name: params[name] for name in update.moved}, update.pool)
         if update.state and not obstacle(self.optimizer):
             turn(self.optimizer, update.state)
         if update.portion is not None:
             self.portion = min(update.portion, self.portion or update.portion)
         if not self.installed:
             self.install()
+
+    def move(self, params: Mapping[str, Tensor], pool: str) -> None:
+        """Have the state of these parameters lie in this pool from now on."""
+        new = {name: p for name, p in params.items() if self.homes is None or id(p) not in self.homes.kept}
+        if not new:
+            return
+        if self.homes is None:
+            self.homes = Homes.of(pool, next(iter(new.values())).device)
+        self.homes.prepare({params[name]: each for name, each in state_layouts(self.optimizer, new).items()})
+        for p in new.values():
+            self.homes.settle(self.optimizer, p)
+        self.optimizer.load_state_dict = self.load  # type: ignore[method-assign]
+        if next(iter(new.values())).is_cuda:
+            self.optimizer.register_state_dict_pre_hook(lambda _: torch.cuda.synchronize())  # homes are written late
+
+    def load(self, state_dict: dict[str, Any]) -> None:
+        """The optimizer's `load_state_dict`, with what lies elsewhere taken there at once."""
+        assert self.homes is not None
+        self.homes.load(self.optimizer, state_dict)
 
     def install(self) -> None:
         """Put the planned step in the place of the optimizer's, between the hooks that torch runs around it."""
@@ -69,12 +95,20 @@ class Stepper:
                 loss = closure()
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
         done, self.done = self.done, set()
-        portions = list(portions_of(self.optimizer, self.portion, frozenset()))
+        homes = {} if self.homes is None else self.homes.kept
+        portions = list(portions_of(self.optimizer, self.portion, homes))
         if any(id(p) in done for portion in portions for p in portion):
             raise MemoptError(LATE)
         for portion in portions:
-            plain_step(part_of(self.optimizer, portion))
+            self.update(portion)
         return loss
+
+    def update(self, params: list[Tensor]) -> None:
+        """Update a portion of the parameters."""
+        homes = {} if self.homes is None else self.homes.kept
+        if self.homes is not None and id(params[0]) in homes:
+            self.homes.settle(self.optimizer, params[0])
+        update_portion(self.optimizer, params, self.portion, homes, params[0].device.type)
 
     def consumer(self, name: str, p: Tensor) -> Callable[[Tensor], None]:
         """A function of a final gradient that updates the parameter with it, there and then."""
@@ -96,6 +130,6 @@ class Stepper:
         self.done.add(id(p))
         p.grad = gradient
         try:
-            plain_step(part_of(self.optimizer, [p]))
+            self.update([p])
         finally:
             p.grad = None

@@ -137,7 +137,7 @@ def test_no_optimizer_is_adamw_and_says_so() -> None:
     assert phase.state_bytes == pytest.approx(2 * distinct_bytes(params), abs=64)
     assert peak(phase.graph()) == peak(photograph_optimizer(named(params), optim.AdamW(params)).graph())
     size = distinct_bytes(params)
-    assert peak(photograph_optimizer(named(params), None, foreach=True).graph()) == pytest.approx(5 * size, abs=64)
+    assert peak(photograph_optimizer(named(params), None, kind="cuda").graph()) == pytest.approx(5 * size, abs=64)
 
 
 def test_no_optimizer_means_fp32_states_for_bf16_parameters_too() -> None:
@@ -152,8 +152,8 @@ def test_no_optimizer_means_fp32_states_for_bf16_parameters_too() -> None:
 
 def test_foreach_is_chosen_only_where_the_optimizer_leaves_it_open() -> None:
     params = parameters()
-    loop = photograph_optimizer(named(params), optim.AdamW(params, foreach=False), foreach=True)
-    fused = photograph_optimizer(named(params), optim.AdamW(params, fused=True), foreach=True)
+    loop = photograph_optimizer(named(params), optim.AdamW(params, foreach=False), kind="cuda")
+    fused = photograph_optimizer(named(params), optim.AdamW(params, fused=True), kind="cuda")
     assert not any("foreach" in step.op for step in loop.steps)
     assert any("fused" in step.op for step in fused.steps)
 
@@ -182,7 +182,7 @@ def test_the_users_optimizer_is_not_touched() -> None:
     values = [tensor.clone() for tensor in resident_tensors(optimizer)]
     state = {key: dict(value) for key, value in optimizer.state.items()}
     grads = [p.grad for p in params]
-    photograph_optimizer(named(params), optimizer, foreach=True)
+    photograph_optimizer(named(params), optimizer, kind="cuda")
     assert calls == []
     assert all(map(torch.equal, values, resident_tensors(optimizer)))
     assert all(optimizer.state[p][key] is kept for p in state for key, kept in state[p].items())

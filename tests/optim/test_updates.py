@@ -241,7 +241,7 @@ def test_a_step_in_portions_is_the_step(name: str, foreach: bool) -> None:
             [{"params": params[:2]}, {"params": params[2:], "lr": 0.05}], **OPTIONS.get(name, {}), **more
         )
         if portion is not None:
-            Stepper(optimizer).follow(Update(portion=portion))
+            Stepper(optimizer).follow(Update(portion=portion), {})
         for _ in range(5):
             for p in params:
                 p.grad = torch.randn_like(p)
@@ -256,7 +256,7 @@ def test_hooks_schedulers_and_closures_see_one_step() -> None:
     q = nn.Parameter(torch.ones(4, 4))
     optimizer = torch.optim.AdamW([p, q], lr=0.1)
     early = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
-    Stepper(optimizer).follow(Update(portion=1))
+    Stepper(optimizer).follow(Update(portion=1), {})
     late = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
     calls: list[str] = []
     optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
@@ -375,7 +375,7 @@ def test_an_optimizer_on_its_way_keeps_its_moments() -> None:
     model(TOKENS).backward()
     optimizer.step()
     kept = {p: state["exp_avg"].clone() for p, state in optimizer.state.items()}
-    Stepper(optimizer).follow(Update(state="adamw4bit"))
+    Stepper(optimizer).follow(Update(state="adamw4bit"), {})
     decoded = optimizer.plain_state_dict()["state"]  # type: ignore[attr-defined]
     for at, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
         assert (decoded[at]["exp_avg"] - kept[p]).norm() < 0.2 * kept[p].norm()

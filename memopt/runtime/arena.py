@@ -1,0 +1,96 @@
+"""Tensors that lie in an unnamed file, read and written piece by piece: an optimizer's state between its updates.
+
+Such a tensor is like any other (checkpoints read it), but its memory is the file's, mapped: torch holds none for it,
+and the system takes its pages back as it likes. The room is taken when the tensor is made, so that no later write can
+run out of it. The file has no name, so that a killed process leaves nothing behind; it ends with its last tensor.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from memopt.runtime.disk import DiskError, aligned
+from memopt.units import format_size
+
+
+@dataclass
+class Arena:
+    """An unnamed file of tensors in a folder."""
+
+    folder: Path
+    end: int = 0
+
+    def __post_init__(self) -> None:
+        self.process = os.getpid()
+        self.file = tempfile.TemporaryFile(dir=self.folder, buffering=0)  # noqa: SIM115  # as long as its tensors
+        weakref.finalize(self, self.file.close)
+
+    def empty(self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A dense tensor of these strides, its elements 0. Raises DiskError, and takes no room, where there is none."""
+        nbytes = prod(size) * dtype.itemsize
+        room = aligned(nbytes)
+        try:
+            os.posix_fallocate(self.file.fileno(), self.end, room)
+            mapped = mmap.mmap(self.file.fileno(), room, offset=self.end)
+        except OSError as error:
+            raise DiskError(
+                f"cannot take {format_size(nbytes)} for the optimizer's state in {self.folder}: "
+                f"{error.strerror or error}; no parameter was changed. Free space there, or lower disk_budget"
+            ) from error
+        flat = torch.frombuffer(mapped, dtype=dtype, count=prod(size))
+        address = flat.data_ptr()
+        places[address] = Place(self, self.end, nbytes)
+        weakref.finalize(mapped, places.pop, address)
+        self.end += room
+        return flat.as_strided(tuple(size), tuple(stride))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in its file."""
+
+    arena: Arena
+    offset: int
+    nbytes: int
+
+    def read(self, start: int, into: Tensor) -> None:
+        """Fill a flat tensor on the CPU from byte `start`. Raises DiskError."""
+        self._moved(os.preadv, start, into)
+
+    def write(self, start: int, data: Tensor) -> None:
+        """Write a flat tensor on the CPU from byte `start`. Raises DiskError, also in a forked child."""
+        if os.getpid() != self.arena.process:
+            raise DiskError("the optimizer's state on disk is its process's own; a forked child cannot train with it")
+        self._moved(os.pwritev, start, data)
+
+    def _moved(self, call: Callable[[int, list[memoryview], int], int], start: int, tensor: Tensor) -> None:
+        view, done = memoryview(tensor.view(torch.uint8).numpy()), 0  # type: ignore[arg-type]  # as any buffer
+        try:
+            while done < len(view):
+                got = call(self.arena.file.fileno(), [view[done:]], self.offset + start + done)
+                if not got:
+                    raise DiskError(f"{self.arena.folder} ended amid the optimizer's state; {TORN}")
+                done += got
+        except OSError as error:
+            raise DiskError(
+                f"cannot reach the optimizer's state in {self.arena.folder}: {error.strerror or error}; {TORN}"
+            ) from error
+
+
+TORN = "some parameters may be updated and others not: load the last checkpoint"
+places: dict[int, Place] = {}  # by the address of the storage
+
+
+def place_of(tensor: Tensor) -> Place | None:
+    """Where a tensor lies, if it is one of an arena's."""
+    return places.get(tensor.untyped_storage().data_ptr()) if type(tensor) is Tensor else None
