@@ -72,11 +72,11 @@ def compile(
     is, without loss, "coded_weights").
     max_grad_error: how far off those of activations may put the gradient together, ||g' - g|| / ||g||, estimated on the
     first batch. host_budget: what saved activations of a step on a GPU may take of the host's memory, written as
-    `budget` is, and the optimizer's state or frozen weights where that does not do. disk_budget: what they may take on disk, of the space free
-    in disk_path (the system's folder for temporary files if left out). update: "backward" lets the backward update
-    parameters where the budget needs it, each as soon as its gradient is final: the same bits, but `.grad` is None when
-    `backward()` returns, so nothing may clip, accumulate, scale or read gradients before `optimizer.step()`, which then
-    does what remains; not beside a disk_budget.
+    `budget` is, and the optimizer's state or frozen weights where that does not do. disk_budget: what they may take on
+    disk, of the space free in disk_path (the system's folder for temporary files if left out). update: "backward" lets
+    the backward update parameters where the budget needs it, each as soon as its gradient is final: the same bits, but
+    `.grad` is None when `backward()` returns, so nothing may clip, accumulate, scale or read gradients before
+    `optimizer.step()`, which then does what remains; not beside a disk_budget.
 
     Raises ValueError for an option it does not know, CaptureError, and BudgetError (with the floor and ways out) before
     anything is allocated; then the model is as it was.
