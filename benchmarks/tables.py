@@ -22,6 +22,8 @@ from benchmarks.frontier.table import summary as frontiers
 from benchmarks.gpu import table as gpu
 from benchmarks.gpu.beds import BEDS as GPU_BEDS
 from benchmarks.markdown import between, folded
+from benchmarks.optimizers.__main__ import COLOURS
+from benchmarks.optimizers.table import summary as optimizers
 from benchmarks.planners import picture as planner_picture
 from benchmarks.planners.summary import summary
 from benchmarks.record import RESULTS, ROOT, made, read_lines
@@ -131,8 +133,20 @@ def trained(results: Path) -> Iterator[str]:
         yield folded("quality after training", f"{text}\n\n![loss curves]({PICTURES}/{path.stem}.svg)")
 
 
+def updated(results: Path) -> Iterator[str]:
+    """Quality after training with each optimizer."""
+    path = results / "optimizers.jsonl"
+    if path.exists():
+        head, *rows = read_lines(path)
+        training_picture.draw(rows, path.with_suffix(".svg"), COLOURS)
+        where = source(head, "python -m benchmarks.optimizers")
+        text = f"({where}; each at the rate that trained best on another seed)\n\n{optimizers(rows)}"
+        yield folded("optimizers beside AdamW", f"{text}\n\n![loss curves]({PICTURES}/{path.stem}.svg)")
+
+
 TIERS: Mapping[str, Callable[[Path], Iterator[str]]] = {
-    "bench": executed, "planners": planned, "levers": levers, "training": trained, "gpu": on_gpu,
+    "bench": executed, "planners": planned, "levers": levers, "training": trained, "optimizers": updated,
+    "gpu": on_gpu,
 }  # fmt: skip
 
 if __name__ == "__main__":

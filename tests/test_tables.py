@@ -80,6 +80,9 @@ def test_every_tier_stands_between_its_markers(place: Path) -> None:
     lossy = {"peak": 3, "free": 4, "grad_error": 0.02}
     runs = [training("plain", 0.9), training("int8", 0.7, **lossy), training("int8", 0.8, **lossy)]
     write_lines(place / "training.jsonl", [{"surroundings": NEW, "command": "t"}, *runs])
+    each = {"rate": 0.001, "state": 80, "trained": 10}
+    updates = [training("adamw", 0.9, **each), training("adamw8bit", 0.9, **each | {"state": 20})]
+    write_lines(place / "optimizers.jsonl", [{"surroundings": NEW, "command": "o"}, *updates])
     readme = place / "README.md"
     assert main(["--results", str(place), "--readme", str(readme)]) == 0
     text = readme.read_text()
@@ -98,8 +101,9 @@ def test_every_tier_stands_between_its_markers(place: Path) -> None:
     )
     assert "| digits, accuracy | plain | 0.900 | 100% | 0 | 1 |" in text
     assert "| digits, accuracy | int8 | 0.750 ± 0.071 | 75% | 0.02 | 2 |" in text
+    assert "| digits, accuracy | adamw8bit | 0.001 | 0.900 | as good | as good | 2.00 | 1 |" in text
     pictures = sorted(place.glob("*.svg"))
-    stems = ["frontier", "gpu_llama-3.2-1b", "planners", "recompute_cpu_llama", "training"]
+    stems = ["frontier", "gpu_llama-3.2-1b", "optimizers", "planners", "recompute_cpu_llama", "training"]
     assert [path.stem for path in pictures] == stems
     assert all(f"benchmarks/results/{path.name}" in text for path in pictures)
     bytes_before = [path.read_bytes() for path in pictures]

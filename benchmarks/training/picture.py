@@ -18,8 +18,8 @@ def smooth(losses: Sequence[float]) -> list[float]:
     return [mean(losses[at : at + WINDOW]) for at in range(0, len(losses) - WINDOW + 1, WINDOW)]
 
 
-def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write the curves as SVG; the same rows give the same bytes."""
+def draw(rows: Sequence[Mapping[str, Any]], path: Path, colours: Mapping[str, str] = COLOURS) -> None:
+    """Write the curves as SVG; the same rows give the same bytes. colours: of the plans, in the order to draw them."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -27,7 +27,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     with matplotlib.rc_context({"svg.hashsalt": "memopt", "svg.fonttype": "none", "font.size": 9}):
         figure = Figure(figsize=(4 * len(titles), 3.4), layout="constrained")
         for axes, (task, title) in zip(figure.subplots(1, len(titles), squeeze=False)[0], titles.items(), strict=True):
-            for plan, colour in COLOURS.items():
+            for plan, colour in colours.items():
                 curves = [smooth(r["losses"]) for r in rows if (r["task"], r["plan"]) == (task, plan)]
                 if curves and curves[0]:
                     points = list(zip(*curves, strict=True))

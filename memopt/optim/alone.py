@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 
 from memopt.optim.adamw import AdamW, AdamW4bit, AdamW8bit, AdamWBf16
 from memopt.optim.family import dense, in_order, plain_step, portions
-from memopt.optim.moved import LEAST, State, flat
+from memopt.optim.moved import LEAST, State
+from memopt.optim.stored import flat
 
 # Their update of an element depends on that element's own past alone; the very classes, as in memopt/optim/portions.py.
 ELEMENTWISE = frozenset({

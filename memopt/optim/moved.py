@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 
 from memopt.edit import DISK, HOST
 from memopt.kernels.codec import LIBRARY
+from memopt.optim.stored import flat
 from memopt.runtime import disk
 from memopt.runtime.arena import Arena, place_of
 
@@ -65,11 +66,6 @@ for _key in ("CPU", "CUDA"):
     LIBRARY.impl("write_state", write, _key)
 torch.library.register_fake("memopt::read_state", _read, lib=LIBRARY)
 torch.library.register_fake("memopt::write_state", _written, lib=LIBRARY)
-
-
-def flat(tensor: Tensor) -> Tensor:
-    """The elements of a dense tensor in memory order, a view."""
-    return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
 
 
 @dataclass

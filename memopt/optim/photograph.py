@@ -8,6 +8,7 @@ an optimizer replaces rather than updates (it counts throughout, as state, besid
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -22,7 +23,8 @@ from memopt.graph import Step, StepGraph, Storage, TensorInfo
 from memopt.optim.moved import Layout, State, movable
 from memopt.optim.portions import Update, portions_of, update_portion
 from memopt.optim.rebuild import fake_parameters, rebuilt, refuse
-from memopt.optim.recorder import Recorder
+from memopt.optim.recorder import LATE_STEP, Recorder
+from memopt.optim.subspace import Projected
 
 WHOLE = Update()
 ASSUMED = "no optimizer given: torch.optim.AdamW with fp32 states is assumed"
@@ -76,7 +78,7 @@ def photograph_optimizer(
     """
     if optimizer is not None:
         refuse(optimizer)
-    recorder = Recorder()
+    recorder = Recorder(largest_step(optimizer))
     with FakeTensorMode(allow_non_fake_inputs=True):
         fakes = fake_parameters(params, least=torch.float32 if optimizer is None else None)
         double = _default(fakes) if optimizer is None else rebuilt(optimizer, params, fakes)
@@ -90,6 +92,12 @@ def photograph_optimizer(
     if optimizer is None:
         _narrow(recorder, params)
     return _phase(recorder, outputs, ASSUMED if optimizer is None else "", early)
+
+
+def largest_step(optimizer: Optimizer | None) -> float:
+    """A late step's number; of optimizers that make projections anew now and then, one of those in which all do."""
+    gaps = [group["update_proj_gap"] for group in optimizer.param_groups] if isinstance(optimizer, Projected) else []
+    return 1.0 + math.lcm(int(LATE_STEP), *gaps) if gaps else LATE_STEP
 
 
 def state_layouts(optimizer: Optimizer, params: Mapping[str, Tensor]) -> dict[str, dict[str, Layout]]:

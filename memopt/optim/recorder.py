@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_iter
 from memopt.graph import Step, Storage, TensorInfo
 
 BOOKKEEPING = ("prim", "profiler")  # namespaces of ops that ask for metadata or mark ranges: no memory, no work
+DECOMPOSED = torch.ops.aten._linalg_eigh.default  # works in twice its matrix (LAPACK's dsyevd, 1 + 6 n + 2 n^2)
 NUMBERS = 16  # bytes: an operation on CPU makes tensors of the numbers it is given; 12 were seen at most
 LATE_STEP = 1000.0  # what a fake number reads as: late enough that warm-up branches (RAdam's, say) are past
 
@@ -28,8 +29,9 @@ LATE_STEP = 1000.0  # what a fake number reads as: late enough that warm-up bran
 class Recorder(TorchDispatchMode):
     """Records the ops run under it as optimizer steps. `know` what is alive before; call `finish` when all has run."""
 
-    def __init__(self) -> None:
+    def __init__(self, number: float = LATE_STEP) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.number = number  # what a fake number reads as
         self.tensors: dict[str, TensorInfo] = {}
         self.storages: dict[str, Storage] = {}
         self.given: list[str] = []  # tensors alive before the first op
@@ -52,7 +54,7 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten._local_scalar_dense.default:
-            return _number(args[0])
+            return _number(args[0], self.number)
         if not self.on or func.namespace in BOOKKEEPING:
             return func(*args, **kwargs)
         self._bury()
@@ -61,7 +63,9 @@ class Recorder(TorchDispatchMode):
         for tensor in read:  # what nobody announced and no op made (a learning rate in a tensor) was there before
             self.know(f"state:other:{len(self.given)}", tensor, "state")
         out = func(*args, **kwargs)
-        self._write_down(func, read, list(_written(func, args, kwargs)), out, _key(func, args, kwargs))
+        self._write_down(
+            _key(func, args, kwargs), func, read, list(_written(func, args, kwargs)), out, inside(func, args)
+        )
         return out
 
     def finish(self) -> tuple[str, ...]:
@@ -70,7 +74,9 @@ class Recorder(TorchDispatchMode):
         self.on = False
         return tuple(self._latest[storage] for storage in self._alive)
 
-    def _write_down(self, func: Any, read: list[Tensor], written: list[Tensor], out: Any, key: str) -> None:
+    def _write_down(
+        self, key: str, func: Any, read: list[Tensor], written: list[Tensor], out: Any, workspace: int
+    ) -> None:
         reads = tuple(dict.fromkeys(self._latest[_storage(t)] for t in read))
         name = f"opt:{len(self.steps)}:{_short(func)}"
         made = [t for t in tree_iter(out) if isinstance(t, Tensor) and _storage(t) not in self._latest]
@@ -81,7 +87,7 @@ class Recorder(TorchDispatchMode):
         for tensor_name, tensor in zip(writes, touched.values(), strict=True):
             self._declare(tensor_name, tensor, "temporary")
         # Never pure: what it reads is written in place a few ops later, so running it again would give other values.
-        self.steps.append(Step(name, str(func), "optimizer", reads, writes, key=key, workspace=NUMBERS, pure=False))
+        self.steps.append(Step(name, str(func), "optimizer", reads, writes, key=key, workspace=workspace, pure=False))
 
     def _declare(self, name: str, tensor: Tensor, kind: str) -> None:
         storage = _storage(tensor)
@@ -108,16 +114,23 @@ def _storage(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+def inside(func: Any, args: tuple[Any, ...]) -> int:
+    """Bytes an operation takes and gives back."""
+    return NUMBERS + (2 * args[0].nbytes + 48 * args[0].shape[-1] if func is DECOMPOSED else 0)
+
+
 def _short(func: Any) -> str:
     """'_foreach_add_' -> 'foreach_add'. Without '__', which marks copies of steps (memopt.plans.original)."""
     return str(func._schema.name.rsplit("::", 1)[-1]).strip("_").replace("__", "_")
 
 
-def _number(tensor: Tensor) -> Any:
-    """What `.item()` gives: the value of a real tensor, a plausible one for a fake."""
+def _number(tensor: Tensor, number: float) -> Any:
+    """What `.item()` gives: the value of a real tensor; for a fake this one, but 1 for an entry of a vector."""
     if not isinstance(tensor, FakeTensor):
         return torch.ops.aten._local_scalar_dense.default(tensor)
-    return False if tensor.dtype is torch.bool else LATE_STEP if tensor.is_floating_point() else int(LATE_STEP)
+    if tensor.untyped_storage().nbytes() > tensor.element_size():
+        number = 1.0
+    return False if tensor.dtype is torch.bool else number if tensor.is_floating_point() else int(number)
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:

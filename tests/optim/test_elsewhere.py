@@ -92,6 +92,29 @@ def test_a_piece_takes_its_own_bytes_only() -> None:
     assert photograph_optimizer([("p", p)], optimizer, update=Update(1, moved=frozenset({"p"}))).state_bytes < 64
 
 
+def test_states_in_host_memory_serve_updates_in_backward() -> None:
+    """As of a step on a GPU, whose homes are pinned memory: what moves is the same, where to is not."""
+    params, optimizer = made("AdamW")
+    names = frozenset(named(params))
+    stepper = Stepper(optimizer)
+    stepper.follow(Update(1, names, moved=frozenset({"p0", "p2"}), pool="host_0"), named(params))
+    consumers = [stepper.consumer(name, p) for name, p in named(params).items()]
+    plain, theirs = made("AdamW")
+    torch.manual_seed(1)
+    for _ in range(3):
+        for p, q, consume in zip(params, plain, consumers, strict=True):
+            q.grad = torch.randn_like(q)
+            consume(q.grad.clone())
+            assert p.grad is None
+        homes = [optimizer.state[p]["exp_avg"] for p in (params[0], params[2])]
+        optimizer.step()
+        theirs.step()
+        assert [id(optimizer.state[p]["exp_avg"]) for p in (params[0], params[2])] == [*map(id, homes)]
+    assert all(map(torch.equal, params, plain))
+    assert all(torch.equal(v, theirs.state[q][k]) for p, q in zip(params, plain, strict=True)
+               for k, v in optimizer.state[p].items())  # fmt: skip
+
+
 def test_a_state_that_was_there_goes_there_and_a_checkpoint_follows(tmp_path: Path) -> None:
     params, optimizer = made("AdamW")
     trained(params, optimizer, 2)

@@ -92,6 +92,13 @@ def stochastic_bf16(moment: int) -> Encode:
     return encode
 
 
+def vectors(g: Tensor, left: bool, rank: int) -> Tensor:
+    """Singular vectors as columns, of either sign the one whose largest entry is positive."""
+    u, _, vt = torch.linalg.svd(g.double(), full_matrices=False)
+    found = u[:, :rank] if left else vt[:rank].T
+    return found * found.gather(0, found.abs().argmax(0, keepdim=True)).sign()
+
+
 def galore(w: Tensor, grads: Sequence[Tensor], lr: float, wd: float, rank: int, gap: int, scale: float,
            kind: str = "std", first: Encode = exactly, second: Encode = exactly,
            turned: Callable[[Tensor], Tensor] = lambda small: small) -> Tensor:  # fmt: skip
@@ -100,8 +107,7 @@ def galore(w: Tensor, grads: Sequence[Tensor], lr: float, wd: float, rank: int, 
     direction = adam(0.9, 0.999, 1e-8, first, second)
     for t, g in enumerate(grads):
         if t % gap == 0:
-            u, _, vt = torch.linalg.svd(g.float(), full_matrices=False)  # in fp32: signs are the library's
-            p = u[:, :rank].double() if left else vt[:rank].T.double()
+            p = vectors(g, left, rank)
         update = p @ direction(turned(p.T @ g)) if left else direction(turned(g @ p)) @ p.T
         w = w - lr * wd * w - lr * scale * update
     return w
@@ -115,8 +121,7 @@ def q_galore(w: Tensor, grads: Sequence[Tensor], lr: float, wd: float, rank: int
     last, cosines = None, []
     for t, g in enumerate(grads):
         if t % gap == 0:
-            u, _, vt = torch.linalg.svd(g.float(), full_matrices=False)
-            exact = (u[:, :rank] if m < n else vt[:rank].T).double()
+            exact = vectors(g, m < n, rank)
             if last is not None:
                 cosines.append(abs(float(last @ exact[:, 0])))
                 if len(cosines) >= checks and sum(cosines[-checks:]) / checks >= alike:

@@ -1,0 +1,1 @@
+"""How well does each optimizer train, at a rate of its own? `python -m benchmarks.optimizers`."""
