@@ -11,9 +11,12 @@ from math import prod
 from typing import Protocol
 
 from memopt.devices import Device
-from memopt.edit import HOST, READ, WRITE
+from memopt.edit import HOST
 from memopt.graph import Step, StepGraph
+from memopt.overlap import FETCH, START
 from memopt.tokens import moved, part_of
+
+STATE = "_state.default"  # how operations end that move an optimizer's state (memopt/optim/moved.py)
 
 
 class CostModel(Protocol):
@@ -79,8 +82,8 @@ class Roofline:
     def seconds(self, graph: StepGraph, step: Step) -> float:
         if is_view(graph, step):
             return 0.0
-        if step.op in (READ, WRITE):
-            return self._fetching(graph, step) + self.device.launch_seconds
+        if step.op.endswith(STATE):
+            return self._moving(graph, step)
         codec = codec_of(step)
         if codec in self.device.codecs or codec.startswith(HOST):
             return self._packing(graph, step, codec) + self.device.launch_seconds
@@ -88,12 +91,12 @@ class Roofline:
         memory = moved_bytes(graph, step) / self.device.memory_bandwidth
         return max(compute, memory) / self.device.efficiency + self.device.launch_seconds
 
-    def _fetching(self, graph: StepGraph, step: Step) -> float:
-        """Seconds of moving a part of the optimizer's state between its home and the device."""
+    def _moving(self, graph: StepGraph, step: Step) -> float:
+        """Seconds of moving a part of the optimizer's state between its home and the device; none of waiting for it."""
         out, back = self.disk or (self.device.device_to_host, self.device.host_to_device)
-        if step.op == READ:
+        if step.op.startswith(FETCH):
             return _tensor_bytes(graph, step.writes[0]) / back
-        return _tensor_bytes(graph, step.reads[1]) / out  # behind its home
+        return _tensor_bytes(graph, step.reads[1]) / out if step.op.startswith(START) else 0.0  # behind its home
 
     def _packing(self, graph: StepGraph, step: Step, codec: str) -> float:
         packing = step.op.startswith("memopt.pack_")

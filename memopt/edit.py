@@ -21,7 +21,6 @@ from memopt.graph import Step, StepGraph, Storage, TensorInfo
 GRADIENT = "gradient"  # a resource: squares of relative errors of the gradient, which add where errors are independent
 HOST = "host"  # bytes in its memory
 DISK = "disk"  # bytes there
-READ, WRITE = "memopt.read_state.default", "memopt.write_state.default"  # of an optimizer's state there
 TOKEN = 16  # bytes of what stands for a value that lies there
 
 

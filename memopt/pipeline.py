@@ -19,7 +19,7 @@ from memopt.capture import Survey
 from memopt.compose import whole_step, with_inputs, with_workspaces, without_outputs
 from memopt.cost import CostModel, Measured, Roofline
 from memopt.dumps import CAPTURED, count, dump_program, passed
-from memopt.early import overtaken
+from memopt.early import anchors, overtaken
 from memopt.edit import DISK, HOST, Remake, edit
 from memopt.fences import fenced
 from memopt.fusion import Fences, Fused, expanded, fused, fused_seconds, unfused
@@ -308,12 +308,17 @@ class _Maker:
         early = candidates(self.survey, self.parts[0], optimizer)
         while early:
             portion = self.portion_of_the_rest(refused, early)
-            planned = self.planned(replace(refused.update, portion=portion, in_backward=early))
+            update = replace(refused.update, portion=portion, in_backward=early)
+            planned = self.planned(replace(update, order=self.order(early)) if update.moved else update)
             late = overtaken(planned.result.after, early)
             if not late:
                 return planned
             early -= late
         return refused
+
+    def order(self, early: frozenset[str]) -> tuple[str, ...]:
+        """These parameters as the backward updates them."""
+        return tuple(anchors(self.step(Update(None, early))[1], early))
 
     def portion_of_the_rest(self, refused: Planned, early: frozenset[str]) -> int | None:
         """In what portions the others are updated, if there are any."""

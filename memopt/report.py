@@ -15,7 +15,7 @@ from typing import Any
 from memopt.edit import Remake, added_steps
 from memopt.errors import Binding, WayOut
 from memopt.graph import Step, StepGraph
-from memopt.overlap import elapsed, spent
+from memopt.overlap import COPYING, elapsed, spent
 from memopt.plans import REUSED, MeasuredStep, Plan, Status, original
 from memopt.timeline import Snapshot, at_peak, by_kind, peak, phase_peaks
 
@@ -149,13 +149,19 @@ class PlanResult:
 
     @cached_property
     def bound_seconds(self) -> float:
-        """Seconds that no plan of these levers comes below."""
-        return sum(self.seconds_of(step) for step in self.before.steps) + self.plan.lower_bound
+        """Seconds that no plan of these levers comes below: as if nothing waited for the optimizer's state."""
+        return self._computing + self.plan.lower_bound
+
+    @cached_property
+    def _computing(self) -> float:
+        """Seconds of the step before planning, but for waits."""
+        return sum(self.seconds_of(step) for step in self.before.steps if not step.op.startswith(COPYING))
 
     @property
     def gap(self) -> float:
         """How far the planned step's seconds can be above the least any plan of these levers takes, as a share."""
-        spent = self.plan.seconds - self.plan.lower_bound
+        waited = elapsed(self.before.steps, self.seconds_of) - self._computing
+        spent = self.plan.seconds - self.plan.lower_bound + waited
         return max(0.0, spent) / self.step_seconds if self.step_seconds > 0 else 0.0
 
     @property

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch.optim import Optimizer
 
 from memopt.optim.adamw import AdamW, AdamW4bit, AdamW8bit, AdamWBf16
 from memopt.optim.family import dense, in_order, plain_step, portions
-from memopt.optim.moved import LEAST, State
+from memopt.optim.moved import LEAST, Ferry, State, movable
 from memopt.optim.stored import flat
 
 # Their update of an element depends on that element's own past alone; the very classes, as in memopt/optim/portions.py.
@@ -28,6 +30,7 @@ ELEMENTWISE = frozenset({
 # Whose state can lie elsewhere: at every update it is of the same bytes.
 MOVABLE = ELEMENTWISE | {AdamW, AdamWBf16, AdamW8bit, AdamW4bit}
 PIECES = 32  # of the largest parameter: finer ones save little, and each is a round of kernels
+Elements = tuple[Tensor, slice | None]  # of a parameter; None: all
 ALIGNED = 4096  # elements a piece is a multiple of: vectors and threads begin where they would in the whole
 
 
@@ -58,13 +61,41 @@ def group_of(optimizer: Optimizer, p: Tensor) -> dict[str, Any]:
     return next(group for group in optimizer.param_groups if any(each is p for each in group["params"]))
 
 
-def update_alone(optimizer: Optimizer, p: Tensor, each: int | None, homes: State | None) -> None:
-    """Update this parameter, `each` elements at a time (None: all), with its state in these homes (None: beside it)."""
+@dataclass
+class Away:
+    """A parameter's state that lies in `homes`. next: the parameter that is updated after it, with the elements that
+    are first, if its state is away too; following: what comes after the elements that are updated now."""
+
+    homes: State
+    ferry: Ferry
+    next: Elements | None = None
+    following: Elements | None = None
+
+    def brought(self, optimizer: Optimizer, p: Tensor, state: Mapping[str, Any], part: slice | None) -> State:
+        """What these elements' update reads of it; what the following one reads is on its way by then."""
+        found = self.ferry.take(p, state, part)
+        if self.following is not None:
+            other, elements = self.following
+            self.ferry.depart(other, optimizer.state.get(other, {}), elements)
+        self.ferry.land(found)
+        return found
+
+
+def parts_of(p: Tensor, each: int | None) -> list[slice | None]:
+    """Its elements, so many at a time, or as a whole."""
+    return [None] if each is None else [*portions(p.numel(), each)]
+
+
+def update_alone(optimizer: Optimizer, p: Tensor, each: int | None, away: Away | None) -> None:
+    """Update this parameter, `each` elements at a time (None: all). away: if its state does not lie beside it."""
     assert p.grad is not None
     gradient = p.grad if each is None else in_order(p.grad, p)
     new: dict[str, Any] = {}
-    for part in (None,) if each is None else portions(p.numel(), each):
-        _update_part(optimizer, p, part, gradient if part is None else gradient[part], homes, new)
+    parts = parts_of(p, each)
+    for part, after in zip_longest(parts, parts[1:]):
+        if away is not None:
+            away.following = (p, after) if after is not None else away.next
+        _update_part(optimizer, p, part, gradient if part is None else gradient[part], away, new)
     state = optimizer.state[p]
     for key, value in new.items():
         if isinstance(value, Tensor) and value.dim() == 0 and key in state:
@@ -74,17 +105,21 @@ def update_alone(optimizer: Optimizer, p: Tensor, each: int | None, homes: State
 
 
 def _update_part(
-    optimizer: Optimizer, p: Tensor, part: slice | None, gradient: Tensor, homes: State | None, new: dict[str, Any]
+    optimizer: Optimizer, p: Tensor, part: slice | None, gradient: Tensor, away: Away | None, new: dict[str, Any]
 ) -> None:
     """Update some elements; what the state of all is after that comes into `new`. What it fetched ends with it."""
     state = optimizer.state.get(p, {})
     some = p if part is None else flat(p.detach())[part]
     some.grad = gradient
-    own = {key: _taken(value, part, some, homes) for key, value in state.items()}
+    brought = {} if away is None else away.brought(optimizer, p, state, part)
+    own = {key: _taken(value, part, brought.get(key)) for key, value in state.items()}
     twin = _over(optimizer, group_of(optimizer, p), some, own)
     plain_step(twin)
     for key, value in twin.state[some].items():
-        new[key] = _given(key, value, own.get(key), part, p, new, state, homes)
+        new[key] = _given(key, value, own.get(key), part, p, new, state, away)
+    if away is not None:
+        at, moved = 0 if part is None else part.start, dict(movable(twin.state[some]))
+        away.ferry.give([(away.homes[key], flat(value), at) for key, value in moved.items()])
 
 
 def _over(optimizer: Optimizer, group: Mapping[str, Any], p: Tensor, state: Mapping[str, Any]) -> Optimizer:
@@ -96,29 +131,24 @@ def _over(optimizer: Optimizer, group: Mapping[str, Any], p: Tensor, state: Mapp
     return twin
 
 
-def _taken(value: Any, part: slice | None, some: Tensor, homes: State | None) -> Any:
+def _taken(value: Any, part: slice | None, brought: Tensor | None) -> Any:
     """What of a state the update of some elements reads and writes."""
-    if not isinstance(value, Tensor):
+    if brought is not None:
+        return brought.as_strided(value.shape, value.stride()) if part is None else brought
+    if part is None or not isinstance(value, Tensor):
         return value
-    if value.dim() == 0:
-        return value.clone() if part is not None else value  # each part counts the step
-    if homes is not None:
-        start, stop = (0, value.numel()) if part is None else (part.start, part.stop)
-        fetched: Tensor = torch.ops.memopt.read_state(value, start, stop, some.device)
-        return fetched.as_strided(value.shape, value.stride()) if part is None else fetched
-    return value if part is None else flat(value)[part]
+    return flat(value)[part] if value.dim() else value.clone()  # each part counts the step
 
 
 def _given(
     key: str, value: Any, taken: Any, part: slice | None, p: Tensor, new: Mapping[str, Any], state: Mapping[str, Any],
-    homes: State | None,
+    away: Away | None,
 ) -> Any:  # fmt: skip
     """What the parameter's state is after the update of some elements, which left this value."""
     if not isinstance(value, Tensor) or value.dim() == 0:
         return value
-    if homes is not None:
-        torch.ops.memopt.write_state(homes[key], flat(value), 0 if part is None else part.start)
-        return homes[key]
+    if away is not None:
+        return away.homes[key]
     if part is None or value is taken:
         return value if part is None else state[key]
     whole: Tensor = new[key] if key in new else torch.empty_like(p, dtype=value.dtype)

@@ -1,16 +1,19 @@
 """Where the optimizer's state lies between a parameter's updates, if not with the parameter: in the host's memory, or
-on disk.
+on disk; and how it comes and goes while the step computes.
 
-    memopt::read_state(Tensor home, int start, int stop, Device device) -> Tensor    elements in memory order, a copy
-    memopt::write_state(Tensor(a!) home, Tensor part, int start) -> ()                  and back
+    memopt::fetch_state(Tensor home, int start, int stop, Device device) -> Tensor   begins to copy elements here
+    memopt::arrive_state(Tensor(a!) part) -> ()                                        waits until they are here
+    memopt::start_state(Tensor home, Tensor part, int start) -> Tensor                 begins to copy back; a token
+    memopt::drain_state(Tensor part, Tensor(a!) token) -> ()                           waits until that has ended
 
-A home is a tensor like any other, so that checkpoints are written from it. The copies are on the stream that computes:
-they are awaited, and their seconds are the step's.
+Elements are counted in memory order. A home is a tensor like any other, so that checkpoints are written from it. Copies
+to a GPU are on streams beside the one that computes (memopt/runtime/links.py), those of a disk in threads. The names
+are those of memopt/overlap.py, whose simulation counts them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,54 +21,142 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from memopt.edit import DISK, HOST
+from memopt.edit import DISK, HOST, TOKEN
 from memopt.kernels.codec import LIBRARY
 from memopt.optim.stored import flat
 from memopt.runtime import disk
+from memopt.runtime import links as links_of
 from memopt.runtime.arena import Arena, place_of
+from memopt.runtime.links import Link
 
 PLACES = {HOST: "state_on_host", DISK: "state_on_disk"}  # names to switch it off by
 LEAST = 4096  # elements of a parameter below which its state stays: it saves nothing worth a copy
 
-LIBRARY.define("read_state(Tensor home, int start, int stop, Device device) -> Tensor")
-LIBRARY.define("write_state(Tensor(a!) home, Tensor part, int start) -> ()")
+LIBRARY.define("fetch_state(Tensor home, int start, int stop, Device device) -> Tensor")
+LIBRARY.define("arrive_state(Tensor(a!) part) -> ()")
+LIBRARY.define("start_state(Tensor home, Tensor part, int start) -> Tensor")
+LIBRARY.define("drain_state(Tensor part, Tensor(a!) token) -> ()")
 
 Layout = tuple[torch.Size, tuple[int, ...], torch.dtype]  # of a tensor: size, strides, type
 State = dict[str, Tensor]
+links: dict[tuple[torch.device, str], Link] = {}
+flights: dict[int, disk.Flight | links_of.Flight] = {}  # by the address of the part that comes or goes
 
 
-def read(home: Tensor, start: int, stop: int, device: torch.device) -> Tensor:
-    """These elements of a home, in memory order, on the device."""
-    place = place_of(home)
-    if place is None:
-        return flat(home)[start:stop].to(device, non_blocking=True, copy=True)
-    made = torch.empty(stop - start, dtype=home.dtype)
-    place.read(start * home.element_size(), made)
+def fetch(home: Tensor, start: int, stop: int, device: torch.device) -> Tensor:
+    """These elements of a home, in memory order, on the device, once `arrive` has been called."""
+    made = torch.empty(stop - start, dtype=home.dtype, device=device)
+    if (place := place_of(home)) is not None:
+        flights[made.data_ptr()] = place.read(start * home.element_size(), made)
+    else:
+        flights[made.data_ptr()] = link(device, "back").copy(made, flat(home)[start:stop], made)
     return made
 
 
-def write(home: Tensor, part: Tensor, start: int) -> None:
-    """Write elements back to where they lie."""
-    place = place_of(home)
-    if place is None:
-        flat(home)[start : start + part.numel()].copy_(part, non_blocking=True)
+def start(home: Tensor, part: Tensor, start: int) -> Tensor:
+    """Begin to write elements back to where they lie; what stands for the copy."""
+    if (place := place_of(home)) is not None:
+        flights[part.data_ptr()] = place.write(start * home.element_size(), part)
     else:
-        place.write(start * home.element_size(), part)
+        to = flat(home)[start : start + part.numel()]
+        flights[part.data_ptr()] = link(part.device, "out").copy(to, part, part)
+    return torch.empty(TOKEN, dtype=torch.uint8, device=part.device)
 
 
-def _read(home: Tensor, start: int, stop: int, device: torch.device) -> Tensor:
+def arrive(part: Tensor) -> None:
+    """Have the elements be there before what is computed next. Raises DiskError if they could not be read."""
+    flights.pop(part.data_ptr()).wait()
+
+
+def drain(part: Tensor, token: Tensor) -> None:
+    """Have the copy back end before what is computed next. Raises DiskError if it could not be written."""
+    flights.pop(part.data_ptr()).wait()
+
+
+def link(device: torch.device, way: str) -> Link:
+    """The link this way of a device."""
+    if (device, way) not in links:
+        links[device, way] = Link(device)
+    return links[device, way]
+
+
+def _fetched(home: Tensor, start: int, stop: int, device: torch.device) -> Tensor:
     return torch.empty(stop - start, dtype=home.dtype, device=device)
 
 
-def _written(home: Tensor, part: Tensor, start: int) -> None:
+def _started(home: Tensor, part: Tensor, start: int) -> Tensor:
+    return torch.empty(TOKEN, dtype=torch.uint8, device=part.device)
+
+
+def _awaited(*_: Tensor) -> None:
     return None
 
 
-for _key in ("CPU", "CUDA"):
-    LIBRARY.impl("read_state", read, _key)
-    LIBRARY.impl("write_state", write, _key)
-torch.library.register_fake("memopt::read_state", _read, lib=LIBRARY)
-torch.library.register_fake("memopt::write_state", _written, lib=LIBRARY)
+for _name, _real, _fake in (
+    ("fetch", fetch, _fetched), ("start", start, _started), ("arrive", arrive, _awaited), ("drain", drain, _awaited),
+):  # fmt: skip
+    for _key in ("CPU", "CUDA"):
+        LIBRARY.impl(f"{_name}_state", _real, _key)
+    torch.library.register_fake(f"memopt::{_name}_state", _fake, lib=LIBRARY)
+
+
+@dataclass
+class Ferry:
+    """Brings states from their homes and back: the next piece's while one is updated, and the last one's.
+
+    whose, ahead: the piece, and what of it is under way here or there already; behind: parts under way back, with their
+    tokens.
+    """
+
+    whose: tuple[int, int] | None = None
+    ahead: State = field(default_factory=dict)
+    behind: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+
+    def depart(self, p: Tensor, state: Mapping[str, object], part: slice | None) -> None:
+        """Begin to bring what the update of these elements of a parameter reads; what else was brought is let go."""
+        self.leave()
+        spans = {key: (home, 0 if part is None else part.start, home.numel() if part is None else part.stop)
+                 for key, home in movable(state)}  # fmt: skip
+        self.ahead = {key: torch.ops.memopt.fetch_state(*span, p.device) for key, span in spans.items()}
+        self.whose = piece_of(p, part)
+
+    def take(self, p: Tensor, state: Mapping[str, object], part: slice | None) -> State:
+        """What the update of these elements reads, flat, which `land` waits for."""
+        if self.whose != piece_of(p, part):
+            self.depart(p, state, part)
+        found, self.ahead, self.whose = self.ahead, {}, None
+        return found
+
+    def land(self, found: State) -> None:
+        """Wait for it."""
+        for value in found.values():
+            torch.ops.memopt.arrive_state(value)
+
+    def give(self, back: Sequence[tuple[Tensor, Tensor, int]]) -> None:
+        """Begin to write parts back, (home, values, first element), and wait for those before."""
+        earlier = self.behind
+        self.behind = [(each[1], torch.ops.memopt.start_state(*each)) for each in back]
+        self.drain(earlier)
+
+    def drain(self, parts: list[tuple[Tensor, Tensor]]) -> None:
+        """Wait until these are written."""
+        while parts:
+            torch.ops.memopt.drain_state(*parts.pop(0))
+
+    def leave(self) -> None:
+        """Let go of what was brought and is not needed, once it is there."""
+        self.land(self.ahead)
+        self.whose, self.ahead = None, {}
+
+    def end(self) -> None:
+        """All is at home again."""
+        self.leave()
+        self.drain(self.behind)
+
+
+def piece_of(p: Tensor, part: slice | None) -> tuple[int, int]:
+    """Which elements of which parameter."""
+    return id(p), 0 if part is None else part.start
 
 
 @dataclass

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from torch.utils._pytree import tree_iter
 
 from memopt.errors import MemoptError
 from memopt.graph import Step, StepGraph, Storage, TensorInfo
-from memopt.optim.moved import Layout, State, movable
+from memopt.optim.moved import Ferry, Layout, State, movable
 from memopt.optim.portions import Update, portions_of, update_portion
 from memopt.optim.rebuild import fake_parameters, rebuilt, refuse
 from memopt.optim.recorder import LATE_STEP, Recorder
@@ -156,11 +157,17 @@ def _recorded(
     names = {id(fake): name for name, fake in fakes.items()}
     alone = frozenset(id(fake) for name, fake in fakes.items() if name in update.in_backward)
     early: dict[str, slice] = {}
-    for portion in portions_of(double, update.portion, alone | homes.keys()):
-        before = len(recorder.steps)
-        update_portion(double, portion, update.portion, homes, kind)
+    rank, ferry = {name: at for at, name in enumerate(update.order)}, Ferry()
+    portions = list(portions_of(double, update.portion, alone | homes.keys()))
+    portions.sort(key=lambda portion: rank.get(names[id(portion[0])], len(rank)))  # those in backward are the first
+    for portion, after in zip_longest(portions, portions[1:]):
+        before, later = len(recorder.steps), after[0] if after else None
+        if id(portion[0]) in alone and (later is None or names[id(later)] not in rank):
+            later = None  # the backward does not look ahead into the step
+        update_portion(double, portion, update.portion, homes, kind, ferry, later)
         if id(portion[0]) in alone:
             early[names[id(portion[0])]] = slice(before, len(recorder.steps))
+    ferry.end()
     return early
 
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from memopt.optim.alone import piece, update_alone
+from memopt.optim.alone import Away, parts_of, piece, update_alone
 from memopt.optim.family import Family, plain_step
-from memopt.optim.moved import State
+from memopt.optim.moved import Ferry, State
 from memopt.optim.sharded import Sharded
 
 # The very classes, no subclass: what those do is not known. LBFGS and SparseAdam are none (memopt.optim.rebuild).
@@ -35,7 +35,8 @@ class Update:
     """How a planned step updates. portion: bytes of parameters to update together, at most (one parameter, or piece of
     one, at least); None: all at once, as the optimizer does. in_backward: names of parameters updated as soon as their
     gradient is final. state: how the moments are stored instead, a name of memopt/optim/precision.py; "": as they are.
-    moved: names of parameters whose state lies in this codec's pool but for its update, and takes `there` bytes."""
+    moved: names of parameters whose state lies in this codec's pool but for its update, and takes `there` bytes. order:
+    those of in_backward as they come in the backward, where that is known."""
 
     portion: int | None = None
     in_backward: frozenset[str] = frozenset()
@@ -43,6 +44,7 @@ class Update:
     moved: frozenset[str] = frozenset()
     pool: str = ""
     there: int = 0
+    order: tuple[str, ...] = ()
 
 
 def separate(optimizer: Optimizer | None) -> bool:
@@ -80,15 +82,21 @@ def portions_of(optimizer: Optimizer, portion: int | None, alone: Collection[int
 
 
 def update_portion(
-    optimizer: Optimizer, params: Sequence[Tensor], portion: int | None, homes: Mapping[int, State], kind: str
-) -> None:
-    """Update these parameters together, or the one there is by itself. homes: of states that lie elsewhere, by id.
-    kind: of the device."""
-    if len(params) == 1:
-        each, home = piece(optimizer, portion, params[0], kind), homes.get(id(params[0]))
-        if each is not None or home is not None:
-            return update_alone(optimizer, params[0], each, home)
-    plain_step(part_of(optimizer, params))
+    optimizer: Optimizer, params: Sequence[Tensor], portion: int | None, homes: Mapping[int, State], kind: str,
+    ferry: Ferry, later: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Update these parameters together, or the one there is by itself. homes: of states that lie elsewhere, by id; the
+    ferry brings them. kind: of the device. later: the parameter that is updated next, if its state may come already."""
+    each = piece(optimizer, portion, params[0], kind) if len(params) == 1 else None
+    if id(params[0]) in homes:
+        first = None
+        if later is not None and id(later) in homes:
+            first = later, parts_of(later, piece(optimizer, portion, later, kind))[0]
+        update_alone(optimizer, params[0], each, Away(homes[id(params[0])], ferry, first))
+    elif each is not None:
+        update_alone(optimizer, params[0], each, None)
+    else:
+        plain_step(part_of(optimizer, params))
 
 
 def nbytes(tensors: Sequence[Tensor]) -> int:

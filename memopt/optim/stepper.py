@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise, zip_longest
 from types import MethodType
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from memopt.errors import MemoptError
-from memopt.optim.moved import Homes
+from memopt.optim.moved import Ferry, Homes
 from memopt.optim.photograph import state_layouts
 from memopt.optim.portions import Update, portions_of, update_portion
 from memopt.optim.precision import obstacle, turn
@@ -34,12 +35,15 @@ LATE = (
 @dataclass
 class Stepper:
     """done: ids of the parameters that were updated in backward since the last step. portion: as `Update`'s. homes: of
-    the states that lie elsewhere."""
+    the states that lie elsewhere, which `ferry` brings. later: id of a parameter -> the one that the backward updates
+    after it."""
 
     optimizer: Optimizer
     portion: int | None = None
     done: set[int] = field(default_factory=set)
     homes: Homes | None = None
+    ferry: Ferry = field(default_factory=Ferry)
+    later: dict[int, Tensor] = field(default_factory=dict)
     installed: bool = False
 
     def follow(self, update: Update, params: Mapping[str, Tensor]) -> None:
@@ -50,6 +54,7 @@ class Stepper:
             return
         if update.moved:
             self.move({name: params[name] for name in update.moved}, update.pool)
+        self.later = {id(params[name]): params[after] for name, after in pairwise(update.order)}
         if update.state and not obstacle(self.optimizer):
             turn(self.optimizer, update.state)
         if update.portion is not None:
@@ -74,6 +79,7 @@ class Stepper:
     def load(self, state_dict: dict[str, Any]) -> None:
         """The optimizer's `load_state_dict`, with what lies elsewhere taken there at once."""
         assert self.homes is not None
+        self.ferry.end()
         self.homes.load(self.optimizer, state_dict)
 
     def install(self) -> None:
@@ -99,16 +105,21 @@ class Stepper:
         portions = list(portions_of(self.optimizer, self.portion, homes))
         if any(id(p) in done for portion in portions for p in portion):
             raise MemoptError(LATE)
-        for portion in portions:
-            self.update(portion)
+        try:
+            for portion, after in zip_longest(portions, portions[1:]):
+                self.update(portion, after[0] if after else None)
+        finally:
+            self.ferry.end()
         return loss
 
-    def update(self, params: list[Tensor]) -> None:
-        """Update a portion of the parameters."""
+    def update(self, params: list[Tensor], later: Tensor | None) -> None:
+        """Update a portion of the parameters. later: the parameter that comes next."""
         homes = {} if self.homes is None else self.homes.kept
-        if self.homes is not None and id(params[0]) in homes:
-            self.homes.settle(self.optimizer, params[0])
-        update_portion(self.optimizer, params, self.portion, homes, params[0].device.type)
+        if self.homes is not None:
+            for p in (params[0], later):
+                if p is not None and id(p) in homes:
+                    self.homes.settle(self.optimizer, p)
+        update_portion(self.optimizer, params, self.portion, homes, params[0].device.type, self.ferry, later)
 
     def consumer(self, name: str, p: Tensor) -> Callable[[Tensor], None]:
         """A function of a final gradient that updates the parameter with it, there and then."""
@@ -130,6 +141,6 @@ class Stepper:
         self.done.add(id(p))
         p.grad = gradient
         try:
-            self.update([p])
+            self.update([p], self.later.get(id(p)))
         finally:
             p.grad = None

@@ -12,15 +12,19 @@ import os
 import tempfile
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from memopt.runtime.disk import DiskError, aligned
+from memopt.runtime.disk import DiskError, Flight, aligned, at
 from memopt.units import format_size
+
+Call = Callable[[int, list[memoryview], int], int]  # os.preadv or os.pwritev
 
 
 @dataclass
@@ -32,6 +36,7 @@ class Arena:
 
     def __post_init__(self) -> None:
         self.process = os.getpid()
+        self.out, self.back = (ThreadPoolExecutor(1, f"memopt state {way}") for way in ("out", "back"))
         self.file = tempfile.TemporaryFile(dir=self.folder, buffering=0)  # noqa: SIM115  # as long as its tensors
         weakref.finalize(self, self.file.close)
 
@@ -63,18 +68,23 @@ class Place:
     offset: int
     nbytes: int
 
-    def read(self, start: int, into: Tensor) -> None:
-        """Fill a flat tensor on the CPU from byte `start`. Raises DiskError."""
-        self._moved(os.preadv, start, into)
+    def read(self, start: int, into: Tensor) -> Flight:
+        """Begin to fill a flat tensor on the CPU from byte `start`. Whoever waits for it gets the DiskError; a forked
+        child, which has none of the threads, gets one here."""
+        return self._flown(self.arena.back, os.preadv, start, into)
 
-    def write(self, start: int, data: Tensor) -> None:
-        """Write a flat tensor on the CPU from byte `start`. Raises DiskError, also in a forked child."""
+    def write(self, start: int, data: Tensor) -> Flight:
+        """Begin to write a flat tensor on the CPU from byte `start`. Errors as of `read`."""
+        return self._flown(self.arena.out, os.pwritev, start, data)
+
+    def _flown(self, thread: ThreadPoolExecutor, call: Call, start: int, tensor: Tensor) -> Flight:
         if os.getpid() != self.arena.process:
             raise DiskError("the optimizer's state on disk is its process's own; a forked child cannot train with it")
-        self._moved(os.pwritev, start, data)
+        memory = at(tensor.data_ptr(), tensor.nbytes)  # the flight keeps the tensor, its thread must not
+        return Flight(thread, tensor, partial(self._moved, call, start, memory))
 
-    def _moved(self, call: Callable[[int, list[memoryview], int], int], start: int, tensor: Tensor) -> None:
-        view, done = memoryview(tensor.view(torch.uint8).numpy()), 0  # type: ignore[arg-type]  # as any buffer
+    def _moved(self, call: Call, start: int, view: memoryview) -> None:
+        done = 0
         try:
             while done < len(view):
                 got = call(self.arena.file.fileno(), [view[done:]], self.offset + start + done)

@@ -239,7 +239,7 @@ class Pool:
         number, offset = self.reserved(len(data))
         address, size = x.data_ptr(), len(data)
         del data
-        self.flights[number] = [Flight(self.out, x, lambda: self.put(_at(address, size), offset))]
+        self.flights[number] = [Flight(self.out, x, lambda: self.put(at(address, size), offset))]
         return self.token(number, token_row(None))
 
     def drain(self, x: Tensor, token: Tensor, beside: Tensor | None = None) -> Tensor:
@@ -258,7 +258,7 @@ class Pool:
             for left in self.arriving.values():  # of a step that was given up, or about to be waited for
                 if left.done.done():
                     left.let_go()
-            flight = Flight(self.back, out, lambda: self.read(number, process, _at(address, size)))
+            flight = Flight(self.back, out, lambda: self.read(number, process, at(address, size)))
             self.flights.setdefault(number, []).append(flight)
             self.arriving[address] = flight
 
@@ -292,7 +292,7 @@ def aligned(size: int) -> int:
     return -(-size // ALIGNED) * ALIGNED
 
 
-def _at(address: int, size: int) -> memoryview:
+def at(address: int, size: int) -> memoryview:
     """Bytes of memory that somebody else holds: a thread that held the tensor might let it go after the step does."""
     return memoryview((ctypes.c_char * size).from_address(address)).cast("B")
 
