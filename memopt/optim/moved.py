@@ -105,12 +105,13 @@ class Ferry:
     """Brings states from their homes and back: the next piece's while one is updated, and the last one's.
 
     whose, ahead: the piece, and what of it is under way here or there already; behind: parts under way back, with their
-    tokens.
+    tokens; unawaited: by id, what copies use that nobody has waited for.
     """
 
     whose: tuple[int, int] | None = None
     ahead: State = field(default_factory=dict)
     behind: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    unawaited: dict[int, Tensor] = field(default_factory=dict)
 
     def depart(self, p: Tensor, state: Mapping[str, object], part: slice | None) -> None:
         """Begin to bring what the update of these elements of a parameter reads; what else was brought is let go."""
@@ -118,6 +119,7 @@ class Ferry:
         spans = {key: (home, 0 if part is None else part.start, home.numel() if part is None else part.stop)
                  for key, home in movable(state)}  # fmt: skip
         self.ahead = {key: torch.ops.memopt.fetch_state(*span, p.device) for key, span in spans.items()}
+        self.unawaited |= {id(value): value for value in self.ahead.values()}
         self.whose = piece_of(p, part)
 
     def take(self, p: Tensor, state: Mapping[str, object], part: slice | None) -> State:
@@ -131,17 +133,22 @@ class Ferry:
         """Wait for it."""
         for value in found.values():
             torch.ops.memopt.arrive_state(value)
+            del self.unawaited[id(value)]
 
     def give(self, back: Sequence[tuple[Tensor, Tensor, int]]) -> None:
         """Begin to write parts back, (home, values, first element), and wait for those before."""
         earlier = self.behind
-        self.behind = [(each[1], torch.ops.memopt.start_state(*each)) for each in back]
+        self.behind = []
+        for home, values, start in back:
+            self.behind.append((values, torch.ops.memopt.start_state(home, values, start)))
+            self.unawaited[id(values)] = values
         self.drain(earlier)
 
     def drain(self, parts: list[tuple[Tensor, Tensor]]) -> None:
         """Wait until these are written."""
         while parts:
-            torch.ops.memopt.drain_state(*parts.pop(0))
+            torch.ops.memopt.drain_state(*parts[0])
+            del self.unawaited[id(parts.pop(0)[0])]
 
     def leave(self) -> None:
         """Let go of what was brought and is not needed, once it is there."""
@@ -152,6 +159,13 @@ class Ferry:
         """All is at home again."""
         self.leave()
         self.drain(self.behind)
+
+    def abandon(self) -> None:
+        """The step failed: let go of all, once no copy uses it any more."""
+        for value in self.unawaited.values():
+            if (flight := flights.pop(value.data_ptr(), None)) is not None:
+                flight.end()
+        self.whose, self.ahead, self.behind, self.unawaited = None, {}, [], {}
 
 
 def piece_of(p: Tensor, part: slice | None) -> tuple[int, int]:

@@ -108,8 +108,10 @@ class Stepper:
         try:
             for portion, after in zip_longest(portions, portions[1:]):
                 self.update(portion, after[0] if after else None)
-        finally:
             self.ferry.end()
+        except BaseException:  # an interrupt too
+            self.ferry.abandon()
+            raise
         return loss
 
     def update(self, params: list[Tensor], later: Tensor | None) -> None:
@@ -142,5 +144,8 @@ class Stepper:
         p.grad = gradient
         try:
             self.update([p], self.later.get(id(p)))
+        except BaseException:
+            self.ferry.abandon()
+            raise
         finally:
             p.grad = None

@@ -66,10 +66,14 @@ class Flight:
         """Nobody uses the tensor any more."""
         self.kept = None
 
+    def end(self) -> None:
+        """Until the copy has ended, however."""
+        wait([self.done])
+        self.let_go()
+
     def wait(self) -> None:
         """Until the copy has ended. Raises DiskError as it did."""
-        wait([self.done])
-        self.let_go()  # here and not in the thread: the tensor's bytes are free when the step says so
+        self.end()  # here and not in the thread: the tensor's bytes are free when the step says so
         self.done.result()
 
 

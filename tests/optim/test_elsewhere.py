@@ -16,6 +16,7 @@ import memopt
 from memopt import optim
 from memopt.graph import verify
 from memopt.optim.alone import ELEMENTWISE, piece
+from memopt.optim.moved import flights
 from memopt.optim.photograph import photograph_optimizer
 from memopt.optim.portions import Update
 from memopt.optim.stepper import Stepper
@@ -94,12 +95,14 @@ def test_a_piece_takes_its_own_bytes_only() -> None:
     assert photograph_optimizer([("p", p)], optimizer, update=Update(1, moved=frozenset({"p"}))).state_bytes < 64
 
 
-def test_states_in_host_memory_serve_updates_in_backward() -> None:
-    """As of a step on a GPU, whose homes are pinned memory: what moves is the same, where to is not."""
+@pytest.mark.parametrize("order", [(), ("p0", "p1", "p2", "p3"), ("p0", "p2", "p1", "p3"), ("p2", "p0")])
+def test_states_in_host_memory_serve_updates_in_backward(order: tuple[str, ...]) -> None:
+    """As of a step on a GPU, whose homes are pinned memory: what moves is the same, where to is not. An order that the
+    backward does not keep changes no bit either."""
     params, optimizer = made("AdamW")
     names = frozenset(named(params))
     stepper = Stepper(optimizer)
-    stepper.follow(Update(1, names, moved=frozenset({"p0", "p2"}), pool="host_0"), named(params))
+    stepper.follow(Update(1, names, moved=frozenset({"p0", "p2"}), pool="host_0", order=order), named(params))
     consumers = [stepper.consumer(name, p) for name, p in named(params).items()]
     plain, theirs = made("AdamW")
     torch.manual_seed(1)
@@ -173,6 +176,47 @@ def test_moments_of_any_width_lie_there(kind: type[optim.AdamW], dtype: torch.dt
         return [*first, *trained(params, optimizer)]
 
     assert all(map(torch.equal, trained_with(True), trained_with(False)))
+
+
+def test_gradients_that_are_missing_now_and_then_leave_nothing_under_way(tmp_path: Path) -> None:
+    def run(there: bool) -> list[Tensor]:
+        params, optimizer = made("AdamW")
+        if there:
+            stepper = Stepper(optimizer)
+            stepper.follow(on_disk(tmp_path), named(params))
+        torch.manual_seed(3)
+        for step in range(6):
+            for at, p in enumerate(params):
+                p.grad = None if (step + at) % 3 == 0 else torch.randn_like(p)
+            optimizer.step()
+            if there:
+                assert not (stepper.ferry.ahead)
+                assert not (stepper.ferry.behind)
+                assert not flights
+        return [*params, *(value for p in params for value in optimizer.state[p].values())]
+
+    assert all(map(torch.equal, run(True), run(False)))
+
+
+@pytest.mark.parametrize("call", ["preadv", "pwritev"])
+def test_a_disk_that_fails_amid_an_update_says_what_is_lost(
+    call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params, optimizer = made("AdamW")
+    stepper = Stepper(optimizer)
+    stepper.follow(on_disk(tmp_path), named(params))
+    trained(params, optimizer, 1)
+
+    def failing(*_: Any) -> int:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, call, failing)
+        with pytest.raises(DiskError, match="Input/output error; some parameters may be"):
+            trained(params, optimizer, 1)
+    assert not flights
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    trained(params, optimizer, 1)
 
 
 def test_a_full_disk_is_an_error_before_anything_is_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
