@@ -245,3 +245,24 @@ def test_what_libraries_keep_is_what_stays_after_a_step_of_products() -> None:
     (left @ left).sum().backward()
     left.grad = None
     assert torch.cuda.memory_allocated() - before == left.nbytes
+
+
+@pytest.mark.parametrize("update", ["step", "backward"])
+def test_the_optimizers_state_in_host_memory_changes_no_bit_and_holds_the_budget(update: str) -> None:
+    def run(budget: str, **options: Any) -> tuple[list[Tensor], int, Any]:
+        torch.manual_seed(0)
+        with torch.device("cuda"):
+            model: Any = nn.Sequential(*(nn.Linear(2048, 2048) for _ in range(6)))
+            x = torch.randn(16, 2048)
+        optimizer = torch.optim.AdamW(model.parameters())
+        model = memopt.compile(model, budget, optimizer=optimizer, lowering="eager", gradients="all", **options)
+        step = measure_step(lambda: model(x).square().mean(), optimizer, resident=[model, x], warmup=3, repeats=3)
+        states = (state for _, state in sorted(optimizer.state_dict()["state"].items()))
+        values = [value.cpu() for state in states for value in state.values()]
+        return [*(p.detach().cpu() for p in model.parameters()), *values], step.peak_bytes, model
+
+    plain, taken, _ = run("90%")
+    found, peak, model = run("280MB", host_budget="4GB", update=update)  # parameters, gradients and state are 403
+    assert any("lies in the host's memory" in note for note in model.memopt.plan.notes)
+    assert peak <= 280e6 < taken
+    assert all(map(torch.equal, plain, found))
