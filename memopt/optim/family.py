@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 CHUNK = {"cpu": 1 << 16, "cuda": 1 << 22}  # elements at a time: 256 KiB of fp32 stay in a core's cache
+PLANNED_FOR: ContextVar[str] = ContextVar("planned_for", default="")  # kind of a device, "" for the tensors' own
 State = dict[str, Tensor]
 
 
@@ -141,8 +144,18 @@ def portions(total: int, each: int) -> Iterator[slice]:
 
 
 def elements(device: torch.device) -> int:
-    """Elements to process at a time on this device."""
-    return CHUNK.get(device.type, CHUNK["cuda"])
+    """Elements to process at a time on this device, or on the one that is planned for."""
+    return CHUNK.get(PLANNED_FOR.get() or device.type, CHUNK["cuda"])
+
+
+@contextmanager
+def planned_for(kind: str) -> Iterator[None]:
+    """What runs inside, on fake tensors of any device, takes as many elements at a time as a device of this kind."""
+    token = PLANNED_FOR.set(kind)
+    try:
+        yield
+    finally:
+        PLANNED_FOR.reset(token)
 
 
 def rows(matrix: Tensor) -> Iterator[slice]:

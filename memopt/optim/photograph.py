@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_iter
 
 from memopt.errors import MemoptError
 from memopt.graph import Step, StepGraph, Storage, TensorInfo
+from memopt.optim.family import planned_for
 from memopt.optim.moved import Ferry, Layout, State, movable
 from memopt.optim.portions import Update, portions_of, update_portion
 from memopt.optim.rebuild import fake_parameters, rebuilt, refuse
@@ -80,7 +81,7 @@ def photograph_optimizer(
     if optimizer is not None:
         refuse(optimizer)
     recorder = Recorder(largest_step(optimizer))
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), planned_for(kind):
         fakes = fake_parameters(params, least=torch.float32 if optimizer is None else None)
         double = _default(fakes) if optimizer is None else rebuilt(optimizer, params, fakes)
         _choose_foreach(double, True if kind == "cuda" else None)
