@@ -13,10 +13,8 @@ from typing import Protocol
 from memopt.devices import Device
 from memopt.edit import HOST
 from memopt.graph import Step, StepGraph
-from memopt.overlap import FETCH, START
+from memopt.overlap import FETCH, START, STATE
 from memopt.tokens import moved, part_of
-
-STATE = "_state.default"  # how operations end that move an optimizer's state (memopt/optim/moved.py)
 
 
 class CostModel(Protocol):

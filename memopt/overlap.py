@@ -14,6 +14,7 @@ from memopt.edit import DISK, HOST, TOKEN, Remake
 from memopt.graph import Step
 
 START, DRAIN, FETCH, ARRIVE = COPYING = tuple(f"memopt.{kind}_" for kind in ("start", "drain", "fetch", "arrive"))
+STATE = "_state.default"  # how operations end that move an optimizer's state (memopt/optim/moved.py)
 OVERLAP = "overlap"  # its name among the passes, to switch it off
 PACK, UNPACK = "memopt.pack_", "memopt.unpack_"
 
@@ -21,7 +22,9 @@ PACK, UNPACK = "memopt.pack_", "memopt.unpack_"
 def tried_as(op: str) -> str:
     """The operation whose run tells what this one holds inside itself; "" for a wait or a copy back, which hold nothing
     and for which nothing lies in a pool: as nobody began the copy, they cannot be run alone."""
-    return op.replace(START, PACK) if op.startswith(START) else "" if op.startswith(COPYING) else op
+    if op.startswith(COPYING):
+        return op.replace(START, PACK) if op.startswith(START) and not op.endswith(STATE) else ""
+    return op
 
 
 def moves(remake: Remake) -> bool:

@@ -6,11 +6,10 @@ Order and duties (timing, verification, dumps) live here; passes, trades and sol
 from __future__ import annotations
 
 import time
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate
 
 from torch.optim import Optimizer
 
@@ -50,7 +49,7 @@ from memopt.seams import parts_of
 from memopt.solvers import solve
 from memopt.solvers.overlapped import solve_overlapped
 from memopt.timeline import peak
-from memopt.trained import affordable, candidates, hindrance, libraries, states_there, unread, update_phase
+from memopt.trained import affordable, candidates, fitting, hindrance, libraries, states_there, unread, update_phase
 from memopt.units import format_size
 
 Progress = Callable[[str, float | None], None]
@@ -276,8 +275,7 @@ class _Maker:
         pools = (self.request.host, HOST), (self.request.disk, DISK)
         for limit, codec in (pool for pool, kind in pools if pool[0] and PLACES[kind] not in self.request.off):
             sizes = states_there(phase, self.request.optimizer, codec)
-            total = [*accumulate(sizes.values())]
-            names = [*sizes][: bisect_right(total, limit)]
+            names, total = fitting(sizes, limit)
             if not names:
                 continue
             some = bisect_left(total, over + total[0]) + 1  # what is updated is there besides

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from math import prod
 
 import torch
@@ -125,6 +125,18 @@ def states_there(phase: OptimizerPhase, optimizer: torch.optim.Optimizer | None,
             nbytes = phase.storages[info.storage].nbytes
             found[owner] = found.get(owner, 0) + (room(nbytes) if codec.startswith(HOST) else aligned(nbytes))
     return dict(sorted(found.items(), key=lambda each: -each[1]))
+
+
+def fitting(sizes: Mapping[str, int], limit: int) -> tuple[list[str], list[int]]:
+    """Names that fit into so many bytes, in their order, and what each and those before it take: what is too large is
+    passed over."""
+    names, total = list[str](), list[int]()
+    for name, size in sizes.items():
+        taken = size + (total[-1] if total else 0)
+        if taken <= limit:
+            names.append(name)
+            total.append(taken)
+    return names, total
 
 
 def hindrance(survey: Survey, optimizer: torch.optim.Optimizer | None, lowering: str, accumulate: int) -> str:

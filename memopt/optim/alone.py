@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from memopt.optim.adamw import AdamW, AdamW4bit, AdamW8bit, AdamWBf16
 from memopt.optim.family import dense, in_order, plain_step, portions
-from memopt.optim.moved import LEAST, Ferry, State, movable
+from memopt.optim.moved import LEAST, Ferry, State
 from memopt.optim.stored import flat
 
 # Their update of an element depends on that element's own past alone; the very classes, as in memopt/optim/portions.py.
@@ -30,14 +30,15 @@ ELEMENTWISE = frozenset({
 # Whose state can lie elsewhere: at every update it is of the same bytes.
 MOVABLE = ELEMENTWISE | {AdamW, AdamWBf16, AdamW8bit, AdamW4bit}
 PIECES = 32  # of the largest parameter: finer ones save little, and each is a round of kernels
-Elements = tuple[Tensor, slice | None]  # of a parameter; None: all
+Elements = tuple[Tensor, State, slice | None]  # of a parameter, with its homes; None: all of them
 ALIGNED = 4096  # elements a piece is a multiple of: vectors and threads begin where they would in the whole
 
 
 def piece(optimizer: Optimizer, portion: int | None, p: Tensor, kind: str) -> int | None:
     """Elements of a parameter to update at a time, for portions of so many bytes; None: all of it. kind: of the device
     that updates it, which is not the one that a fake parameter is on."""
-    if portion is None or p.numel() * p.element_size() <= portion or not cuttable(optimizer, p, kind):
+    small = portion is None or p.numel() <= ALIGNED or p.numel() * p.element_size() <= portion
+    if small or not cuttable(optimizer, p, kind):
         return None
     largest = max(each.numel() for group in optimizer.param_groups for each in group["params"])
     least = max(LEAST, -(-largest // PIECES))
@@ -73,10 +74,10 @@ class Away:
 
     def brought(self, optimizer: Optimizer, p: Tensor, state: Mapping[str, Any], part: slice | None) -> State:
         """What these elements' update reads of it; what the following one reads is on its way by then."""
-        found = self.ferry.take(p, state, part)
+        found = self.ferry.take(p, state, self.homes, part)
         if self.following is not None:
-            other, elements = self.following
-            self.ferry.depart(other, optimizer.state.get(other, {}), elements)
+            other, homes, elements = self.following
+            self.ferry.depart(other, optimizer.state.get(other, {}), homes, elements)
         self.ferry.land(found)
         return found
 
@@ -90,11 +91,13 @@ def update_alone(optimizer: Optimizer, p: Tensor, each: int | None, away: Away |
     """Update this parameter, `each` elements at a time (None: all). away: if its state does not lie beside it."""
     assert p.grad is not None
     gradient = p.grad if each is None else in_order(p.grad, p)
+    if each is None and away is not None and p.grad.stride() != p.stride():  # some states are made as the gradient is
+        gradient = torch.empty_like(p).copy_(p.grad)
     new: dict[str, Any] = {}
     parts = parts_of(p, each)
     for part, after in zip_longest(parts, parts[1:]):
         if away is not None:
-            away.following = (p, after) if after is not None else away.next
+            away.following = (p, away.homes, after) if after is not None else away.next
         _update_part(optimizer, p, part, gradient if part is None else gradient[part], away, new)
     state = optimizer.state[p]
     for key, value in new.items():
@@ -118,8 +121,8 @@ def _update_part(
     for key, value in twin.state[some].items():
         new[key] = _given(key, value, own.get(key), part, p, new, state, away)
     if away is not None:
-        at, moved = 0 if part is None else part.start, dict(movable(twin.state[some]))
-        away.ferry.give([(away.homes[key], flat(value), at) for key, value in moved.items()])
+        at, moved = 0 if part is None else part.start, twin.state[some]
+        away.ferry.give([(home, flat(moved[key]), at) for key, home in away.homes.items() if key in moved])
 
 
 def _over(optimizer: Optimizer, group: Mapping[str, Any], p: Tensor, state: Mapping[str, Any]) -> Optimizer:
@@ -147,7 +150,7 @@ def _given(
     """What the parameter's state is after the update of some elements, which left this value."""
     if not isinstance(value, Tensor) or value.dim() == 0:
         return value
-    if away is not None:
+    if away is not None and key in away.homes:
         return away.homes[key]
     if part is None or value is taken:
         return value if part is None else state[key]

@@ -70,8 +70,7 @@ def singular_vectors(g: Tensor, on_left: bool, count: int) -> Tensor:
     short = g.shape[0] <= g.shape[1]  # the rows' side is the shorter one
     vectors: Tensor = torch.linalg.eigh(_gram(g, short))[1][:, -count:].flip(1).float()
     if short != on_left:
-        vectors = g @ vectors if on_left else g.mT @ vectors
-        vectors /= torch.linalg.vector_norm(vectors, dim=0).clamp(min=torch.finfo(torch.float32).tiny)
+        vectors = torch.linalg.qr(g @ vectors if on_left else g.mT @ vectors)[0]  # completes what has no length
     largest = vectors.abs().argmax(0, keepdim=True)
     return vectors.mul_(vectors.gather(0, largest).sign())
 

@@ -13,12 +13,14 @@ are those of memopt/overlap.py, whose simulation counts them.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from memopt.edit import DISK, HOST, TOKEN
@@ -27,6 +29,7 @@ from memopt.optim.stored import flat
 from memopt.runtime import disk
 from memopt.runtime import links as links_of
 from memopt.runtime.arena import Arena, place_of
+from memopt.runtime.host import HostError
 from memopt.runtime.links import Link
 
 PLACES = {HOST: "state_on_host", DISK: "state_on_disk"}  # names to switch it off by
@@ -65,12 +68,14 @@ def start(home: Tensor, part: Tensor, start: int) -> Tensor:
 
 def arrive(part: Tensor) -> None:
     """Have the elements be there before what is computed next. Raises DiskError if they could not be read."""
-    flights.pop(part.data_ptr()).wait()
+    flights[part.data_ptr()].wait()
+    del flights[part.data_ptr()]  # not before: an interrupted wait leaves it to `Ferry.abandon`
 
 
 def drain(part: Tensor, token: Tensor) -> None:
     """Have the copy back end before what is computed next. Raises DiskError if it could not be written."""
-    flights.pop(part.data_ptr()).wait()
+    flights[part.data_ptr()].wait()
+    del flights[part.data_ptr()]
 
 
 def link(device: torch.device, way: str) -> Link:
@@ -108,24 +113,25 @@ class Ferry:
     tokens; unawaited: by id, what copies use that nobody has waited for.
     """
 
-    whose: tuple[int, int] | None = None
+    whose: tuple[int, int, int] | None = None
     ahead: State = field(default_factory=dict)
     behind: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     unawaited: dict[int, Tensor] = field(default_factory=dict)
 
-    def depart(self, p: Tensor, state: Mapping[str, object], part: slice | None) -> None:
+    def depart(self, p: Tensor, state: Mapping[str, object], homes: State, part: slice | None) -> None:
         """Begin to bring what the update of these elements of a parameter reads; what else was brought is let go."""
         self.leave()
-        spans = {key: (home, 0 if part is None else part.start, home.numel() if part is None else part.stop)
-                 for key, home in movable(state)}  # fmt: skip
-        self.ahead = {key: torch.ops.memopt.fetch_state(*span, p.device) for key, span in spans.items()}
-        self.unawaited |= {id(value): value for value in self.ahead.values()}
+        for key, home in homes.items():
+            if key in state:
+                start, stop = (0, home.numel()) if part is None else (part.start, part.stop)
+                self.ahead[key] = torch.ops.memopt.fetch_state(home, start, stop, p.device)
+                self.unawaited[id(self.ahead[key])] = self.ahead[key]
         self.whose = piece_of(p, part)
 
-    def take(self, p: Tensor, state: Mapping[str, object], part: slice | None) -> State:
+    def take(self, p: Tensor, state: Mapping[str, object], homes: State, part: slice | None) -> State:
         """What the update of these elements reads, flat, which `land` waits for."""
         if self.whose != piece_of(p, part):
-            self.depart(p, state, part)
+            self.depart(p, state, homes, part)
         found, self.ahead, self.whose = self.ahead, {}, None
         return found
 
@@ -140,8 +146,8 @@ class Ferry:
         earlier = self.behind
         self.behind = []
         for home, values, start in back:
-            self.behind.append((values, torch.ops.memopt.start_state(home, values, start)))
             self.unawaited[id(values)] = values
+            self.behind.append((values, torch.ops.memopt.start_state(home, values, start)))
         self.drain(earlier)
 
     def drain(self, parts: list[tuple[Tensor, Tensor]]) -> None:
@@ -168,32 +174,31 @@ class Ferry:
         self.whose, self.ahead, self.behind, self.unawaited = None, {}, [], {}
 
 
-def piece_of(p: Tensor, part: slice | None) -> tuple[int, int]:
-    """Which elements of which parameter."""
-    return id(p), 0 if part is None else part.start
+def piece_of(p: Tensor, part: slice | None) -> tuple[int, int, int]:
+    """Which parameter, and which of its elements."""
+    return (id(p), 0, p.numel()) if part is None else (id(p), part.start, part.stop)
 
 
 @dataclass
 class Homes:
-    """Homes of the state of some parameters. empty: makes one of a layout. kept: id of the parameter -> its homes."""
+    """Homes of the state of some parameters. make: homes of these layouts. kept: id of the parameter -> its homes."""
 
-    empty: Callable[[Layout], Tensor]
+    make: Callable[[Sequence[Layout]], list[Tensor]]
     kept: dict[int, State] = field(default_factory=dict)
 
     @staticmethod
     def of(codec: str, device: torch.device) -> Homes:
         """Homes in the pool of this codec, for parameters on this device."""
         if codec.startswith(DISK):
-            arena = Arena(disk.pool_of(codec).folder)
-            return Homes(lambda layout: arena.empty(*layout))
-        pinned = device.type == "cuda"
-        return Homes(lambda layout: torch.empty_strided(layout[0], layout[1], dtype=layout[2], pin_memory=pinned))
+            return Homes(Arena(disk.pool_of(codec).folder).tensors)
+        return Homes(partial(_in_memory, pinned=device.type == "cuda"))
 
     def prepare(self, layouts: Mapping[Tensor, Mapping[str, Layout]]) -> None:
-        """Take room for the state of these parameters, of those that have none yet. Raises DiskError, and takes none,
-        where there is not enough of it."""
+        """Take room for the state of these parameters, of those that have none yet. Raises DiskError or HostError, and
+        takes none, where there is not enough of it."""
         new = {id(p): layout for p, layout in layouts.items() if id(p) not in self.kept}
-        self.kept |= {name: {key: self.empty(each) for key, each in layout.items()} for name, layout in new.items()}
+        made = iter(self.make([each for layout in new.values() for each in layout.values()]))
+        self.kept |= {name: {key: next(made) for key in layout} for name, layout in new.items()}
 
     def settle(self, optimizer: Optimizer, p: Tensor) -> None:
         """Bring home the state that a parameter has: what a checkpoint brought, or what it had before."""
@@ -201,39 +206,70 @@ class Homes:
         for key, home in homes.items():
             value = state.get(key)
             if value is not None and value is not home:
+                _written_by_now(p)
                 home.copy_(value)
                 state[key] = home
 
     def load(self, optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
-        """Take over a checkpoint as the optimizer's class does, but what has a home straight to it: on the device there
-        may be no room for it. Raises ValueError, nothing changed, where it is not of the homes' sizes."""
-        names = [name for group in state_dict["param_groups"] for name in group["params"]]
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        lying = {name: p for name, p in zip(names, params, strict=False) if id(p) in self.kept}
-        saved = {name: state for name in lying if (state := state_dict["state"].get(name))}
-        for name, state in saved.items():
-            self._check(name, state, self.kept[id(lying[name])])
-        others = {name: state for name, state in state_dict["state"].items() if name not in saved}
-        type(optimizer).load_state_dict(optimizer, {**state_dict, "state": others})
-        for name, state in saved.items():
-            homes, p = self.kept[id(lying[name])], lying[name]
-            optimizer.state[p] = {
-                key: homes[key].copy_(value) if key in homes else _own(value) for key, value in state.items()
-            }
+        """Take over a checkpoint as the optimizer's class does, on a double in the host's memory, as the device may lack
+        the room; then what has a home goes there. Raises what the class does, or ValueError, nothing changed,
+        where a state is not of its home's size."""
+        doubles = {id(p): _double(p) for group in optimizer.param_groups for p in group["params"]}
+        twin: Optimizer = object.__new__(type(optimizer))
+        shared = {key: value for key, value in vars(optimizer).items() if key not in ("step", "load_state_dict")}
+        groups = [{**g, "params": [doubles[id(p)] for p in g["params"]]} for g in optimizer.param_groups]
+        vars(twin).update(shared, state=defaultdict(dict), param_groups=groups)
+        type(optimizer).load_state_dict(twin, state_dict)  # type: ignore[arg-type]
+        for at, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
+            self._check(at, twin.state.get(doubles[id(p)], {}), self.kept.get(id(p), {}))
+        for group, loaded in zip(optimizer.param_groups, twin.param_groups, strict=True):
+            group.update({key: value for key, value in loaded.items() if key != "params"})
+            for p in group["params"]:
+                _written_by_now(p)
+                state, homes = twin.state.get(doubles[id(p)], {}), self.kept.get(id(p), {})
+                taken = {key: _taken(key, value, homes, p, group) for key, value in state.items()}
+                optimizer.state.pop(p, None)
+                if taken:
+                    optimizer.state[p] = taken
 
-    def _check(self, name: Any, state: Mapping[str, Any], homes: State) -> None:
-        for key, home in homes.items():
+    def _check(self, at: int, state: Mapping[str, Any], homes: State) -> None:
+        for key, home in homes.items() if state else ():
             value = state.get(key)
             if not isinstance(value, Tensor) or value.shape != home.shape:
                 found = f"of {tuple(value.shape)}" if isinstance(value, Tensor) else "not there"
                 raise ValueError(
-                    f"the state of parameter {name} is not this optimizer's: its {key} is {found}, where "
+                    f"the state of parameter {at} is not this optimizer's: its {key} is {found}, where "
                     f"{tuple(home.shape)} is needed; nothing was changed"
                 )
 
 
-def _own(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
+def _in_memory(layouts: Sequence[Layout], pinned: bool) -> list[Tensor]:
+    try:
+        return [torch.empty_strided(size, stride, dtype=dtype, pin_memory=pinned) for size, stride, dtype in layouts]
+    except RuntimeError as error:
+        raise HostError(
+            f"the optimizer's state cannot be had in host memory: {error}; no parameter was changed"
+        ) from error
+
+
+def _written_by_now(p: Tensor) -> None:
+    """Wait for copies of a GPU's, which write homes behind the host's back."""
+    if p.is_cuda:
+        torch.cuda.synchronize(p.device)
+
+
+def _double(p: Tensor) -> Tensor:
+    """A parameter like it on the CPU, never filled, so that it takes addresses and no memory."""
+    return nn.Parameter(torch.empty_strided(p.shape, p.stride(), dtype=p.dtype), requires_grad=p.requires_grad)
+
+
+def _taken(key: str, value: Any, homes: State, p: Tensor, group: Mapping[str, Any]) -> Any:
+    """A loaded state where it belongs. The step's number stays on the CPU, unless the whole step runs on the device."""
+    if key in homes:
+        return homes[key].copy_(value)
+    if not isinstance(value, Tensor) or (key == "step" and not (group.get("capturable") or group.get("fused"))):
+        return value
+    return value.to(p.device)
 
 
 def movable(state: Mapping[str, object]) -> Iterator[tuple[str, Tensor]]:

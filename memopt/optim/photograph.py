@@ -98,7 +98,8 @@ def photograph_optimizer(
 
 def largest_step(optimizer: Optimizer | None) -> float:
     """A late step's number; of optimizers that make projections anew now and then, one of those in which all do."""
-    gaps = [group["update_proj_gap"] for group in optimizer.param_groups] if isinstance(optimizer, Projected) else []
+    groups = optimizer.param_groups if isinstance(optimizer, Projected) else []
+    gaps = [group["update_proj_gap"] for group in groups if group["update_proj_gap"]]
     return 1.0 + math.lcm(int(LATE_STEP), *gaps) if gaps else LATE_STEP
 
 

@@ -91,7 +91,7 @@ def update_portion(
     if id(params[0]) in homes:
         first = None
         if later is not None and id(later) in homes:
-            first = later, parts_of(later, piece(optimizer, portion, later, kind))[0]
+            first = later, homes[id(later)], parts_of(later, piece(optimizer, portion, later, kind))[0]
         update_alone(optimizer, params[0], each, Away(homes[id(params[0])], ferry, first))
     elif each is not None:
         update_alone(optimizer, params[0], each, None)

@@ -57,6 +57,7 @@ class Stepper:
         self.later = {id(params[name]): params[after] for name, after in pairwise(update.order)}
         if update.state and not obstacle(self.optimizer):
             turn(self.optimizer, update.state)
+            self.homes = None  # of other moments than it has now, which lie with the parameters
         if update.portion is not None:
             self.portion = min(update.portion, self.portion or update.portion)
         if not self.installed:
@@ -67,20 +68,23 @@ class Stepper:
         new = {name: p for name, p in params.items() if self.homes is None or id(p) not in self.homes.kept}
         if not new:
             return
-        if self.homes is None:
-            self.homes = Homes.of(pool, next(iter(new.values())).device)
-        self.homes.prepare({params[name]: each for name, each in state_layouts(self.optimizer, new).items()})
+        homes = self.homes or Homes.of(pool, next(iter(new.values())).device)
+        homes.prepare({params[name]: each for name, each in state_layouts(self.optimizer, new).items()})
         for p in new.values():
-            self.homes.settle(self.optimizer, p)
-        self.optimizer.load_state_dict = self.load  # type: ignore[method-assign]
-        if next(iter(new.values())).is_cuda:
-            self.optimizer.register_state_dict_pre_hook(lambda _: torch.cuda.synchronize())  # homes are written late
+            homes.settle(self.optimizer, p)
+        if "load_state_dict" not in vars(self.optimizer):
+            self.optimizer.load_state_dict = self.load  # type: ignore[method-assign]
+            if next(iter(new.values())).is_cuda:  # homes are written behind the host's back
+                self.optimizer.register_state_dict_pre_hook(lambda _: torch.cuda.synchronize())
+        self.homes = homes
 
     def load(self, state_dict: dict[str, Any]) -> None:
         """The optimizer's `load_state_dict`, with what lies elsewhere taken there at once."""
-        assert self.homes is not None
         self.ferry.end()
-        self.homes.load(self.optimizer, state_dict)
+        if self.homes is None:
+            type(self.optimizer).load_state_dict(self.optimizer, state_dict)
+        else:
+            self.homes.load(self.optimizer, state_dict)
 
     def install(self) -> None:
         """Put the planned step in the place of the optimizer's, between the hooks that torch runs around it."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from math import prod
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from torch import Tensor
 from memopt.runtime.disk import DiskError, Flight, aligned, at
 from memopt.units import format_size
 
+Layout = tuple[Sequence[int], Sequence[int], torch.dtype]  # size, strides, type
 Call = Callable[[int, list[memoryview], int], int]  # os.preadv or os.pwritev
 
 
@@ -40,24 +42,30 @@ class Arena:
         self.file = tempfile.TemporaryFile(dir=self.folder, buffering=0)  # noqa: SIM115  # as long as its tensors
         weakref.finalize(self, self.file.close)
 
-    def empty(self, size: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A dense tensor of these strides, its elements 0. Raises DiskError, and takes no room, where there is none."""
-        nbytes = prod(size) * dtype.itemsize
-        room = aligned(nbytes)
+    def tensors(self, layouts: Sequence[Layout]) -> list[Tensor]:
+        """Dense tensors of these layouts, their elements 0, in one mapping. Raises DiskError, and takes no room, where
+        there is none for all of them."""
+        sizes = [prod(size) * dtype.itemsize for size, _, dtype in layouts]
+        offsets = [0, *accumulate(map(aligned, sizes))]
+        if not offsets[-1]:
+            return []
         try:
-            os.posix_fallocate(self.file.fileno(), self.end, room)
-            mapped = mmap.mmap(self.file.fileno(), room, offset=self.end)
+            os.posix_fallocate(self.file.fileno(), self.end, offsets[-1])
+            mapped = mmap.mmap(self.file.fileno(), offsets[-1], offset=self.end)
         except OSError as error:
+            os.ftruncate(self.file.fileno(), self.end)
             raise DiskError(
-                f"cannot take {format_size(nbytes)} for the optimizer's state in {self.folder}: "
+                f"cannot take {format_size(offsets[-1])} for the optimizer's state in {self.folder}: "
                 f"{error.strerror or error}; no parameter was changed. Free space there, or lower disk_budget"
             ) from error
-        flat = torch.frombuffer(mapped, dtype=dtype, count=prod(size))
-        address = flat.data_ptr()
-        places[address] = Place(self, self.end, nbytes)
-        weakref.finalize(mapped, places.pop, address)
-        self.end += room
-        return flat.as_strided(tuple(size), tuple(stride))
+        made = []
+        for (size, stride, dtype), nbytes, offset in zip(layouts, sizes, offsets, strict=False):
+            flat = torch.frombuffer(mapped, dtype=dtype, count=prod(size), offset=offset)
+            places[flat.data_ptr()] = Place(self, self.end + offset, nbytes)
+            weakref.finalize(mapped, places.pop, flat.data_ptr())
+            made.append(flat.as_strided(tuple(size), tuple(stride)))
+        self.end += offsets[-1]
+        return made
 
 
 @dataclass(frozen=True)

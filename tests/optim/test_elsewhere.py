@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import os
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,12 @@ from memopt.optim.photograph import photograph_optimizer
 from memopt.optim.portions import Update
 from memopt.optim.stepper import Stepper
 from memopt.runtime import disk
-from memopt.runtime.arena import place_of, places
+from memopt.runtime.arena import Arena, place_of, places
 from memopt.runtime.disk import DiskError
 from memopt.runtime.measure import measure_step
 from memopt.runtime.resident import resident_tensors
 from memopt.timeline import peak
+from memopt.trained import fitting
 
 OPTIONS: dict[str, dict[str, Any]] = {"SGD": {"momentum": 0.9, "nesterov": True}, "Adagrad": {"lr": 0.1}}
 SIZES = ((130, 100), (30, 20), (64, 128), (3,))
@@ -221,15 +224,10 @@ def test_a_disk_that_fails_amid_an_update_says_what_is_lost(
 
 def test_a_full_disk_is_an_error_before_anything_is_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     params, optimizer = made("AdamW")
-    stepper, calls = Stepper(optimizer), 0
-    real = os.posix_fallocate
+    stepper = Stepper(optimizer)
 
     def full(*args: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls == 3:
-            raise OSError(28, "No space left on device")
-        real(*args)
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
     before = len(places)
@@ -240,6 +238,145 @@ def test_a_full_disk_is_an_error_before_anything_is_changed(tmp_path: Path, monk
     assert "step" not in vars(optimizer)
     plain, theirs = made("AdamW")
     assert all(map(torch.equal, trained(params, optimizer), trained(plain, theirs)))
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("SGD", torch.float32), ("AdamW", torch.float32), ("AdamW", torch.bfloat16)]
+)
+@pytest.mark.parametrize("portion", [1, 1 << 20])
+def test_gradients_laid_out_otherwise_change_no_bit(
+    name: str, dtype: torch.dtype, portion: int, tmp_path: Path
+) -> None:
+    """SGD's first momentum is a clone of the gradient, strides and all; its home has the parameter's."""
+
+    def run(there: bool) -> list[Tensor]:
+        params, optimizer = made(name, dtype)
+        if there:
+            Stepper(optimizer).follow(on_disk(tmp_path, portion=portion), named(params))
+        torch.manual_seed(2)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn(p.shape[::-1], dtype=dtype).permute(*range(p.dim() - 1, -1, -1))
+            optimizer.step()
+        return [*params, *(v for p in params for v in optimizer.state[p].values() if isinstance(v, Tensor))]
+
+    assert all(map(torch.equal, run(True), run(False)))
+
+
+def older(saved: dict[str, Any]) -> None:
+    for state in saved["state"].values():
+        state["step"] = int(state["step"])  # as torch 1.11 wrote it
+
+
+def with_largest(saved: dict[str, Any]) -> None:
+    for state in saved["state"].values():
+        state["max_exp_avg_sq"] = state["exp_avg_sq"].clone()
+    for group in saved["param_groups"]:
+        group["amsgrad"] = True
+
+
+@pytest.mark.parametrize("change", [older, with_largest])
+def test_a_checkpoint_is_taken_as_torch_takes_it(change: Callable[[dict[str, Any]], None], tmp_path: Path) -> None:
+    first, saving = made("AdamW")
+    trained(first, saving)
+    saved = copy.deepcopy(saving.state_dict())
+    change(saved)
+
+    def run(there: bool) -> list[Tensor]:
+        params, optimizer = made("AdamW")
+        if there:
+            Stepper(optimizer).follow(on_disk(tmp_path), named(params))
+        trained(params, optimizer, 1)
+        optimizer.load_state_dict(copy.deepcopy(saved))
+        return trained(params, optimizer, seed=4)
+
+    assert all(map(torch.equal, run(True), run(False)))
+
+
+@pytest.mark.parametrize("kind", [optim.AdamWBf16, optim.AdamW8bit])
+def test_torchs_checkpoint_is_encoded_as_ever(kind: type[optim.AdamW], tmp_path: Path) -> None:
+    plain, theirs = made("AdamW")
+    trained(plain, theirs)
+    saved = copy.deepcopy(theirs.state_dict())
+
+    def run(there: bool) -> list[Tensor]:
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(size)) for size in SIZES]
+        optimizer = kind([{"params": params[:2]}, {"params": params[2:]}])
+        if there:
+            Stepper(optimizer).follow(on_disk(tmp_path), named(params))
+        optimizer.load_state_dict(copy.deepcopy(saved))
+        return trained(params, optimizer)
+
+    assert all(map(torch.equal, run(True), run(False)))
+
+
+def test_moments_in_fewer_bits_take_over_from_those_that_lie_elsewhere(tmp_path: Path) -> None:
+    def run(there: bool) -> list[Tensor]:
+        params, optimizer = made("AdamW")
+        stepper = Stepper(optimizer)
+        if there:
+            stepper.follow(on_disk(tmp_path), named(params))
+        trained(params, optimizer)
+        stepper.follow(Update(state="adamw8bit"), named(params))
+        first = trained(params, optimizer, seed=8)
+        if there:
+            stepper.follow(on_disk(tmp_path), named(params))
+        return [*first, *trained(params, optimizer, seed=9)]
+
+    assert all(map(torch.equal, run(True), run(False)))
+
+
+def test_many_states_take_few_files_and_refused_ones_no_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    layouts = [((4096,), (1,), torch.float32)] * 500
+    before = len(os.listdir("/proc/self/fd"))
+    arena = Arena(tmp_path)
+    held = arena.tensors(layouts)
+    assert len(os.listdir("/proc/self/fd")) - before <= 2
+    blocks = os.fstat(arena.file.fileno()).st_blocks
+    real = os.posix_fallocate
+
+    def full(*args: int) -> None:
+        real(*args)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    for _ in range(3):
+        with pytest.raises(DiskError, match="lower disk_budget"):
+            arena.tensors(layouts)
+    assert os.fstat(arena.file.fileno()).st_blocks == blocks
+    assert len(held) == 500
+    assert torch.equal(held[0], held[-1])
+
+
+def test_states_that_are_too_large_for_the_room_are_passed_over() -> None:
+    assert fitting({"large": 100, "small": 10, "other": 30, "last": 15}, 50) == (["small", "other"], [10, 40])
+
+
+def test_an_interrupt_amid_a_copy_lets_go_of_nothing_that_is_in_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params, optimizer = made("SGD")
+    stepper = Stepper(optimizer)
+    stepper.follow(on_disk(tmp_path), named(params))
+    trained(params, optimizer, 1)
+    real, slow = os.preadv, threading.Event()
+
+    def slowly(*args: Any) -> int:
+        slow.wait(5)
+        return real(*args)
+
+    def interrupted(flight: disk.Flight) -> None:
+        threading.Timer(0.2, slow.set).start()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as changed:
+        changed.setattr(os, "preadv", slowly)
+        changed.setattr(disk.Flight, "wait", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+    assert slow.is_set(), "the step ended while a copy went on"
+    assert not flights
 
 
 def test_the_room_ends_with_the_state(tmp_path: Path) -> None:

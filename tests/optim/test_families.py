@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from memopt import optim
-from memopt.optim import qgalore
+from memopt.optim import galore, qgalore
 from memopt.optim.photograph import photograph_optimizer
 from memopt.optim.stored import Tables, rounded
 from memopt.optim.subspace import Projected
@@ -422,3 +422,24 @@ def test_codes_are_those_of_the_nearest_value(bits: int, signed: bool) -> None:
     x = torch.cat([torch.randn(4096).clamp(-1, 1), 10 ** (-8 * torch.rand(4096)), edges, *beside, torch.zeros(1)])
     x = x if signed else x.abs()
     assert torch.equal(tables.codes(x).int(), torch.bucketize(x, edges, out_int32=True))
+
+
+@pytest.mark.parametrize("rank_of_gradient", [0, 4, 40])
+@pytest.mark.parametrize("on_left", [False, True])
+@pytest.mark.parametrize("shape", [(256, 40), (40, 256)])
+def test_projectors_are_orthonormal_whatever_the_gradient(
+    shape: tuple[int, int], on_left: bool, rank_of_gradient: int
+) -> None:
+    torch.manual_seed(0)
+    g = torch.randn(shape[0], rank_of_gradient) @ torch.randn(rank_of_gradient, shape[1])
+    found = galore.singular_vectors(g, on_left, 16)
+    assert torch.allclose(found.mT @ found, torch.eye(16), atol=1e-5)
+    u, _, vt = torch.linalg.svd(g.double(), full_matrices=False)
+    wanted = (u if on_left else vt.mT)[:, : min(16, rank_of_gradient)].float()
+    assert torch.allclose(found @ (found.mT @ wanted), wanted, atol=1e-4)
+
+
+def test_a_gap_of_none_is_photographed_where_nothing_is_projected() -> None:
+    p = nn.Parameter(torch.randn(64, 64))
+    optimizer = optim.GaLore([{"params": [p], "update_proj_gap": None}])
+    assert photograph_optimizer([("p", p)], optimizer).steps
