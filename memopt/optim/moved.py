@@ -211,8 +211,8 @@ class Homes:
                 state[key] = home
 
     def load(self, optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
-        """Take over a checkpoint as the optimizer's class does, on a double in the host's memory, as the device may lack
-        the room; then what has a home goes there. Raises what the class does, or ValueError, nothing changed,
+        """Take over a checkpoint as the optimizer's class does, on a double in the host's memory, as the device may not
+        have the room; then what has a home goes there. Raises what the class does, or ValueError, nothing changed,
         where a state is not of its home's size."""
         doubles = {id(p): _double(p) for group in optimizer.param_groups for p in group["params"]}
         twin: Optimizer = object.__new__(type(optimizer))
