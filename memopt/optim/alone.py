@@ -37,8 +37,9 @@ ALIGNED = 4096  # elements a piece is a multiple of: vectors and threads begin w
 def piece(optimizer: Optimizer, portion: int | None, p: Tensor, kind: str) -> int | None:
     """Elements of a parameter to update at a time, for portions of so many bytes; None: all of it. kind: of the device
     that updates it, which is not the one that a fake parameter is on."""
-    small = portion is None or p.numel() <= ALIGNED or p.numel() * p.element_size() <= portion
-    if small or not cuttable(optimizer, p, kind):
+    if portion is None or p.numel() <= ALIGNED or p.numel() * p.element_size() <= portion:
+        return None
+    if not cuttable(optimizer, p, kind):
         return None
     largest = max(each.numel() for group in optimizer.param_groups for each in group["params"])
     least = max(LEAST, -(-largest // PIECES))
