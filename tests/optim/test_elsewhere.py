@@ -22,6 +22,7 @@ from memopt.optim.moved import flights
 from memopt.optim.photograph import photograph_optimizer
 from memopt.optim.portions import Update
 from memopt.optim.stepper import Stepper
+from memopt.overlap import tried_as
 from memopt.runtime import disk
 from memopt.runtime.arena import Arena, place_of, places
 from memopt.runtime.disk import DiskError
@@ -455,8 +456,17 @@ def test_a_plan_moves_no_more_states_than_must_be(lowering: str, tmp_path: Path)
             assert f"of {len(lying)} parameters lies on disk" in said[0]
             assert len(lying) == {"3.6MB": 2, "2.4MB": 6}[budget]
             assert real.peak_bytes == pytest.approx(model.memopt.plan.peak, abs=64)
+            result = model.memopt.plan
+            assert result.gap * result.step_seconds == pytest.approx(result.step_seconds - result.bound_seconds)
+            assert result.gap > 0  # nothing is done between pieces but to wait for the disk
             assert model.memopt.plan.peak <= int(float(budget[:-2]) * 1e6)
     if lowering == "eager":
         for there in found[1:]:
             assert found[0][0] == there[0]
             assert all(map(torch.equal, found[0][1:], there[1:]))
+
+
+def test_moving_a_state_holds_nothing_inside_itself() -> None:
+    ops = [f"memopt.{name}_state.default" for name in ("fetch", "arrive", "start", "drain")]
+    assert [*map(tried_as, ops)] == [""] * 4
+    assert tried_as("memopt.start_disk_0.default") == "memopt.pack_disk_0.default"

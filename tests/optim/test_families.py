@@ -443,3 +443,17 @@ def test_a_gap_of_none_is_photographed_where_nothing_is_projected() -> None:
     p = nn.Parameter(torch.randn(64, 64))
     optimizer = optim.GaLore([{"params": [p], "update_proj_gap": None}])
     assert photograph_optimizer([("p", p)], optimizer).steps
+
+
+@pytest.mark.parametrize("kind", [optim.GaLore, optim.QGaLore, optim.NaturalGaLore])
+def test_the_photographed_step_makes_every_projection_anew(kind: type[optim.GaLore]) -> None:
+    """Whatever the gaps of the groups: the budget is to hold in such a step too."""
+
+    def decompositions(*gaps: int) -> int:
+        params = [nn.Parameter(torch.randn(64, 32)) for _ in gaps]
+        groups = [{"params": [p], "rank": 4, "update_proj_gap": gap} for p, gap in zip(params, gaps, strict=True)]
+        phase = photograph_optimizer([(f"p{at}", p) for at, p in enumerate(params)], kind(groups))
+        return sum("eigh" in step.op for step in phase.steps)
+
+    assert decompositions(200) == 1
+    assert decompositions(7, 200, 13) == 3
