@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -258,8 +258,12 @@ class _Maker:
     def elsewhere(self, refused: Planned) -> Planned:
         """The plan with the optimizer's state in the host's memory or on disk, of no more parameters than must be; what
         was refused, where that does not fit either and takes less."""
+        return self.first(self.moves(refused), refused)
+
+    def first(self, updates: Iterable[Update], refused: Planned) -> Planned:
+        """The first plan that fits with one of these updates, else the one that takes least."""
         least = refused
-        for update in self.moves(refused):
+        for update in updates:
             planned = self.planned(update)
             if planned.result.infeasible and self.request.update == "backward":
                 planned = self.in_backward(planned)
@@ -286,15 +290,7 @@ class _Maker:
         """The first plan that fits with moments in fewer bits, of the ways allowed; else the one that takes least."""
         if why := obstacle(self.request.optimizer):
             return refused.noted(f"the optimizer's moments cannot be stored in fewer bits: {why}")
-        least = refused
-        for state in self.request.states:
-            planned = self.planned(Update(state=state))
-            if planned.result.infeasible and self.request.update == "backward":
-                planned = self.in_backward(planned)
-            least = min(least, planned, key=lambda one: one.result.plan.peak)
-            if not planned.result.infeasible:
-                return planned
-        return least
+        return self.first((Update(state=state) for state in self.request.states), refused)
 
     def in_backward(self, refused: Planned) -> Planned:
         """The plan with parameters updated in the backward: all that can be, but for those that a plan reads again
