@@ -90,12 +90,10 @@ def row(plan: str, quality: float, metric: str = "accuracy") -> Row:
     }  # fmt: skip
 
 
-Rows = Callable[[str, float, float], list[Row]]
-
-
 @pytest.mark.parametrize(
     ("metric", "quality", "found"),
     [("accuracy", 0.9, "as good"), ("accuracy", 0.7, "below"), ("accuracy", 0.99, "better"),
+     ("accuracy", math.nan, "below"), ("loss on new text", math.nan, "below"),
      ("loss on new text", 0.7, "better"), ("loss on new text", 1.2, "below")],
 )  # fmt: skip
 def test_an_optimizer_stands_where_its_seeds_do(metric: str, quality: float, found: str) -> None:

@@ -81,7 +81,8 @@ def test_every_tier_stands_between_its_markers(place: Path) -> None:
     runs = [training("plain", 0.9), training("int8", 0.7, **lossy), training("int8", 0.8, **lossy)]
     write_lines(place / "training.jsonl", [{"surroundings": NEW, "command": "t"}, *runs])
     each = {"rate": 0.001, "state": 80, "trained": 10}
-    updates = [training("adamw", 0.9, **each), training("adamw8bit", 0.9, **each | {"state": 20})]
+    updates = [training("adamw", 0.9, **each), training("lomo", 0.1, **each | {"losses": [1.0] * 10 + [float("nan")]})]
+    updates += [training("adamw8bit", 0.9, **each | {"state": 20})]
     write_lines(place / "optimizers.jsonl", [{"surroundings": NEW, "command": "o"}, *updates])
     readme = place / "README.md"
     assert main(["--results", str(place), "--readme", str(readme)]) == 0

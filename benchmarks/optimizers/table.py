@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from statistics import mean, stdev
 from typing import Any
@@ -31,10 +32,12 @@ def of(rows: Sequence[Row], task: str, plan: str) -> list[Row]:
 def line(rows: Sequence[Row], adamw: Sequence[Row]) -> tuple[str, ...]:
     """Of the runs of one optimizer on one task."""
     first, quality = rows[0], [row["quality"] for row in rows]
-    spread = f" ± {stdev(quality):.3f}" if len(quality) > 1 else ""
+    finite = [each for each in quality if math.isfinite(each)]
+    spread = f" ± {stdev(finite):.3f}" if len(finite) > 1 else ""
+    lost = f" ({len(quality) - len(finite)} left all bounds)" if len(finite) < len(quality) else ""
     return (
-        f"{first['task']}, {first['metric']}", first["plan"], f"{first['rate']:.2g}", f"{mean(quality):.3f}{spread}",
-        standing(rows, adamw), EVERY[first["plan"]].says if first["plan"] != ADAMW else "",
+        f"{first['task']}, {first['metric']}", first["plan"], f"{first['rate']:.2g}",
+        f"{mean(finite or quality):.3f}{spread}{lost}", standing(rows, adamw), EVERY[first["plan"]].says if first["plan"] != ADAMW else "",
         f"{first['state'] / first['trained']:.2f}", str(len(rows)),
     )  # fmt: skip
 
@@ -44,6 +47,8 @@ def standing(rows: Sequence[Row], adamw: Sequence[Row]) -> str:
     if not adamw or rows[0]["plan"] == ADAMW:
         return ""
     mine, theirs = ([row["quality"] for row in each] for each in (rows, adamw))
+    if not all(map(math.isfinite, mine)):
+        return "below"  # a run left all bounds
     spread = max(stdev(each) if len(each) > 1 else 0.0 for each in (mine, theirs))
     ahead = mean(mine) - mean(theirs)
     if abs(ahead) <= spread:
