@@ -35,9 +35,10 @@ def line(rows: Sequence[Row], adamw: Sequence[Row]) -> tuple[str, ...]:
     finite = [each for each in quality if math.isfinite(each)]
     spread = f" ± {stdev(finite):.3f}" if len(finite) > 1 else ""
     lost = f" ({len(quality) - len(finite)} left all bounds)" if len(finite) < len(quality) else ""
+    says = EVERY[first["plan"]].says if first["plan"] != ADAMW else ""
     return (
         f"{first['task']}, {first['metric']}", first["plan"], f"{first['rate']:.2g}",
-        f"{mean(finite or quality):.3f}{spread}{lost}", standing(rows, adamw), EVERY[first["plan"]].says if first["plan"] != ADAMW else "",
+        f"{mean(finite or quality):.3f}{spread}{lost}", standing(rows, adamw), says,
         f"{first['state'] / first['trained']:.2f}", str(len(rows)),
     )  # fmt: skip
 
