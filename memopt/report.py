@@ -15,7 +15,7 @@ from typing import Any
 from memopt.edit import Remake, added_steps
 from memopt.errors import Binding, WayOut
 from memopt.graph import Step, StepGraph
-from memopt.overlap import COPYING, elapsed, spent
+from memopt.overlap import COPYING, STATE, elapsed, spent
 from memopt.plans import REUSED, MeasuredStep, Plan, Status, original
 from memopt.timeline import Snapshot, at_peak, by_kind, peak, phase_peaks
 
@@ -152,6 +152,10 @@ class PlanResult:
         """Seconds that no plan of these levers comes below: as if nothing waited for the optimizer's state."""
         return self._computing + self.plan.lower_bound
 
+    @property
+    def _moves_state(self) -> bool:
+        return any(step.op.endswith(STATE) for step in self.before.steps)
+
     @cached_property
     def _computing(self) -> float:
         """Seconds of the step before planning, but for waits."""
@@ -168,7 +172,8 @@ class PlanResult:
     def remarks(self) -> tuple[str, ...]:
         """The notes, and what is to be said of the figures: where a gap above SMALL_GAP comes from, slowed steps."""
         why = WHY.get(self.plan.solver) if self.gap > SMALL_GAP and not self.infeasible else None
-        gap = (f"gap {100 * self.gap:.2f} % of the step time: {why}",) if why else ()
+        waits = "; it knows of no wait for the optimizer's state" if self._moves_state else ""
+        gap = (f"gap {100 * self.gap:.2f} % of the step time: {why}{waits}",) if why else ()
         slowed = (PROFILED,) if self.measured is not None and self.measured.profiled else ()
         return (*self.notes, *gap, *self._off(), *slowed)
 

@@ -459,6 +459,7 @@ def test_a_plan_moves_no_more_states_than_must_be(lowering: str, tmp_path: Path)
             result = model.memopt.plan
             assert result.gap * result.step_seconds == pytest.approx(result.step_seconds - result.bound_seconds)
             assert result.gap > 0  # nothing is done between pieces but to wait for the disk
+            assert not any(note.startswith("gap") and "no wait for the" not in note for note in result.remarks)
             assert model.memopt.plan.peak <= int(float(budget[:-2]) * 1e6)
     if lowering == "eager":
         for there in found[1:]:
