@@ -14,7 +14,7 @@ from memopt.edit import HOST
 from memopt.facts import storage_bytes
 from memopt.graph import TANGENTS, StepGraph, Storage, TensorInfo
 from memopt.joints import Part
-from memopt.optim.alone import MOVABLE
+from memopt.optim.alone import BLOCKWISE
 from memopt.optim.moved import LEAST
 from memopt.optim.photograph import WHOLE, OptimizerPhase, photograph_optimizer
 from memopt.optim.portions import Update, nbytes, separate
@@ -115,7 +115,7 @@ def affordable(
 def states_there(phase: OptimizerPhase, optimizer: torch.optim.Optimizer | None, codec: str) -> dict[str, int]:
     """Bytes that the state of each parameter would take in this pool, the largest first; of those whose state can lie
     there: matrices and the like of classes that are known."""
-    if type(optimizer) not in MOVABLE:
+    if type(optimizer) not in BLOCKWISE:
         return {}
     found: dict[str, int] = {}
     for name in phase.state_names:

@@ -1,5 +1,7 @@
 """One parameter's update by itself: in pieces, its state fetched from where it lies and stored there again.
 
+In goes a parameter with its gradient; out come the parameter and its state as the optimizer's own step leaves them.
+
 An elementwise update of some elements is that of the whole parameter for these elements, to the bit. On a CPU that
 holds for fp32 and wider only: torch adds 16-bit numbers that fill no whole vector with another rounding, and where
 those are depends on where a tensor ends and on the number of threads.
@@ -27,8 +29,8 @@ ELEMENTWISE = frozenset({
     *(torch.optim.Adadelta, torch.optim.Adagrad, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax),
     *(torch.optim.ASGD, torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop, torch.optim.Rprop, torch.optim.SGD),
 })  # fmt: skip
-# Whose state can lie elsewhere: at every update it is of the same bytes.
-MOVABLE = ELEMENTWISE | {AdamW, AdamWBf16, AdamW8bit, AdamW4bit}
+# Or on its block's: such a state is of the same bytes at every update, so it can lie elsewhere, or with other ranks.
+BLOCKWISE = ELEMENTWISE | {AdamW, AdamWBf16, AdamW8bit, AdamW4bit}
 PIECES = 32  # of the largest parameter: finer ones save little, and each is a round of kernels
 Elements = tuple[Tensor, State, slice | None]  # of a parameter, with its homes; None: all of them
 ALIGNED = 4096  # elements a piece is a multiple of: vectors and threads begin where they would in the whole

@@ -21,16 +21,10 @@ from torch.optim import Optimizer
 
 from memopt.errors import MemoptError
 from memopt.optim import moments
-from memopt.optim.adamw import AdamW, AdamW4bit, AdamW8bit, AdamWBf16
+from memopt.optim.adamw import AdamW
+from memopt.optim.alone import BLOCKWISE
 from memopt.optim.family import in_order, plain_step
 from memopt.optim.ranks import Ranks, ranks_within
-
-# Their update of an element depends on that element's own past alone, or on its block's.
-ELEMENTWISE = frozenset({
-    *(torch.optim.Adadelta, torch.optim.Adagrad, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adamax),
-    *(torch.optim.ASGD, torch.optim.NAdam, torch.optim.RAdam, torch.optim.RMSprop, torch.optim.Rprop, torch.optim.SGD),
-    *(AdamW, AdamWBf16, AdamW8bit, AdamW4bit),
-})  # fmt: skip
 
 
 class Sharded(Optimizer):
@@ -57,8 +51,8 @@ class Sharded(Optimizer):
         max_norm: float | None = None,
         **options: Any,
     ) -> None:
-        if kind not in ELEMENTWISE:
-            known = ", ".join(sorted({each.__name__ for each in ELEMENTWISE}))
+        if kind not in BLOCKWISE:
+            known = ", ".join(sorted({each.__name__ for each in BLOCKWISE}))
             raise ValueError(f"{getattr(kind, '__name__', kind)!r} cannot be sharded by element; can be: {known}")
         if max_norm is not None and not max_norm > 0:
             raise ValueError(f"max_norm={max_norm!r} refused: it is the largest norm a gradient may have, above 0")

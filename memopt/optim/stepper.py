@@ -148,7 +148,7 @@ class Stepper:
         p.grad = gradient
         try:
             self.update([p], self.later.get(id(p)))
-        except BaseException:
+        except BaseException:  # as in `step`
             self.ferry.abandon()
             raise
         finally:
