@@ -36,6 +36,7 @@ check: $(READY) ## formatting, lint and types
 gpu: $(READY) ## the tests and benchmarks that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python -m benchmarks.gpu
+	$(BIN)/python -m benchmarks.gpu.updates
 
 bench: $(READY) ## memopt against its peers on this CPU: a table and a picture
 	$(BIN)/python benchmarks/recompute_cpu.py

@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from benchmarks.gpu import setup, worker
+from benchmarks.gpu import setup, updates, worker
 from benchmarks.gpu.__main__ import Command, arguments, has_cuda, main
 from benchmarks.gpu.beds import BEDS, TINY
 from benchmarks.gpu.launch import Ended, environment, launched, run_row
@@ -265,6 +266,33 @@ def test_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: pytest
 def test_it_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 2
     assert "no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(has_cuda(), reason="this machine has a CUDA device")
+def test_updates_need_a_gpu_too_and_are_tried_out_without_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert updates.main([]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
+    monkeypatch.setattr(updates, "SHAPES", {"cpu": ((64, 128), (300, 7)), "cuda": ()})
+    assert updates.main(["--device", "cpu", "--rounds", "2", "--dtype", "bf16", "--results", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:20].strip() for line in lines][:4] == ["copy", "torch foreach", "torch fused", "memopt fp32"]
+    assert all(" ms " in line and line.endswith("of a copy's bandwidth") for line in lines)
+    assert not list(tmp_path.iterdir())  # no figure of a CPU is a result here
+
+
+def test_an_update_that_fails_is_a_row_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(params: list[nn.Parameter]) -> Optimizer:
+        raise RuntimeError("no kernel for this\nmore")
+
+    monkeypatch.setattr(updates, "SHAPES", {"cpu": ((64, 128),)})
+    monkeypatch.setattr(updates, "entries", lambda device: [("other", broken), ("plain", torch.optim.SGD)])
+    copy, other, plain = updates.compared("cpu", torch.float32, 1)
+    assert other["error"] == "RuntimeError: no kernel for this"
+    assert "seconds" not in other
+    assert plain["bytes"] == 3 * 64 * 128 * 4
+    assert plain["share"] == pytest.approx(plain["bytes"] / copy["bytes"] * copy["seconds"] / plain["seconds"])
 
 
 def test_nothing_is_said_of_memopt_if_none_of_its_rows_ran() -> None:

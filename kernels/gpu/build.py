@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from memopt.kernels.gpu import exponents, fewbit, fp8, nf4, pack_bits, quantise
+from memopt.kernels.gpu import adam, exponents, fewbit, fp8, nf4, pack_bits, quantise
 
 Build = tuple[Any, dict[str, str], dict[str, Any]]  # the kernel, its arguments' types, its constants
 BUILDS: dict[str, Build] = {}
-for _module in (pack_bits, quantise, fp8, fewbit, nf4, exponents):
+for _module in (adam, pack_bits, quantise, fp8, fewbit, nf4, exponents):
     BUILDS |= _module.BUILDS
+TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 WARP = 32  # threads, on every NVIDIA architecture
 FLOATS = ("fp32", "bf16", "fp16")  # what the types of a build call *T
 
@@ -33,11 +38,23 @@ def built(capability: int) -> Iterator[tuple[str, Any]]:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """A line for each kernel: its name, the architecture, the bytes of its binary."""
+    """A line for each kernel: its name, the architecture, the bytes of its binary, a thread's registers and stack."""
     for word in sys.argv[1:] if words is None else words:
         for name, found in built(int(word)):
-            print(f"{name:19} sm_{word:4} {len(found.asm['cubin']):7,} bytes")
+            registers, stack = resources(found.asm["cubin"])
+            size = f"{len(found.asm['cubin']):7,} bytes"
+            print(f"{name:19} sm_{word:4} {size} {registers:4} registers {stack:3} bytes of stack")
     return 0
+
+
+def resources(binary: bytes) -> tuple[int, int]:
+    """(registers, bytes of stack) of a thread: what registers did not hold is on the stack."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(binary)
+        told = subprocess.run([TOOL, "--dump-resource-usage", path], capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"(REG|STACK):(\d+)", told))
+    return int(found["REG"]), int(found["STACK"])
 
 
 if __name__ == "__main__":

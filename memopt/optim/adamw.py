@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from memopt.optim import moments
-from memopt.optim.family import Family, State, count, in_order
+from memopt.optim.family import Family, State, count
+from memopt.optim.fused import advance
 
 PLAIN = ("lr", "betas", "eps", "weight_decay", "params")  # what a group shares with torch.optim.AdamW's
 
@@ -42,9 +43,7 @@ class AdamW(Family):
 
     def update(self, p: Tensor, grad: Tensor, state: State, group: Mapping[str, Any]) -> None:
         """One step."""
-        values = in_order(p, p)
-        for part, direction in moments.directions(grad, p, state, group):
-            move(values[part], direction, group)
+        move(p, grad, state, group)
 
     def adopted(self, key: str, value: Tensor, like: Tensor, p: Tensor, group: Mapping[str, Any]) -> Tensor | None:
         """A moment of torch.optim.AdamW, or of another way to store it that is one value an element."""
@@ -64,13 +63,9 @@ class AdamW(Family):
         return packed
 
 
-def move(values: Tensor, direction: Tensor, group: Mapping[str, Any]) -> None:
-    """Decay and move some of a parameter's values, in fp32 where they have less precision."""
-    if values.dtype is torch.float32:
-        values.mul_(1 - group["lr"] * group["weight_decay"]).add_(direction, alpha=-group["lr"])
-        return
-    wide = values.float().mul_(1 - group["lr"] * group["weight_decay"])
-    values.copy_(wide.add_(direction, alpha=-group["lr"]))
+def move(p: Tensor, grad: Tensor, state: State, group: Mapping[str, Any]) -> None:
+    """One update of a parameter whose moments are `moments.empty_moments`."""
+    advance(p, grad, p, state, group, 1 - group["lr"] * group["weight_decay"], group["lr"])
 
 
 class AdamWBf16(AdamW):

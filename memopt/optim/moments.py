@@ -52,6 +52,16 @@ def directions(grad: Tensor, like: Tensor, state: State, group: Mapping[str, Any
         yield part, torch.div(m, size, out=size).div_(1 - beta1**step)
 
 
+def moved(values: Tensor, direction: Tensor, kept: float, rate: float) -> None:
+    """values <- kept values - rate direction, in fp32 where they have less precision. kept = 0 reads no values."""
+    if not kept:
+        values.copy_(direction.mul_(-rate))
+    elif values.dtype is torch.float32:
+        values.mul_(kept).add_(direction, alpha=-rate)
+    else:
+        values.copy_(values.float().mul_(kept).add_(direction, alpha=-rate))
+
+
 def encoded(key: str, value: Tensor, like: Tensor, group: Mapping[str, Any]) -> Tensor | None:
     """A moment given as values of the shape of `like`, stored as this group stores it; None if it is no such thing."""
     if key not in (FIRST, SECOND) or value.shape != like.shape or not value.is_floating_point():

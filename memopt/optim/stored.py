@@ -27,9 +27,14 @@ def rounded(x: Tensor, seed: int, start: int) -> Tensor:
     return torch.where(x.isfinite(), bits.view(torch.float32), x).to(torch.bfloat16)
 
 
+def mixed(seed: int) -> int:
+    """What a seed adds to a place: seeds one apart are far apart. 32 bits with a sign."""
+    return (seed * 0x9E3779B1 + 0x7F4A7C15 & 0xFFFFFFFF) - (1 << 31)
+
+
 def _hash(x: Tensor, seed: int) -> Tensor:
     """Murmur3's finaliser of x plus the seed, in place; int32 products wrap."""
-    x += (seed * 0x9E3779B1 + 0x7F4A7C15 & 0xFFFFFFFF) - (1 << 31)
+    x += mixed(seed)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x ^= (x >> shift).bitwise_and_((1 << 32 - shift) - 1)
         x *= factor - (1 << 32)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from memopt.optim import moments
 from memopt.optim.adamw import move
-from memopt.optim.family import Family, State, count, in_order, rows
+from memopt.optim.family import Family, State, count, rows
+from memopt.optim.fused import advance
 
 SIDES = ("std", "reverse_std", "left", "right")
 
@@ -55,10 +56,8 @@ class Projected(Family):
         """One step, AdamW's or the projected one."""
         if self.projects(p, group):
             self.project(p, grad, state, group)
-            return
-        values = in_order(p, p)
-        for part, direction in moments.directions(grad, p, state, group):
-            move(values[part], direction, group)
+        else:
+            move(p, grad, state, group)
 
     def projects(self, p: Tensor, group: Mapping[str, Any]) -> bool:
         """Whether a parameter is one of the matrices that are projected."""
@@ -104,12 +103,12 @@ def generator(p: Tensor, seed: int, turn: int) -> torch.Generator:
 def small_direction(small: Tensor, state: State, group: Mapping[str, Any]) -> Tensor:
     """Adam's direction of a projected gradient, of its shape; the moments advance."""
     made = torch.empty_like(small)
-    for part, direction in moments.directions(small, small, state, group):
-        made.view(-1)[part] = direction
+    advance(made, small, small, state, group, 0.0, -1.0)
     return made
 
 
 def apply(p: Tensor, group: Mapping[str, Any], update: Any) -> None:
     """Decay and move a matrix by `update(rows)`, some rows at a time."""
+    kept = 1 - group["lr"] * group["weight_decay"]
     for some in rows(p):
-        move(p[some], update(some), group)
+        moments.moved(p[some], update(some), kept, group["lr"])
