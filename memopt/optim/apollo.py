@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from memopt.optim.family import State
-from memopt.optim.subspace import Projected, apply, generator, left, small_direction, turns
+from memopt.optim.subspace import Projected, apply, generator, left, small_direction, times, turns, wide_rows
 
 GROWTH = 1.01
 NOTHING = 1e-8
@@ -38,16 +38,16 @@ class Apollo(Projected):
 
     def project(self, p: Tensor, grad: Tensor, state: State, group: Mapping[str, Any]) -> None:
         """One step of a matrix."""
-        g, on_left = grad.float(), left(p, group)
-        image = project(g, p, state, group)
+        on_left = left(p, group)
+        image = project(grad, p, state, group)
         direction = small_direction(image, state, group)
         scaling = self.scaling(direction, image, on_left)
-        length = torch.linalg.vector_norm(_lengths(g, on_left) * scaling)
+        length = torch.linalg.vector_norm(_lengths(grad, on_left) * scaling)
         last = state["length"]
         limited = torch.where(last > 0, torch.minimum(length, GROWTH * (last + NOTHING)), length)
         state["length"].copy_(limited)
         factor = scaling * (math.sqrt(group["scale"]) * limited / length.clamp(min=torch.finfo(torch.float32).tiny))
-        apply(p, group, lambda some: g[some] * (factor if on_left or self.tensorwise else factor[some]))
+        apply(p, group, lambda some: grad[some].float() * (factor if on_left or self.tensorwise else factor[some]))
 
     def scaling(self, direction: Tensor, image: Tensor, on_left: bool) -> Tensor:
         """Step size over gradient: a channel (1, n) or (m, 1), or of the whole."""
@@ -73,10 +73,17 @@ def project(g: Tensor, p: Tensor, state: State, group: Mapping[str, Any]) -> Ten
     rank = min(group["rank"], side)
     drawn = torch.randn(rank, side, generator=generator(p, group["seed"], turns(state, group)[0])) / math.sqrt(rank)
     drawn = drawn.to(p.device)
-    return drawn @ g if on_left else g @ drawn.mT
+    return times(g, drawn.mT, on_left)
 
 
 def _lengths(matrix: Tensor, on_left: bool) -> Tensor:
-    """Of the columns (1, n) if the rows were projected, else of the rows (m, 1)."""
-    found: Tensor = torch.linalg.vector_norm(matrix, dim=0 if on_left else 1, keepdim=True)
-    return found
+    """Of the columns (1, n) if the rows were projected, else of the rows (m, 1), in fp32."""
+    dim = 0 if on_left else 1
+    if matrix.dtype is torch.float32:
+        found: Tensor = torch.linalg.vector_norm(matrix, dim=dim, keepdim=True)
+        return found
+    squares = torch.zeros((1, matrix.shape[1]) if on_left else (matrix.shape[0], 1), device=matrix.device)
+    for some in wide_rows(matrix):
+        part = matrix[some].float().square_().sum(dim, keepdim=True)
+        squares[slice(None) if on_left else some] += part
+    return squares.sqrt_()

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from memopt.optim.family import State, rows
-from memopt.optim.subspace import Projected, apply, left, small_direction, turns
+from memopt.optim.subspace import Projected, apply, left, small_direction, times, turns
 
 
 class GaLore(Projected):
@@ -30,11 +30,11 @@ class GaLore(Projected):
 
     def project(self, p: Tensor, grad: Tensor, state: State, group: Mapping[str, Any]) -> None:
         """One step of a matrix."""
-        g, on_left = grad.float(), left(p, group)
+        on_left = left(p, group)
         if self.turns(state, group):
-            self.turn(singular_vectors(g, on_left, group["rank"]), p, state, group)
+            self.turn(singular_vectors(grad, on_left, group["rank"]), p, state, group)
         projector = self.projector(p, state, group)
-        small = self.turned(projector.mT @ g if on_left else g @ projector, state, group)
+        small = self.turned(times(grad, projector, on_left), state, group)
         small = small_direction(small, state, group).mul_(group["scale"])
         apply(p, group, lambda some: projector[some] @ small if on_left else small[some] @ projector.mT)
 
@@ -70,7 +70,8 @@ def singular_vectors(g: Tensor, on_left: bool, count: int) -> Tensor:
     short = g.shape[0] <= g.shape[1]  # the rows' side is the shorter one
     vectors: Tensor = torch.linalg.eigh(_gram(g, short))[1][:, -count:].flip(1).float()
     if short != on_left:
-        vectors = torch.linalg.qr(g @ vectors if on_left else g.mT @ vectors)[0]  # completes what has no length
+        long = times(g, vectors, False) if on_left else times(g, vectors, True).mT
+        vectors = torch.linalg.qr(long)[0]  # completes what has no length
     largest = vectors.abs().argmax(0, keepdim=True)
     return vectors.mul_(vectors.gather(0, largest).sign())
 

@@ -8,7 +8,7 @@ side, "reverse_std" the longer one. Groups without a rank, and parameters that a
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -16,9 +16,10 @@ from torch import Tensor
 
 from memopt.optim import moments
 from memopt.optim.adamw import move
-from memopt.optim.family import Family, State, count, rows
+from memopt.optim.family import Family, State, count, portions, rows
 from memopt.optim.fused import advance
 
+WIDE = 1 << 22  # elements at a time of what is multiplied: 16 MB in fp32, enough for a product's speed
 SIDES = ("std", "reverse_std", "left", "right")
 
 
@@ -98,6 +99,27 @@ def generator(p: Tensor, seed: int, turn: int) -> torch.Generator:
     """Draws the same for the same shape, seed and turn, wherever the parameter is."""
     mixed = (seed * 1_000_003 + turn) * 1_000_003 + p.numel()
     return torch.Generator(device="cpu").manual_seed(mixed & (1 << 62) - 1)
+
+
+def times(g: Tensor, side: Tensor, on_left: bool) -> Tensor:
+    """side^T G, or G side, of a gradient of any type, in fp32. side: (rows or columns of G, k) in fp32.
+
+    Of a gradient of less precision no copy in fp32 is held, but of some rows at a time."""
+    if g.dtype is torch.float32:
+        return side.mT @ g if on_left else g @ side
+    shape = (side.shape[1], g.shape[1]) if on_left else (g.shape[0], side.shape[1])
+    made = torch.zeros(shape, device=g.device)
+    for some in wide_rows(g):
+        if on_left:
+            made.addmm_(side[some].mT, g[some].float())
+        else:
+            made[some].addmm_(g[some].float(), side)
+    return made
+
+
+def wide_rows(matrix: Tensor) -> Iterator[slice]:
+    """Slices of rows that are multiplied at a time."""
+    return portions(matrix.shape[0], max(1, WIDE // max(1, matrix.shape[1])))
 
 
 def small_direction(small: Tensor, state: State, group: Mapping[str, Any]) -> Tensor:

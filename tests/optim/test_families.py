@@ -197,6 +197,39 @@ def test_state_bytes_are_as_stated_and_the_step_is_predicted(name: str) -> None:
     assert peak(phase.graph()) == pytest.approx(held + record(optimizer.step).peak(), abs=2048)
 
 
+@pytest.mark.parametrize("name", ["galore", "galore-reverse", "galore8bit", "natural_galore", "q_galore", "apollo"])
+@pytest.mark.parametrize("shape", [(96, 64), (64, 96)])
+def test_a_bf16_gradient_is_projected_some_rows_at_a_time(
+    name: str, shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No copy of it in fp32 is held, and it moves the parameter as its fp32 copy would."""
+    grads, found = [g.bfloat16() for g in drawn(shape, 5)], []
+    for dtype, wide in ((torch.float32, 1 << 22), (torch.bfloat16, 7 * shape[1])):
+        monkeypatch.setattr("memopt.optim.subspace.WIDE", wide)
+        torch.manual_seed(1)
+        p = nn.Parameter(torch.randn(shape))
+        optimizer = CASES[name].build([p])
+        for g in grads:  # not by `.grad`, which has the parameter's type
+            optimizer.update_one(p.data, g.to(dtype), optimizer.param_groups[0])
+        found.append(p.detach())
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["galore", "apollo", "apollo_mini"])
+def test_the_step_of_a_bf16_parameter_is_predicted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memopt.optim.subspace.WIDE", 1 << 14)
+    p = nn.Parameter(torch.randn(512, 384).bfloat16())
+    p.grad = torch.randn_like(p)
+    optimizer = CASES[name].build([p])
+    optimizer.param_groups[0]["update_proj_gap"] = 1
+    optimizer.step()
+    held = distinct_bytes(resident_tensors(optimizer, [p.grad]))
+    measured = held + record(optimizer.step).peak()
+    assert peak(photograph_optimizer([("p", p)], optimizer).graph()) == pytest.approx(measured, abs=4096)
+    if name != "galore":  # whose Gram matrix is larger
+        assert measured < held + 2 * p.nbytes  # an fp32 copy of the gradient and anything more
+
+
 def test_temporaries_are_bounded_by_chunks() -> None:
     p = nn.Parameter(torch.randn(1024, 1024))  # 4 MiB
     p.grad = torch.randn(1024, 1024)
