@@ -1,8 +1,9 @@
 """Train a Hugging Face causal language model on ranks that share one copy of AdamW's state, within a budget each.
 
     torchrun --nproc-per-node 2 examples/sharded.py
+    torchrun --nproc-per-node 2 examples/sharded.py --fully-shard --budget 60MB
 
-Each rank has text of its own, from the standard library's sources. It runs on CPUs (gloo), or on a GPU a rank (nccl).
+The second shares parameters and gradients as well, by torch's fully_shard. Each rank has text of its own, from the standard library's sources. It runs on CPUs (gloo), or on a GPU a rank (nccl).
 `--budget` is what the whole step of a rank may take.
 """
 
@@ -15,9 +16,11 @@ from itertools import islice
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 import memopt
 from memopt.optim import Sharded
+from memopt.runtime.resident import distinct_bytes, resident_tensors
 from memopt.text import byte_batches
 from memopt.units import format_size
 
@@ -29,6 +32,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10, help="training steps (10)")
     parser.add_argument("--batch", type=int, default=8, help="rows of each rank (8)")
     parser.add_argument("--seq", type=int, default=128, help="bytes a row (128)")
+    parser.add_argument("--fully-shard", action="store_true", help="share parameters and gradients as well (ZeRO-3)")
     return parser.parse_args()
 
 
@@ -51,7 +55,14 @@ def main() -> None:
     rank = dist.get_rank()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     model = llama().to(device)
-    optimizer = Sharded(model.parameters(), torch.optim.AdamW, lr=3e-4)
+    optimizer: torch.optim.Optimizer
+    if chosen.fully_shard:
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    else:
+        optimizer = Sharded(model.parameters(), torch.optim.AdamW, lr=3e-4)
     model = memopt.compile(model, budget=chosen.budget, optimizer=optimizer, lowering="eager")
     for step, batch in enumerate(islice(byte_batches(chosen.batch, chosen.seq, seed=rank), chosen.steps), 1):
         loss = model(**{name: ids.to(device) for name, ids in batch.items()}).loss
@@ -60,7 +71,7 @@ def main() -> None:
         optimizer.zero_grad()
         if rank == 0:
             print(f"step {step}: loss {float(loss.detach()):.4f}", flush=True)
-    states = sum(v.nbytes for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v))
+    states = distinct_bytes(resident_tensors([*optimizer.state.values()]))
     took = model.memopt.measured
     said = f"rank {rank}: {format_size(took.peak_bytes)} at most, {format_size(states)} of it optimizer state"
     every: list[str] = [""] * dist.get_world_size()

@@ -21,29 +21,30 @@ from memopt.planfile import PlanFile, dumps, loads, to_plan_file
 Make = Callable[[PlanFile | None], Planned]
 
 
-def agreed(optimizer: Optimizer | None, given: PlanFile | None, make: Make) -> Planned:
+def agreed(group: Any, optimizer: Optimizer | None, given: PlanFile | None, make: Make) -> Planned:
     """The plan that `make` makes on the first rank, on every rank; by itself where there are no others.
 
-    given: a saved plan to go by; make: plans by a saved plan, or anew. Every rank must ask for the same step. Raises on
-    every rank what planning raised on the first, and MemoptError where a rank cannot take its plan over.
+    group: of the ranks; None where there are no others. given: a saved plan to go by; make: plans by a saved plan, or
+    anew. Every rank must ask for the same step. Raises on every rank what planning raised on the first, and MemoptError
+    where a rank cannot take its plan over.
     """
-    if not together(optimizer):
+    if group is None:
         return make(given)
-    assert isinstance(optimizer, Sharded)
-    first = dist.get_rank(optimizer.group) == 0
+    first = dist.get_rank(group) == 0
     made, told = _attempt(lambda: make(given)) if first else (None, None)
-    text, count = _heard(told, optimizer.group)
-    optimizer.share(count)
+    text, count = _heard(told, group)
+    if isinstance(optimizer, Sharded):
+        optimizer.share(count)
     if not first:
         made, told = _attempt(lambda: make(loads(text, "the plan of rank 0")))
-    _compare(made, told, optimizer.group)
+    _compare(made, told, group)
     assert made is not None
     return made
 
 
-def together(optimizer: Optimizer | None) -> bool:
-    """Whether other ranks take part in its steps."""
-    return isinstance(optimizer, Sharded) and not optimizer.alone
+def together(optimizer: Optimizer | None) -> Any:
+    """The process group of the ranks that take part in its steps; None if no other does."""
+    return optimizer.group if isinstance(optimizer, Sharded) and not optimizer.alone else None
 
 
 def _attempt(make: Callable[[], Planned]) -> tuple[Planned | None, Any]:

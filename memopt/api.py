@@ -16,8 +16,12 @@ from memopt.attach import attach
 from memopt.devices import Device
 from memopt.devices import device as known_device
 from memopt.dumps import check_environment
+from memopt.gathered import taken_over
+from memopt.local import apart
 from memopt.lowering import LOWERINGS
 from memopt.noise import LOSSY
+from memopt.optim.alone import ELEMENTWISE
+from memopt.optim.family import Family
 from memopt.optim.moved import PLACES
 from memopt.optim.precision import STATES
 from memopt.overlap import OVERLAP
@@ -88,10 +92,12 @@ def compile(
         device_of(model), budget, optimizer, allow, numerics, lowering, passes, accumulate, type(model).__name__,
         host_budget, disk_budget, disk_path, max_grad_error, update,
     )  # fmt: skip
-    session = Session(model, request, _known("gradients", gradients, GRADIENTS), _plan_file(plan_file))
-    if example_inputs is not None:
-        session.plan_for(*as_call(example_inputs))
-    return attach(session)
+    known, saved = _known("gradients", gradients, GRADIENTS), _plan_file(plan_file)
+    with taken_over(model):
+        session = Session(model, request, known, saved)
+        if example_inputs is not None:
+            session.plan_for(*as_call(example_inputs))
+        return attach(session)
 
 
 def plan(
@@ -129,8 +135,9 @@ def plan(
         host_budget, disk_budget, disk_path, max_grad_error, update,
     )  # fmt: skip
     known = _known("gradients", gradients, GRADIENTS)
-    session = Session(model, request, known, _plan_file(plan_file), silent, measure=False)
-    return session.plan_for(*as_call(example_inputs)).result
+    with taken_over(model, keep=False):
+        session = Session(model, request, known, _plan_file(plan_file), silent, measure=False)
+        return session.plan_for(*as_call(example_inputs)).result
 
 
 def make_request(
@@ -235,6 +242,16 @@ def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None) 
     own = {id(parameter) for parameter in model.parameters()}
     if not any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"]):
         raise ValueError("optimizer updates none of this model's parameters; build it over model.parameters()")
+    if any(map(apart, model.parameters())) and not _by_rows(optimizer):
+        raise ValueError(
+            f"{type(optimizer).__name__} does not update each element by itself, and fully_shard leaves a rank some "
+            "rows of a parameter; use an elementwise one, such as torch.optim.AdamW"
+        )
+
+
+def _by_rows(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it is known to update some rows of a parameter as it would all of them."""
+    return type(optimizer) in ELEMENTWISE or (isinstance(optimizer, Family) and optimizer.by_rows)
 
 
 def resolve_lowering(lowering: str, device: Device, numerics: str) -> str:

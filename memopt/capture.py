@@ -33,6 +33,7 @@ from memopt.forward import Found, joined
 from memopt.frames import dynamo_set, forget, only_critical
 from memopt.garbage import collected_later
 from memopt.hosts import as_in_eager
+from memopt.local import apart, local
 from memopt.lowering import Transform, lower, signature
 from memopt.passbase import Rewrite
 from memopt.program import Program, argument_places, copied
@@ -353,13 +354,21 @@ def tensor_names(model: nn.Module) -> dict[int, str]:
 
 def faked(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """A deep copy of the model on fake tensors: no byte of its parameters is copied. A fake model comes back as is; of
-    one that is fake in part, those tensors are shared."""
+    one that is fake in part, those tensors are shared. Of sharded parameters it has what is here."""
     tensors = [*model.parameters(), *model.buffers()]
-    fakes = {id(t): t for t in tensors if isinstance(t, FakeTensor)}
+    fakes: dict[int, Any] = {id(t): t for t in tensors if isinstance(t, FakeTensor)}
     if fakes and len(fakes) == len({*map(id, tensors)}):
         return model
+    fakes |= {id(p): _fake_shard(p, mode) for p in model.parameters() if apart(p)}
     with FakeCopyMode(mode):
         return copy.deepcopy(model, fakes)
+
+
+def _fake_shard(p: nn.Parameter, mode: FakeTensorMode) -> nn.Parameter:
+    """What of a sharded parameter is here, fake."""
+    with mode:
+        here = torch.empty(local(p).shape, dtype=p.dtype, device=p.device)
+        return nn.Parameter(here, requires_grad=p.requires_grad)
 
 
 def fake_tensor(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:

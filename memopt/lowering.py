@@ -24,6 +24,7 @@ from memopt.passbase import Rewrite
 from memopt.program import Program, normalised, split
 from memopt.recurrent import as_untraced
 from memopt.runtime.executor import Executor
+from memopt.runtime.rows import GATHER_ROWS, MEAN_ROWS
 from memopt.streamed import IN_CHUNKS
 
 Transform = Callable[[Program], Program]
@@ -153,11 +154,17 @@ def signature(program: Program) -> str:
     for node in program.graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor):
-            lines.append(f"{node.name} {value.dtype} {[hint(n) for n in value.shape]} {program.kinds.get(node.name)}")
+            shape = [] if node.users and all(map(_gathers, node.users)) else [hint(n) for n in value.shape]
+            lines.append(f"{node.name} {value.dtype} {shape} {program.kinds.get(node.name)}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
+def _gathers(node: fx.Node) -> bool:
+    """Whether the node makes a whole of a rank's rows, which may be fewer on another rank."""
+    return node.target is GATHER_ROWS
+
+
 def _line(node: fx.Node) -> str:
-    if node.target in IN_CHUNKS:
+    if node.target in IN_CHUNKS or node.target is MEAN_ROWS:  # the last argument is not a decision, or the rank's
         return f"{node.name} {node.target} {node.args[:-1]}"
     return node.format_node() or ""

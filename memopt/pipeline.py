@@ -39,7 +39,7 @@ from memopt.planfile import PlanFile
 from memopt.plans import Plan, Problem, Status
 from memopt.prices import Meter, priced, unmeasured
 from memopt.program import Program
-from memopt.remarks import binding, priced_by, remarks
+from memopt.remarks import binding, priced_by, remarks, sharing
 from memopt.report import PlanResult
 from memopt.request import Request
 from memopt.reused import identity, reused
@@ -49,7 +49,7 @@ from memopt.seams import parts_of
 from memopt.solvers import solve
 from memopt.solvers.overlapped import solve_overlapped
 from memopt.timeline import peak
-from memopt.trained import affordable, candidates, fitting, hindrance, libraries, states_there, unread, update_phase
+from memopt.trained import affordable, candidates, fitting, hindrance, states_there, throughout, unread, update_phase
 from memopt.units import format_size
 
 Progress = Callable[[str, float | None], None]
@@ -358,6 +358,7 @@ def _planned(make: _Maker, update: Update, phase: OptimizerPhase, whole: StepGra
         classes={trade.name: trade.numerics.value for trade in TRADES},
         notes=(
             *remarks(survey, make.parts, phase, request, update),
+            *sharing(survey.model, after),
             priced_by(whole, costs.seconds.keys(), request.device),
         ),
         rewrites=rewritten_levers(survey),
@@ -385,7 +386,9 @@ def step_graph(
 ) -> StepGraph:
     """The photograph of the whole step: the captured programs, the optimizer, and what no program reads."""
     graph = whole_step(parts, phase, request.accumulate > 1)
-    return with_workspaces(with_inputs(graph, [*unread(survey), *libraries(costs.libraries)]), costs.workspaces)
+    return with_workspaces(
+        with_inputs(graph, [*unread(survey), *throughout(survey, costs.libraries)]), costs.workspaces
+    )
 
 
 def _as_written(make: _Maker, update: Update) -> tuple[StepGraph | None, Mapping[str, float]]:

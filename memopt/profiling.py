@@ -21,7 +21,7 @@ from memopt.operations import overload
 from memopt.overlap import UNPACK
 from memopt.pipeline import Costs
 from memopt.program import Program
-from memopt.runtime import disk
+from memopt.runtime import disk, rows
 from memopt.runtime.libraries import kept_by_libraries
 from memopt.runtime.loops import loop_cost
 from memopt.runtime.opcost import OpCost, OpCosts, called
@@ -29,6 +29,7 @@ from memopt.runtime.opinputs import fake_arguments
 from memopt.runtime.rng import draw
 from memopt.tokens import elsewhere, moved, part_of
 
+MESSAGES = (rows.GATHER_ROWS, rows.MEAN_ROWS)
 CONVOLUTIONS = (torch.ops.aten.convolution.default, torch.ops.aten.convolution_backward.default)
 SECONDS = 30.0  # time limit of measuring; operations left over are priced by the roofline
 
@@ -39,11 +40,14 @@ def measured_costs(programs: Iterable[Program], device: Device, measure: bool, l
     measure: run those not yet known, each once, on tensors of their own; otherwise only what earlier runs stored.
     lowering: under Inductor what packs is loops of the compiler. On a GPU its operations are kernels and as fast.
     """
+    programs = list(programs)
+    messages = _messages(calls(programs), device)
     if device.kind == "cuda" and not torch.cuda.is_available():
-        return Costs()
+        return messages
     channels_last = lowering == "inductor" and device.kind == "cpu" and torch.backends.mkldnn.is_available()
     every = calls(programs)
-    run = {cost_key(node): as_run(node, channels_last) for node in every if not elsewhere(stored_in(node))}
+    alone = [node for node in every if not elsewhere(stored_in(node)) and node.target not in MESSAGES]
+    run = {cost_key(node): as_run(node, channels_last) for node in alone}
     with OpCosts(device.kind, seconds_limit=SECONDS if measure else 0.0) as meter:
         known = meter.measure_all(run.values())
     found = {key: known[own] for key, node in run.items() if (own := cost_key(node)) in known}
@@ -51,7 +55,22 @@ def measured_costs(programs: Iterable[Program], device: Device, measure: bool, l
     workspaces = {key: cost.workspace for key, cost in found.items() if cost.workspace > 0}
     libraries = kept_by_libraries(torch.device(device.kind)) if measure else 0
     packing = partial(_packing, meter, lowering == "inductor" and device.kind == "cpu")
-    return Costs({key: cost.seconds for key, cost in found.items()} | read, workspaces, libraries, packing)
+    seconds = {**{key: cost.seconds for key, cost in found.items()}, **read, **messages.seconds}
+    return Costs(seconds, {**workspaces, **messages.workspaces}, libraries, packing)
+
+
+def _messages(nodes: Iterable[fx.Node], device: Device) -> Costs:
+    """Of operations in which ranks send each other rows: by ring algorithms each rank sends all rows but its own, here
+    at the rate of the link to the host, as between cards on one bus. A rank cannot measure them by itself."""
+    seconds, workspaces = {}, {}
+    for node in nodes:
+        if node.target in MESSAGES:
+            args, _ = fake_arguments(node)
+            whole = node.meta["val"] if node.target is rows.GATHER_ROWS else args[0]
+            size = rows.MESHES[args[2 if node.target is rows.GATHER_ROWS else 1]].size
+            seconds[cost_key(node)] = whole.nbytes * (size - 1) / size / device.host_to_device + device.launch_seconds
+            workspaces[cost_key(node)] = rows.workspace(node.target, args) or 0
+    return Costs(seconds, workspaces)
 
 
 def stored_in(node: fx.Node) -> str:

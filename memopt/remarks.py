@@ -4,18 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+from torch import nn
+
 from memopt.capture import Survey
 from memopt.devices import Device
 from memopt.errors import Binding
-from memopt.graph import StepGraph
+from memopt.graph import Step, StepGraph
 from memopt.joints import Part
+from memopt.local import apart, local, padding
 from memopt.optim.photograph import OptimizerPhase
 from memopt.optim.portions import Update
 from memopt.request import Request
 from memopt.rewrites import left_alone
+from memopt.runtime.rows import GATHER_ROWS, MEAN_ROWS, MESHES
 from memopt.seams import runs_untraced
 from memopt.timeline import at_peak, by_kind
 from memopt.trained import said
+from memopt.units import format_size
 
 
 def remarks(
@@ -35,6 +40,34 @@ def remarks(
             "between its graphs the model runs untraced operations; what they hold by themselves is not planned"
         )
     return tuple(notes)
+
+
+def sharing(model: nn.Module, graph: StepGraph) -> tuple[str, ...]:
+    """What a rank has of parameters that fully_shard has sharded, and sends in this step, by ring algorithms."""
+    sharded = [p for p in model.parameters() if apart(p)]
+    if not sharded:
+        return ()
+    here, whole = sum(local(p).nbytes + padding(p) for p in sharded), sum(p.numel() * p.itemsize for p in sharded)
+    gathers = [step for step in graph.steps if step.op == str(GATHER_ROWS)]
+    means = [step for step in graph.steps if step.op == str(MEAN_ROWS)]
+    sent = sum(_whole(graph, step) - _own(graph, step) for step in (*gathers, *means))
+    for step in means:
+        copies = next(mesh.copies for name, mesh in MESHES.items() if f" {name}," in step.key)
+        sent += 2 * _own(graph, step) * (copies - 1) // copies
+    again = len(gathers) - len({step.reads for step in gathers})
+    return (
+        f"parameters are sharded by fully_shard: {format_size(here)} of {format_size(whole)} on this rank, their "
+        f"gradients too; {len(gathers)} times a parameter is gathered, {again} of them again for the backward; a rank "
+        f"sends {format_size(sent)} a step",
+    )
+
+
+def _whole(graph: StepGraph, step: Step) -> int:
+    return max(graph.storages[graph.tensors[name].storage].nbytes for name in (*step.reads, *step.writes))
+
+
+def _own(graph: StepGraph, step: Step) -> int:
+    return min(graph.storages[graph.tensors[name].storage].nbytes for name in (*step.reads, *step.writes))
 
 
 def priced_by(graph: StepGraph, measured: Collection[str], device: Device) -> str:

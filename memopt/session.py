@@ -10,15 +10,17 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from memopt.agreement import agreed, together
 from memopt.capture import Capture, Survey, tensor_names
 from memopt.dumps import PLANNED, dump_program
 from memopt.early import Updates, anchors
 from memopt.errors import BudgetError
+from memopt.gathered import group_of, localized
 from memopt.hosts import without_full_mask
 from memopt.lighter import LighterPlanner
+from memopt.local import local
 from memopt.lowering import Transform, lower, signature
 from memopt.optim.stepper import Stepper
 from memopt.pipeline import Planned, prepare
@@ -40,7 +42,8 @@ CORRECTIONS = 2  # times a step that broke the budget is planned again
 class Session(LighterPlanner):
     """State behind one compiled model. plans: by what `input_key` gives; current: the key of the latest step.
 
-    corrections: how often a step that broke the budget led to another plan.
+    corrections: how often a step that broke the budget led to another plan. shards: by name, of sharded parameters what
+    is here.
     """
 
     plans: dict[Any, Planned] = field(default_factory=dict)
@@ -49,6 +52,8 @@ class Session(LighterPlanner):
     inputs: Any = ()
     corrections: int = 0
     turns: dict[str, int] = field(default_factory=dict)
+
+    shards: dict[str, nn.Parameter] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.watch = StepWatch(self.resident, self.request.device.kind)
@@ -65,7 +70,7 @@ class Session(LighterPlanner):
         key = input_key(self.model, args, kwargs)
         if key not in self.plans:
             make = partial(self.by_file, key, (tuple(args), dict(kwargs)))
-            planned = agreed(self.request.optimizer, self.plan_file, make)
+            planned = agreed(self.group, self.request.optimizer, self.plan_file, make)
             self.settle()
             key = input_key(self.model, args, kwargs)  # another one, if frozen weights were packed
             self.plans[key] = planned
@@ -101,7 +106,7 @@ class Session(LighterPlanner):
         planned = self.plans.get(key)
         if measured is None or planned is None or self.corrections == CORRECTIONS:
             return False
-        if together(self.request.optimizer):  # a rank does not plan without the others
+        if self.group is not None:  # a rank does not plan without the others
             return False
         if measured.peak_bytes <= self.request.budget:
             return False
@@ -137,6 +142,7 @@ class Session(LighterPlanner):
         set of decisions the plan has for its runs.
         """
         started = time.perf_counter()
+        module, inputs, wrapped = localized(module, inputs, self.shard)
         spare = fx.GraphModule(module, copied(module.graph))
         mine: list[tuple[Planned, str]] = []
         plan = self.plans.get(key)
@@ -150,7 +156,19 @@ class Session(LighterPlanner):
         if self.latest is not None:
             timings = {**self.latest.result.timings, "lower": time.perf_counter() - started}
             self.plans[self.current] = replace(self.latest, result=replace(self.latest.result, timings=timings))
-        return run
+        return wrapped(run)
+
+    @property
+    def group(self) -> Any:
+        """The process group of the ranks that take part in a step; None where there are no others."""
+        return group_of(self.model) or together(self.request.optimizer)
+
+    def shard(self, p: nn.Parameter) -> nn.Parameter:
+        """What is here of a sharded parameter, which shares its memory."""
+        name = tensor_names(self.model)[id(p)]
+        if name not in self.shards or self.shards[name].data_ptr() != local(p).data_ptr():
+            self.shards[name] = nn.Parameter(local(p), requires_grad=p.requires_grad)
+        return self.shards[name]
 
     def lowered(
         self,
@@ -163,7 +181,8 @@ class Session(LighterPlanner):
         chunks: int = 0,
     ) -> Callable[..., Any]:
         loss_only = self.gradients == "loss" and all(found.loss_only for found in self.surveys.values())
-        names, exact, rewrites = tensor_names(self.model), self.request.exact, self.request.without(left_out)
+        names = tensor_names(self.model) | {id(p): name for name, p in self.shards.items()}
+        exact, rewrites = self.request.exact, self.request.without(left_out)
         return lower(
             module, inputs, names, transform, lowering, False, loss_only, self.seen, exact, rewrites, updates=updates,
             chunks=chunks,

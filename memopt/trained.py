@@ -14,6 +14,7 @@ from memopt.edit import HOST
 from memopt.facts import storage_bytes
 from memopt.graph import TANGENTS, StepGraph, Storage, TensorInfo
 from memopt.joints import Part
+from memopt.local import apart, local, padding
 from memopt.optim.alone import BLOCKWISE
 from memopt.optim.moved import LEAST
 from memopt.optim.photograph import WHOLE, OptimizerPhase, photograph_optimizer
@@ -72,7 +73,7 @@ def unread(survey: Survey) -> Iterable[tuple[TensorInfo, Storage]]:
     """Parameters and buffers by name, those that a program reads among them."""
     seen: set[int] = set()
     for kind, named in (("parameter", survey.model.named_parameters()), ("buffer", survey.model.named_buffers())):
-        for name, tensor in named:
+        for name, tensor in ((name, local(tensor)) for name, tensor in named):
             key = tensor.untyped_storage()._cdata
             if key not in seen and tensor.device.type != "meta":
                 dtype = str(tensor.dtype).removeprefix("torch.")
@@ -80,11 +81,12 @@ def unread(survey: Survey) -> Iterable[tuple[TensorInfo, Storage]]:
             seen.add(key)
 
 
-def libraries(nbytes: int) -> Iterable[tuple[TensorInfo, Storage]]:
-    """What libraries hold throughout, as one more buffer."""
-    if nbytes:
-        name = "workspaces of libraries"
-        yield TensorInfo(name, (nbytes,), "uint8", name), Storage(name, nbytes, "buffer")
+def throughout(survey: Survey, libraries: int) -> Iterable[tuple[TensorInfo, Storage]]:
+    """What no program has and is held all the time, as further buffers. libraries: bytes that these hold."""
+    behind = sum(map(padding, survey.model.parameters()))
+    for name, held in (("workspaces of libraries", libraries), ("padding of sharded parameters", behind)):
+        if held:
+            yield TensorInfo(name, (held,), "uint8", name), Storage(name, held, "buffer")
 
 
 def affordable(
@@ -115,7 +117,7 @@ def affordable(
 def states_there(phase: OptimizerPhase, optimizer: torch.optim.Optimizer | None, codec: str) -> dict[str, int]:
     """Bytes that the state of each parameter would take in this pool, the largest first; of those whose state can lie
     there: matrices and the like of classes that are known."""
-    if type(optimizer) not in BLOCKWISE:
+    if optimizer is None or type(optimizer) not in BLOCKWISE or _sharded(optimizer):
         return {}
     found: dict[str, int] = {}
     for name in phase.state_names:
@@ -147,11 +149,18 @@ def hindrance(survey: Survey, optimizer: torch.optim.Optimizer | None, lowering:
         return f"{type(optimizer).__name__} is not known to update each parameter by itself"
     if lowering != "eager":
         return f"the {lowering} lowering returns all gradients at the end of the backward"
+    if _sharded(optimizer):
+        return "fully_shard has sharded the parameters, whose gradients are small already"
     if accumulate > 1:
         return f"{accumulate} backwards add up to one gradient, which is final in the last one only"
     if len(survey.captures) != 1:
         return "the model breaks into several graphs, among which gradients add up"
     return ""
+
+
+def _sharded(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether parts of its parameters lie on other ranks."""
+    return any(apart(p) for group in optimizer.param_groups for p in group["params"])
 
 
 def candidates(survey: Survey, part: Part, optimizer: torch.optim.Optimizer) -> frozenset[str]:

@@ -8,8 +8,9 @@ allocated meanwhile. What is returned holds the budget by rehearsal, or is infea
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from memopt.compose import LET_GO, without_outputs
@@ -24,6 +25,7 @@ from memopt.profiling import SECONDS
 from memopt.program import Program, split
 from memopt.relay import Leg, rehearsed
 from memopt.report import PlanResult
+from memopt.runtime import rows
 from memopt.runtime.opcost import OpCosts
 from memopt.runtime.rehearse import Workspace, nothing
 from memopt.solvers import bounded, solve
@@ -180,11 +182,17 @@ def tuned(planned: Planned, runs: Sequence[Run], time_limit: float, kind: str = 
     the least of a few. An infeasible outcome has that status, and this as its peak.
     """
     with OpCosts(kind, seconds_limit=SECONDS) as meter:
-        tuner = Tuner(planned, runs, time_limit, meter.workspace)
+        tuner = Tuner(planned, runs, time_limit, partial(_workspace, meter))
         tuner.approach()
         if search and planned.result.plan.solver != REUSED and min(t.peak for t in tuner.tries) > tuner.budget:
             tuner.explore()
     return _with(planned, planned.problem, tuner.bounded(_best(tuner, tuner.budget)), tuner.budget)
+
+
+def _workspace(meter: OpCosts, op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """What a library call needs inside itself: tried, unless other ranks take part in it."""
+    known = rows.workspace(op, args)
+    return meter.workspace(op, args, kwargs) if known is None else known
 
 
 def _best(tuner: Tuner, budget: int) -> Try:

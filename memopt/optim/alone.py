@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from memopt.local import apart
 from memopt.optim.adamw import AdamW, AdamW4bit, AdamW8bit, AdamWBf16
 from memopt.optim.family import dense, in_order, plain_step, portions
 from memopt.optim.moved import LEAST, Ferry, State
@@ -52,6 +53,8 @@ def piece(optimizer: Optimizer, portion: int | None, p: Tensor, kind: str) -> in
 
 def cuttable(optimizer: Optimizer, p: Tensor, kind: str) -> bool:
     """Whether updates of parts of this parameter are known to be that of the whole, to the bit."""
+    if apart(p):
+        return False
     group = group_of(optimizer, p)
     if type(optimizer) is AdamW:  # computes in fp32 whatever the parameter
         return bool(group["state"] == "fp32") and dense(p)

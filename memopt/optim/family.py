@@ -10,11 +10,13 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from memopt.local import apart, local
 
 CHUNK = {"cpu": 1 << 16, "cuda": 1 << 22}  # elements at a time: 256 KiB of fp32 stay in a core's cache
 PLANNED_FOR: ContextVar[str] = ContextVar("planned_for", default="")  # kind of a device, "" for the tensors' own
@@ -22,7 +24,11 @@ State = dict[str, Tensor]
 
 
 class Family(Optimizer):
-    """Base of the optimizers here. Needs `start` and `update`; state is made at a parameter's first update."""
+    """Base of the optimizers here. Needs `start` and `update`; state is made at a parameter's first update.
+
+    by_rows: whether some rows of a parameter can be updated by themselves, as fully_shard shares them out."""
+
+    by_rows: ClassVar[bool] = False
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         for name in ("lr", "eps", "weight_decay"):
@@ -61,11 +67,15 @@ class Family(Optimizer):
         """Update one parameter with this gradient."""
         if grad.is_sparse:
             raise RuntimeError(f"{type(self).__name__} takes no sparse gradients; use torch.optim.SparseAdam for those")
-        state = self.state[p]
+        if apart(p) and not self.by_rows:
+            raise RuntimeError(
+                f"{type(self).__name__} updates whole matrices, of which fully_shard leaves a rank some rows"
+            )
+        state, here = self.state[p], local(p)
         if not state:
-            state.update(self.start(p, group))
+            state.update(self.start(here, group))
         state["step"] += 1
-        self.update(p, grad, state, group)
+        self.update(here, local(grad), state, group)
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -88,6 +98,7 @@ class Family(Optimizer):
         self.state.update(loaded)
 
     def _checked(self, saved: Mapping[str, Any], p: Tensor, group: Mapping[str, Any], name: Any) -> State:
+        p = local(p)
         expected = self.start(torch.empty_like(p, device="meta"), group)
         if saved.keys() != expected.keys():
             raise self._foreign(name, f"it has {', '.join(saved)}, not {', '.join(expected)}")

@@ -58,6 +58,8 @@ def _consumer(optimizer: Any) -> Any:
 class Lomo(InBackward):
     """SGD without state. clip_value: what each value of a gradient is limited to; None for no limit."""
 
+    by_rows = True
+
     def __init__(
         self, params: Iterable[Any], lr: float = 1e-3, *, weight_decay: float = 0.0, clip_value: float | None = None,
         in_backward: bool = True,

@@ -13,15 +13,18 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from memopt.errors import MemoptError
+from memopt.local import local
 
 NamedTensors = Sequence[tuple[str, Tensor]]
 
 
 def fake_like(tensor: Tensor, least: torch.dtype | None = None) -> Tensor:
-    """A tensor of the same shape, strides and dtype; on CPU if the original is on meta. Call under a FakeTensorMode.
+    """A tensor of the same shape, strides and dtype; on CPU if the original is on meta; of a sharded one what
+    is here. Call under a FakeTensorMode.
 
     least: the dtype to give floating-point tensors that have fewer bytes an element.
     """
+    tensor = local(tensor)
     narrow = least is not None and tensor.is_floating_point() and tensor.element_size() < least.itemsize
     dtype = least if narrow else tensor.dtype
     device = torch.device("cpu") if tensor.device.type == "meta" else tensor.device

@@ -10,6 +10,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
 from memopt.errors import MemoptError
+from memopt.local import local
 from memopt.runtime.arena import place_of
 
 
@@ -21,7 +22,7 @@ def distinct_bytes(tensors: Iterable[Tensor]) -> int:
 
 def resident_tensors(*holders: object) -> tuple[Tensor, ...]:
     """Tensors a step starts with: of modules (parameters, buffers, gradients), optimizers (state) and containers; but
-    for what lies on disk."""
+    for what lies on disk, or on other ranks."""
     found: list[Tensor] = []
     for holder in holders:
         if isinstance(holder, nn.Module):
@@ -32,7 +33,8 @@ def resident_tensors(*holders: object) -> tuple[Tensor, ...]:
             found += [p for group in holder.param_groups for p in group["params"]]
         else:
             found += [leaf for leaf in tree_leaves(holder) if isinstance(leaf, Tensor)]
-    return tuple({id(tensor): tensor for tensor in found if place_of(tensor) is None}.values())
+    here = map(local, found)
+    return tuple({id(tensor): tensor for tensor in here if place_of(tensor) is None}.values())
 
 
 def watch(tensors: Iterable[Tensor]) -> list[tuple[str, StorageWeakRef]]:
