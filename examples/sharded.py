@@ -3,7 +3,8 @@
     torchrun --nproc-per-node 2 examples/sharded.py
     torchrun --nproc-per-node 2 examples/sharded.py --fully-shard --budget 60MB
 
-The second shares parameters and gradients as well, by torch's fully_shard. Each rank has text of its own, from the standard library's sources. It runs on CPUs (gloo), or on a GPU a rank (nccl).
+The second shares parameters and gradients as well, by torch's fully_shard. Each rank has text of its own, from the
+standard library's sources. It runs on CPUs (gloo), or on a GPU a rank (nccl).
 `--budget` is what the whole step of a rank may take.
 """
 

@@ -69,15 +69,15 @@ def take_over(model: nn.Module) -> Taken:
     sharded = [(module, name, p) for module, name, p in found if apart(p)]
     if not sharded:
         return taken
-    states = [(module, module._get_fsdp_state()) for module in model.modules() if hasattr(module, "_get_fsdp_state")]
-    _refuse(model, [state for _, state in states])
+    wrapped: list[Any] = [module for module in model.modules() if hasattr(module, "_get_fsdp_state")]
+    _refuse(model, [module._get_fsdp_state() for module in wrapped])
     meshes = {id(p): _mesh_of(p) for _, _, p in sharded}
-    for module, _ in states:
+    for module in wrapped:
         module.reshard()
     try:
         for module in model.modules():
             taken.hooks += _without_hooks(module)
-        for module, _ in states:
+        for module in wrapped:
             kept = {key: module.__dict__.pop(key) for key in (STATE_KEY, REGISTRY_KEY) if key in module.__dict__}
             taken.classes.append((module, type(module), kept))
             module.__class__ = _plain_class(type(module))

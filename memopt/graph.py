@@ -7,6 +7,7 @@ imports torch, so a graph loads in milliseconds and its algorithms are pure func
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, wraps
@@ -219,3 +220,8 @@ def verify(graph: StepGraph) -> StepGraph:
     if missing := [name for name in graph.outputs if name not in seen]:
         raise VerifyError(f"outputs {missing[:3]} are never written")
     return graph
+
+
+def plain_name(name: str) -> str:
+    """A tensor's name without what torch's parametrize adds to it, where a weight is packed or sharded."""
+    return re.sub(r"parametrizations\.(\w+)\.original", r"\1", name)

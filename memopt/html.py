@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from html import escape
 
 from memopt.chart import BANDS, Column, Scale, axis_size, columns, panel
-from memopt.graph import StepGraph
+from memopt.graph import StepGraph, plain_name
 from memopt.page import SCRIPT, STYLE
 from memopt.report import PlanResult, held
 from memopt.table import bound_line, needed, percent, place_of_peak, short, verdict, way_cells
@@ -157,7 +157,14 @@ def _held(result: PlanResult, graph: StepGraph) -> str:
     )
     lines = held(graph, snapshot)
     rows = [
-        (h.source or "before the step", h.kind, str(h.count), short(h.bytes), str(h.bytes / whole), h.largest)
+        (
+            h.source or "before the step",
+            h.kind,
+            str(h.count),
+            short(h.bytes),
+            str(h.bytes / whole),
+            plain_name(h.largest),
+        )
         for h in lines[:LINES]
     ]
     if rest := lines[LINES:]:

@@ -11,7 +11,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from memopt.graph import PHASES
+from memopt.graph import PHASES, plain_name
 from memopt.timeline import by_kind, phase_peaks
 from memopt.units import format_seconds, format_size
 
@@ -170,7 +170,7 @@ def _largest(result: PlanResult) -> Table:
     for held in result.held_at_peak[:LARGEST]:
         size = short(result.after.storages[held.largest].nbytes)
         line = held.source or "before the step"
-        row(table, line, held.kind, str(held.count), short(held.bytes), f"{held.largest} {size}")
+        row(table, line, held.kind, str(held.count), short(held.bytes), f"{plain_name(held.largest)} {size}")
     if rest := result.held_at_peak[LARGEST:]:
         count = sum(held.count for held in rest)
         row(table, "elsewhere", "", str(count), short(sum(held.bytes for held in rest)), "")

@@ -117,6 +117,7 @@ def test_the_report_tells_what_a_rank_has_and_sends(two: list[dict[str, Any]]) -
         " ".join(two[0]["report"].split()),
     )
     assert told is not None, two[0]["report"]
+    assert "parametrizations" not in two[0]["report"], "tensors go by the user's names"
     here, every, times, again, sent = map(float, told.groups())
     params = [p.numel() * 4 for p in net().parameters()]
     assert every == pytest.approx(sum(params) / 1e3, abs=0.01)
