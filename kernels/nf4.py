@@ -62,8 +62,12 @@ def pack(x: Tensor) -> Tensor:
 
 def unpack(packed: Tensor, out: Tensor) -> None:
     """Write s times the codes' levels."""
-    codes, s = split(packed)[2], sizes(packed)
-    values = torch.tensor(levels(), device=packed.device)
+    read(sizes(packed), split(packed)[2], out)
+
+
+def read(s: Tensor, codes: Tensor, out: Tensor) -> None:
+    """The same of some blocks: their s, their codes, a row a block, and what they stand for."""
+    values = torch.tensor(levels(), device=codes.device)
     pairs = torch.stack((values.repeat(16), values.repeat_interleave(16)), -1)  # by what a byte holds
     for part in chunks(codes.shape[0], EACH):
         rows = pairs.index_select(0, codes[part].view(-1).int()).view(-1, BLOCK).mul_(s[part, None]).view(-1)

@@ -14,6 +14,7 @@ from memopt.passes.linear_inputs import CompAct, WtaCrs
 from memopt.passes.narrow_indices import NarrowIndices
 from memopt.passes.offload import OffloadDisk, OffloadHost
 from memopt.passes.pack_masks import PackMasks
+from memopt.passes.packed_linear import PackedLinear
 from memopt.passes.quantise import Fp8Activations, Int2Activations, Int4Activations, Int8Activations
 from memopt.passes.recompute import Recompute
 from memopt.passes.relu_masks import ReluMasks
@@ -27,7 +28,8 @@ REWRITES: tuple[type[Rewrite], ...] = (  # of the forward, before it is differen
     Attention,
     LinearCrossEntropy,
     Stream,  # behind the loss: of heads it takes what it can
-    StreamAttention,  # last: what lies between two MLPs
+    StreamAttention,  # behind MLPs: what lies between two
+    PackedLinear,  # last: of layers that stream the weight is read once for all chunks
 )
 CLEANUPS: tuple[type[Cleanup], ...] = (
     BatchStatistics,  # early: what is read for nothing should not be seen by any other pass

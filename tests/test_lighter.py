@@ -262,7 +262,8 @@ def test_an_optimizer_gets_empty_parameters_and_others_keep_the_weight() -> None
 def test_a_longer_batch_packs_what_a_shorter_one_left() -> None:
     model = tower(4)
     optimizer = torch.optim.AdamW(trained(model), lr=1e-3)
-    memopt.compile(model, budget=int(0.97 * plain_floor()), optimizer=optimizer, **PLAIN, allow="nf4_weights")
+    options = {**PLAIN, "passes": f"{PLAIN['passes']},-packed_linear"}  # else four matrices do for both
+    memopt.compile(model, budget=int(0.97 * plain_floor()), optimizer=optimizer, **options, allow="nf4_weights")
     counts = []
     for rows in (1, 2):
         model(ids().expand(rows, -1)).backward()

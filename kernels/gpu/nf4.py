@@ -16,7 +16,7 @@ from torch import Tensor
 
 from memopt.kernels.nf4 import BLOCK, levels, pack, sizes, split
 
-__all__ = ["BUILDS", "pack", "unpack"]
+__all__ = ["BUILDS", "pack", "read", "unpack"]
 
 ROWS = 16  # blocks a program
 
@@ -44,9 +44,14 @@ def table(device: torch.device) -> Tensor:
 
 def unpack(packed: Tensor, out: Tensor) -> None:
     """Write s times the codes' levels."""
+    read(sizes(packed), split(packed)[2], out)
+
+
+def read(s: Tensor, codes: Tensor, out: Tensor) -> None:
+    """The same of some blocks."""
     if blocks := triton.cdiv(out.numel(), BLOCK):
         unpack_kernel[(triton.cdiv(blocks, ROWS),)](
-            sizes(packed), split(packed)[2], table(packed.device), out, out.numel(), blocks, BLOCK=BLOCK, ROWS=ROWS
+            s, codes, table(codes.device), out, out.numel(), blocks, BLOCK=BLOCK, ROWS=ROWS
         )
 
 
