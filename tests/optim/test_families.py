@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from memopt import optim
-from memopt.optim import galore, qgalore
+from memopt.optim import apollo, galore, qgalore
 from memopt.optim.photograph import photograph_optimizer
 from memopt.optim.stored import Tables, rounded
 from memopt.optim.subspace import Projected
@@ -213,6 +213,13 @@ def test_a_bf16_gradient_is_projected_some_rows_at_a_time(
             optimizer.update_one(p.data, g.to(dtype), optimizer.param_groups[0])
         found.append(p.detach())
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("on_left", [True, False])
+def test_lengths_of_a_bf16_matrix_are_those_of_all_its_rows(on_left: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memopt.optim.subspace.WIDE", 7 * 24)
+    matrix = torch.randn(40, 24).bfloat16()
+    torch.testing.assert_close(apollo._lengths(matrix, on_left), apollo._lengths(matrix.float(), on_left))
 
 
 @pytest.mark.parametrize("name", ["galore", "apollo", "apollo_mini"])
