@@ -16,7 +16,7 @@ from memopt.attach import attach
 from memopt.devices import Device
 from memopt.devices import device as known_device
 from memopt.dumps import check_environment
-from memopt.gathered import taken_over
+from memopt.gathered import at_rest, taken_over
 from memopt.local import apart
 from memopt.lowering import LOWERINGS
 from memopt.noise import LOSSY
@@ -87,6 +87,7 @@ def compile(
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    at_rest(model)
     _check_optimizer(model, optimizer)
     request = make_request(
         device_of(model), budget, optimizer, allow, numerics, lowering, passes, accumulate, type(model).__name__,
@@ -128,6 +129,7 @@ def plan(
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    at_rest(model)
     _check_optimizer(model, optimizer)
     target = known_device(device) if device else device_of(model)
     request = make_request(
@@ -244,8 +246,8 @@ def _check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer | None) 
         raise ValueError("optimizer updates none of this model's parameters; build it over model.parameters()")
     if any(map(apart, model.parameters())) and not _by_rows(optimizer):
         raise ValueError(
-            f"{type(optimizer).__name__} does not update each element by itself, and fully_shard leaves a rank some "
-            "rows of a parameter; use an elementwise one, such as torch.optim.AdamW"
+            f"{type(optimizer).__name__} does not update each element by itself, or stores it in fewer bits, and "
+            "fully_shard leaves a rank some rows of a parameter; use an elementwise one, such as torch.optim.AdamW"
         )
 
 

@@ -37,6 +37,7 @@ from memopt.local import apart, local
 from memopt.lowering import Transform, lower, signature
 from memopt.passbase import Rewrite
 from memopt.program import Program, argument_places, copied
+from memopt.runtime.rows import GATHER_ROWS, MEAN_ROWS
 from memopt.runtime.trace import make_way
 
 Prepare = Callable[[Program], Program]
@@ -64,8 +65,9 @@ class Capture:
 
     @property
     def trains(self) -> bool:
-        """Whether the graph has a backward."""
-        return bool(self.program.outputs[1])
+        """Whether the graph has a backward, and does more than gather a sharded parameter."""
+        calls = [node for node in self.program.graph.nodes if node.op == "call_function"]
+        return bool(self.program.outputs[1]) and not all(node.target in (GATHER_ROWS, MEAN_ROWS) for node in calls)
 
 
 @dataclass(frozen=True, eq=False)  # equal only to itself: what is derived from one is kept by it (memopt.seams)

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+from torch.distributed._composable_state import _module_state_mapping
 from torch.nn.utils import parametrize
 
 from memopt.local import apart, local
@@ -34,11 +35,11 @@ HOOKS = (
 @dataclass
 class Taken:
     """What was changed of a model, to be given back: of modules their classes, hooks, and what fully_shard keeps in
-    them, which cannot be copied; and names of parameters."""
+    them, which cannot be copied; and names of their parameters, in order."""
 
-    classes: list[tuple[nn.Module, type, dict[str, Any]]] = field(default_factory=list)
+    classes: list[tuple[nn.Module, type, dict[str, Any], Any]] = field(default_factory=list)
     hooks: list[tuple[OrderedDict[int, Any], dict[int, Any]]] = field(default_factory=list)
-    names: list[tuple[nn.Module, str]] = field(default_factory=list)
+    names: list[tuple[nn.Module, list[str], list[str]]] = field(default_factory=list)
 
 
 class Gathered(nn.Module):
@@ -59,32 +60,32 @@ class Gathered(nn.Module):
 
 
 def take_over(model: nn.Module) -> Taken:
-    """Have a model that fully_shard has sharded gather its parameters as operations of its step; others stay as is.
+    """Have a model that fully_shard has sharded gather its parameters as operations of its step; others stay as is, and
+    so does one that was taken over before. Parameters keep their order.
 
-    Raises ValueError, nothing changed, for shards that are no rows, for options of fully_shard that it does not know,
-    and where a parameter is not sharded.
+    Raises ValueError, nothing changed, for shards that are no rows, several meshes, and options of fully_shard that are
+    not known here.
     """
     taken = Taken()
-    found = [(module, name, p) for module in model.modules() for name, p in module._parameters.items() if p is not None]
-    sharded = [(module, name, p) for module, name, p in found if apart(p)]
+    sharded = {module: names for module in model.modules() if (names := _sharded(module))}
     if not sharded:
         return taken
     wrapped: list[Any] = [module for module in model.modules() if hasattr(module, "_get_fsdp_state")]
     _refuse(model, [module._get_fsdp_state() for module in wrapped])
-    meshes = {id(p): _mesh_of(p) for _, _, p in sharded}
-    for module in wrapped:
-        module.reshard()
+    mesh = _one_mesh(model)
     try:
         for module in model.modules():
             taken.hooks += _without_hooks(module)
         for module in wrapped:
             kept = {key: module.__dict__.pop(key) for key in (STATE_KEY, REGISTRY_KEY) if key in module.__dict__}
-            taken.classes.append((module, type(module), kept))
+            taken.classes.append((module, type(module), kept, _module_state_mapping.pop(module, None)))
             module.__class__ = _plain_class(type(module))
-        for module, name, p in sharded:
-            reader = Gathered(p.shape[0], known_as(meshes[id(p)]))
-            parametrize.register_parametrization(module, name, reader, unsafe=True)
-            taken.names.append((module, name))
+        for module, names in sharded.items():
+            taken.names.append((module, names, [*module._parameters]))
+            for name in names:
+                reader = Gathered(module.get_parameter(name).shape[0], mesh)
+                parametrize.register_parametrization(module, name, reader, unsafe=True)
+            _first(module._modules, "parametrizations")  # where the module's own parameters were
             _with_plain_keys(module)
     except BaseException:
         give_back(taken)
@@ -94,15 +95,40 @@ def take_over(model: nn.Module) -> Taken:
 
 def give_back(taken: Taken) -> None:
     """The model as it was before."""
-    for module, name in reversed(taken.names):
-        _take_apart(module, name)
-    for module, kind, kept in taken.classes:
+    for module, names, order in taken.names:
+        for name in names:
+            if parametrize.is_parametrized(module, name):
+                _take_apart(module, name)
+        for name in order:
+            module._parameters[name] = module._parameters.pop(name)
+    for module, kind, kept, state in taken.classes:
         module.__class__ = kind
         module.__dict__.update(kept)
+        if state is not None:
+            _module_state_mapping[module] = state
     for hooks, own in taken.hooks:
         others = dict(hooks)
         hooks.clear()
         hooks.update(own | others)  # fully_shard's come first
+
+
+def at_rest(model: nn.Module) -> None:
+    """Have fully_shard let go of whole parameters, as after a forward of which no backward came."""
+    for module in model.modules():
+        if hasattr(module, "_get_fsdp_state"):
+            module.reshard()  # type: ignore[operator]
+
+
+def _sharded(module: nn.Module) -> list[str]:
+    """Names of its own parameters that are sharded."""
+    own = [] if isinstance(module, parametrize.ParametrizationList) else module._parameters.items()
+    return [name for name, p in own if p is not None and apart(p)]
+
+
+def _first(entries: Any, key: str) -> None:
+    """Put an entry of a dict in front."""
+    others = {name: entries.pop(name) for name in [*entries] if name != key}
+    entries.update(others)
 
 
 def _without_hooks(module: nn.Module) -> Iterator[tuple[OrderedDict[int, Any], dict[int, Any]]]:
@@ -145,9 +171,37 @@ def _refuse(model: nn.Module, states: Sequence[Any]) -> None:
             )
         if len(state._modules) != 1:
             raise ValueError("fully_shard of several modules as one is not known to memopt; call it on each of them")
+        several = hasattr(state, "_fsdp_param_groups")  # from torch 2.13 on
+        for group in state._fsdp_param_groups if several else filter(None, [state._fsdp_param_group]):
+            if told := _unknown(group):
+                raise ValueError(f"fully_shard was asked for {told}, which memopt does not do; leave that out")
     for name, p in model.named_parameters():
-        if apart(p) and (p.device.type == "meta" or _mesh_of(p) is None):
+        if apart(p) and p.device.type == "meta":
             raise ValueError(f"{name} is on 'meta'; call model.to_empty(...) and load it first")
+
+
+def _unknown(group: Any) -> str:
+    """What of fully_shard's settings differs from its defaults, in a way that changes the step; "" if nothing does."""
+    asked = {
+        "a gradient divide factor": group.gradient_divide_factor is not None,
+        "sums in place of means": group.force_sum_reduction_for_comms,
+        "backwards without reducing gradients": not (group.reduce_grads and group.all_reduce_grads),
+        "an all-reduce hook": getattr(group, "_all_reduce_hook", None) is not None,
+        "offloading": type(group.offload_policy).__name__ != "OffloadPolicy",
+    }
+    return next((told for told, yes in asked.items() if yes), "")
+
+
+def _one_mesh(model: nn.Module) -> str:
+    """The name of the ranks that hold the sharded parameters. ValueError if they are not the same, or some of a job."""
+    every = [p for p in model.parameters() if apart(p)]
+    meshes = {p.device_mesh for p in every}  # type: ignore[attr-defined]
+    if len(meshes) > 1:
+        raise ValueError(f"parameters are sharded over {len(meshes)} meshes; memopt plans for one: shard all over it")
+    mesh = meshes.pop()
+    if mesh.ndim > 1 and mesh.size() != dist.get_world_size():
+        raise ValueError(f"copies of shards on {mesh.size()} of {dist.get_world_size()} ranks are not known to memopt")
+    return {known_as(_mesh_of(p)) for p in every}.pop()
 
 
 def _mesh_of(p: Any) -> Mesh:
@@ -193,7 +247,7 @@ def localized(
     holders, given = module.graph.find_nodes(op="placeholder"), list(inputs)
     for at in places:
         given[at] = shards(inputs[at])
-        _here(holders[at])
+        _here(module, holders[at])
     module.recompile()
 
     def wrapped(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -206,17 +260,34 @@ def localized(
     return module, given, wrapped
 
 
-def _here(holder: fx.Node) -> None:
-    """The placeholder becomes this rank's rows."""
+def _here(module: fx.GraphModule, holder: fx.Node) -> None:
+    """The placeholder becomes this rank's rows, also where a region (checkpointing, say) is given it."""
     for user in list(holder.users):
-        if user.op != "call_method" or user.target != "to_local":
+        if user.op == "call_method" and user.target == "to_local":
+            user.replace_all_uses_with(holder)
+            user.graph.erase_node(user)
+        elif isinstance(user.target, torch._ops.HigherOrderOperator) and (body := _body(module, user)) is not None:
+            inner = body.graph.find_nodes(op="placeholder")
+            for at, arg in enumerate(user.args[1:]):
+                if arg is holder:
+                    _here(body, inner[at])
+            body.recompile()
+        else:
             raise ValueError(
-                f"{holder.name} is sharded by fully_shard and used beside its module: {user.format_node()}"
+                f"a parameter that fully_shard has sharded is used beside its module, by {user.target}: memopt gathers "
+                "what modules read of their own; read it there, or leave that module out of fully_shard"
             )
-        user.replace_all_uses_with(holder)
-        user.graph.erase_node(user)
-    whole = holder.meta["example_value"]
-    holder.meta["example_value"] = local(whole).detach().requires_grad_(whole.requires_grad)
+    if "example_value" in holder.meta:
+        whole = holder.meta["example_value"]
+        holder.meta["example_value"] = local(whole).detach().requires_grad_(whole.requires_grad)
+
+
+def _body(module: fx.GraphModule, region: fx.Node) -> fx.GraphModule | None:
+    """The graph that a region runs on the arguments behind its first."""
+    first = region.args[0] if region.args else None
+    named = isinstance(first, fx.Node) and first.op == "get_attr"
+    found = getattr(module, str(first.target), None) if named else None  # type: ignore[union-attr]
+    return found if isinstance(found, fx.GraphModule) else None
 
 
 # -- state dicts: the plain model's keys ------------------------------------------------------------------------------
@@ -254,7 +325,7 @@ def _own_keys(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) ->
             continue
         mine: Any = home.get_parameter(STORED)
         fits = isinstance(value, Tensor) and tuple(value.shape) == tuple(mine.shape)
-        state[_key(prefix, name) if fits else f"{prefix}{name}"] = _as_there(value, mine) if fits else value
+        state[_key(prefix, name)] = _as_there(value, mine) if fits else value  # torch says that the size does not fit
 
 
 def _as_there(value: Any, mine: Any) -> Any:

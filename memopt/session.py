@@ -165,10 +165,11 @@ class Session(LighterPlanner):
 
     def shard(self, p: nn.Parameter) -> nn.Parameter:
         """What is here of a sharded parameter, which shares its memory."""
-        name = tensor_names(self.model)[id(p)]
-        if name not in self.shards or self.shards[name].data_ptr() != local(p).data_ptr():
-            self.shards[name] = nn.Parameter(local(p), requires_grad=p.requires_grad)
-        return self.shards[name]
+        name, here = tensor_names(self.model)[id(p)], local(p)
+        known = self.shards.get(name)
+        if known is None or (known.data_ptr(), known.requires_grad) != (here.data_ptr(), p.requires_grad):
+            known = self.shards[name] = nn.Parameter(here, requires_grad=p.requires_grad)
+        return known
 
     def lowered(
         self,

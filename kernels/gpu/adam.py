@@ -70,7 +70,8 @@ def _write(stored, scales, table, value, at, row, live, blocks, seed, SMALLEST: 
         tl.store(stored + at, kept.to(tl.bfloat16), mask=live)
     else:
         value = tl.where(live, value, 0.0)
-        largest = tl.max(tl.abs(value), 1)
+        wrong = tl.max((value != value).to(tl.int32), 1)  # tl.max passes NaN over
+        largest = tl.where(wrong > 0, float("nan"), tl.max(tl.abs(value), 1))
         tl.store(scales + row, largest, mask=row < blocks)
         scale = tl.maximum(largest, SMALLEST)
         scaled = tl.div_rn(value, tl.broadcast_to(scale[:, None], value.shape))

@@ -22,8 +22,6 @@ PLAIN = ("lr", "betas", "eps", "weight_decay", "params")  # what a group shares 
 class AdamW(Family):
     """AdamW. state: "fp32", "bf16", "int8" or "int4"; least: elements a parameter needs for it to be less than fp32."""
 
-    by_rows = True
-
     def __init__(
         self,
         params: Iterable[Any],

@@ -98,8 +98,7 @@ class Family(Optimizer):
         self.state.update(loaded)
 
     def _checked(self, saved: Mapping[str, Any], p: Tensor, group: Mapping[str, Any], name: Any) -> State:
-        p = local(p)
-        expected = self.start(torch.empty_like(p, device="meta"), group)
+        expected = self.start(torch.empty_like(local(p), device="meta"), group)
         if saved.keys() != expected.keys():
             raise self._foreign(name, f"it has {', '.join(saved)}, not {', '.join(expected)}")
         return {key: self._taken(key, saved[key], like, p, group, name) for key, like in expected.items()}

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from memopt.local import local
 from memopt.optim.alone import Away, parts_of, piece, update_alone
 from memopt.optim.family import Family, plain_step
 from memopt.optim.moved import Ferry, State
@@ -100,5 +101,5 @@ def update_portion(
 
 
 def nbytes(tensors: Sequence[Tensor]) -> int:
-    """Bytes of their elements."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    """Bytes of their elements, of those that are here."""
+    return sum(local(tensor).nbytes for tensor in tensors)

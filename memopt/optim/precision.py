@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from memopt.local import apart
 from memopt.optim import moments
 from memopt.optim.adamw import AdamW, AdamW4bit, AdamW8bit, AdamWBf16
 
@@ -27,6 +28,8 @@ WIDTHS = {"adamw_bf16": "bf16", "adamw8bit": "8 bits", "adamw4bit": "4 bits"}
 
 def obstacle(optimizer: Optimizer | None) -> str:
     """Why its moments cannot be stored in fewer bits; "" if they can."""
+    if optimizer is not None and any(apart(p) for group in optimizer.param_groups for p in group["params"]):
+        return "fully_shard has sharded its parameters"
     if type(optimizer) is not torch.optim.AdamW:
         return f"{type(optimizer).__name__} is not torch.optim.AdamW" if optimizer is not None else "none was given"
     for group in optimizer.param_groups:

@@ -1,4 +1,4 @@
-"""Measured costs kept between runs: one JSON file for each torch version, device and thread count."""
+"""Measured costs kept between runs: one JSON file for each version of torch and memopt, device and thread count."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+import memopt
 from memopt.files import write_atomic
 
 logger = logging.getLogger("memopt")
@@ -41,8 +42,9 @@ def _processor() -> str:
 
 
 def cache_file(device: torch.device) -> Path:
-    """Where costs measured with this torch on this device are kept."""
-    slug = re.sub(r"[^A-Za-z0-9.+]+", "-", f"{torch.__version__} {device_name(device)}").strip("-")
+    """Where costs are kept that this torch, and this memopt, which has operations of its own, had on this device."""
+    versions = f"{torch.__version__} memopt {memopt.__version__}"
+    slug = re.sub(r"[^A-Za-z0-9.+]+", "-", f"{versions} {device_name(device)}").strip("-")
     return cache_dir() / "opcosts" / f"{slug}.json"
 
 

@@ -101,6 +101,11 @@ def test_a_gradient_that_is_not_finite_shows(form: str) -> None:
     fused.by_kernel(p, g, *state.values(), form, 1, (0.9, 0.999), 1e-8, 1.0, 1e-2)
     assert bool(p[300].isnan())
     assert bool(p[:256].isfinite().all())
+    first = decoded(FIRST, state[FIRST], p, group)
+    assert bool(first[300].isnan())
+    if form in ("int8", "int4"):  # as by chunks: the whole block, whose scale is none
+        block = {"int8": 256, "int4": 128}[form]
+        assert bool(first[300 // block * block :][:block].isnan().all())
 
 
 @pytest.mark.parametrize("name", NAMES)

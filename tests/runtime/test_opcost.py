@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import memopt
 from memopt.facts import cost_key
 from memopt.runtime import opcache
 from memopt.runtime.opcost import LONG, PATIENT, OpCost, OpCosts, least
@@ -256,6 +257,7 @@ def test_costs_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert again.spent == 0.0
     (file,) = (tmp_path / "opcosts").iterdir()
     assert torch.__version__ in file.name
+    assert f"memopt-{memopt.__version__}" in file.name, "operations of memopt's own may have changed"
     assert f"{torch.get_num_threads()}-threads" in file.name
 
 
