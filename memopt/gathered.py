@@ -18,8 +18,6 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
-from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
-from torch.distributed._composable_state import _module_state_mapping
 from torch.nn.utils import parametrize
 
 from memopt.local import apart, local
@@ -72,13 +70,13 @@ def take_over(model: nn.Module) -> Taken:
         return taken
     wrapped: list[Any] = [module for module in model.modules() if hasattr(module, "_get_fsdp_state")]
     _refuse(model, [module._get_fsdp_state() for module in wrapped])
-    mesh = _one_mesh(model)
+    mesh, keys, states = _one_mesh(model), *_torch_keeps()
     try:
         for module in model.modules():
             taken.hooks += _without_hooks(module)
         for module in wrapped:
-            kept = {key: module.__dict__.pop(key) for key in (STATE_KEY, REGISTRY_KEY) if key in module.__dict__}
-            taken.classes.append((module, type(module), kept, _module_state_mapping.pop(module, None)))
+            kept = {key: module.__dict__.pop(key) for key in keys if key in module.__dict__}
+            taken.classes.append((module, type(module), kept, states.pop(module, None)))
             module.__class__ = _plain_class(type(module))
         for module, names in sharded.items():
             taken.names.append((module, names, [*module._parameters]))
@@ -105,11 +103,20 @@ def give_back(taken: Taken) -> None:
         module.__class__ = kind
         module.__dict__.update(kept)
         if state is not None:
-            _module_state_mapping[module] = state
+            _torch_keeps()[1][module] = state
     for hooks, own in taken.hooks:
         others = dict(hooks)
         hooks.clear()
         hooks.update(own | others)  # fully_shard's come first
+
+
+def _torch_keeps() -> tuple[tuple[str, ...], Any]:
+    """Where torch keeps what fully_shard knows of a module: keys of its dict, and a mapping by module. Not every build
+    of torch has these."""
+    from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+    from torch.distributed._composable_state import _module_state_mapping
+
+    return (STATE_KEY, REGISTRY_KEY), _module_state_mapping
 
 
 def at_rest(model: nn.Module) -> None:
@@ -345,7 +352,6 @@ def _take_apart(module: nn.Module, name: str) -> None:
     """The sharded parameter in its module again."""
     home = cast(parametrize.ParametrizationList, cast(nn.ModuleDict, module.parametrizations)[name])
     p = home.get_parameter(STORED)
-    home.__class__ = parametrize.ParametrizationList
     mixed = type(module)
     delattr(mixed, name)
     del cast(nn.ModuleDict, module.parametrizations)[name]
