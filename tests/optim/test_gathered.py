@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,7 +19,9 @@ from memopt.errors import BudgetError
 from memopt.gathered import Gathered
 from memopt.optim import AdamW8bit, GaLore, Lomo
 from memopt.refusal import Refused
-from memopt.runtime.rows import Mesh
+from memopt.runtime.rows import MEAN_ROWS, Mesh, known_as, workspace
+from memopt.runtime.trace import record
+from memopt.units import format_size
 from tests.optim.ranks import STEPS, Net, batch, net, spawned, train
 
 ADAMW = torch.optim.AdamW
@@ -269,7 +272,9 @@ def again(rank: int, ranks: int, folder: Path) -> dict[str, Any]:
     model = sharded(ranks)
     with torch.no_grad():
         model(*batch(0))  # leaves the root's parameters whole
-    memopt.plan(model, batch(0), budget="3MB", optimizer=ADAMW(model.parameters()))
+    planned = memopt.plan(model, batch(0), budget="3MB", optimizer=ADAMW(model.parameters()))
+    every = format_size(sum(p.numel() * 4 for p in model.parameters()))
+    found["all of it"] = any(f" of {every} on this rank" in note for note in planned.notes)
     found["as before"] = [name for name, _ in model.named_parameters()] == names
     model.layers.requires_grad_(False)
     optimizer = ADAMW(model.parameters(), lr=1e-2)
@@ -301,6 +306,7 @@ def test_it_is_planned_again_and_thawed(tmp_path: Path) -> None:
     model = net()
     plain = train(model, ADAMW(model.parameters(), lr=1e-2), [batch(step) for step in range(3)])
     for one in spawned(again, 2, tmp_path):
+        assert one["all of it"]
         assert one["as before"]
         assert one["in order"]
         assert one["frozen"] == frozen
@@ -328,6 +334,10 @@ def asked(rank: int, ranks: int, folder: Path) -> list[str]:
         ({}, ADAMW, unsynced, "backwards without reducing gradients"),
     ]
     said = []
+    mesh = known_as(Mesh(ranks, rank, dist.group.WORLD))
+    rows, own = torch.ones(97, 48), 49 if rank == 0 else 48
+    within = record(lambda: torch.ops.memopt.mean_rows(rows, mesh, own)).peak() - 48 * 4 * own
+    assert within <= workspace(MEAN_ROWS, (rows, mesh, own)) <= within + 8
     for options, build, change, why in cases:
         model = sharded(ranks, **options)
         if change is not None:
@@ -419,8 +429,6 @@ def test_rows_are_those_of_torch_chunk(rows: int, size: int) -> None:
 
 
 def test_a_reader_says_what_it_gathers() -> None:
-    from memopt.runtime.rows import known_as
-
     name = known_as(Mesh(4, 1, "a group"))
     assert known_as(Mesh(4, 1, "a group")) == name != known_as(Mesh(4, 2, "a group"))
     assert repr(Gathered(97, name)) == "Gathered(97 rows, 4 ranks)"
