@@ -18,11 +18,11 @@ FOLDERS = {"memopt": ROOT / "memopt", "memopt.passes": ROOT / "passes", "memopt.
 LEVELS = {
     0: "graph units errors presets files calls garbage",
     1: "plans edit tokens overlap cost timeline devices fusion joints",
-    2: "program photograph insertion places facts listing unwrapped passbase operations forward algebra kernels "
+    2: "program photograph insertion places facts listing unwrapped passbase operations local forward algebra kernels "
     "solvers",
     3: "passes blame capture frames hosts optim runtime regions streamed streams lowering fences inductor relay "
     "compose seams outputs recurrent models workload factory nets text fakes prices noise applied later early trained "
-    "shapes weights",
+    "shapes weights gathered",
     4: "pipeline dumps refusal smaller profiling tuning planning session report table planfile html chart page formula "
     "carry sizing attach watch probe accuracy rewrites remarks reused request agreement lighter",
     5: "api workbench",
