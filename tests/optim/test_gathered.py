@@ -216,6 +216,7 @@ def resumed(rank: int, ranks: int, folder: Path) -> Any:
     return losses, whole(model)
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_four_ranks_goes_on_on_two_and_on_one(tmp_path: Path) -> None:
     model = net()
     losses = train(model, ADAMW(model.parameters(), lr=1e-2), [batch(step) for step in range(6)])

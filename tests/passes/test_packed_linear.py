@@ -138,7 +138,7 @@ def trained(passes: str, lowering: str) -> tuple[list[float], Tensor, Any]:
     return losses, model.trained.weight.detach(), (model.memopt.plan, measured)
 
 
-@pytest.mark.parametrize("lowering", ["eager", "inductor"])
+@pytest.mark.parametrize("lowering", ["eager", pytest.param("inductor", marks=pytest.mark.long)])
 def test_the_least_budget_falls_by_what_is_not_made_whole(lowering: str) -> None:
     with_it, without = (trained(passes, lowering) for passes in ("", "-packed_linear"))
     assert with_it[0] == pytest.approx(without[0], rel=1e-5)
