@@ -104,10 +104,10 @@ def give_back(taken: Taken) -> None:
         module.__dict__.update(kept)
         if state is not None:
             _torch_keeps()[1][module] = state
-    for hooks, own in taken.hooks:
-        others = dict(hooks)
+    for hooks, before in taken.hooks:
+        since = dict(hooks)
         hooks.clear()
-        hooks.update(own | others)  # fully_shard's come first
+        hooks.update(before | since)  # in the order they were in
 
 
 def _torch_keeps() -> tuple[tuple[str, ...], Any]:
@@ -139,14 +139,14 @@ def _first(entries: Any, key: str) -> None:
 
 
 def _without_hooks(module: nn.Module) -> Iterator[tuple[OrderedDict[int, Any], dict[int, Any]]]:
-    """Take fully_shard's hooks from a module: (where they were, those)."""
+    """Take fully_shard's hooks from a module: (where they were, all that were there)."""
     for kind in HOOKS:
         hooks = getattr(module, kind)
-        own = {key: hook for key, hook in hooks.items() if _of_fsdp(getattr(hook, "hook", hook))}
+        before, own = dict(hooks), [key for key, hook in hooks.items() if _of_fsdp(getattr(hook, "hook", hook))]
         for key in own:
             del hooks[key]
         if own:
-            yield hooks, own
+            yield hooks, before
 
 
 def _of_fsdp(hook: Any) -> bool:
@@ -178,7 +178,7 @@ def _refuse(model: nn.Module, states: Sequence[Any]) -> None:
             )
         if len(state._modules) != 1:
             raise ValueError("fully_shard of several modules as one is not known to memopt; call it on each of them")
-        several = hasattr(state, "_fsdp_param_groups")  # from torch 2.13 on
+        several = hasattr(state, "_fsdp_param_groups")  # torch 2.13's, which may be of several meshes
         for group in state._fsdp_param_groups if several else filter(None, [state._fsdp_param_group]):
             if told := _unknown(group):
                 raise ValueError(f"fully_shard was asked for {told}, which memopt does not do; leave that out")

@@ -56,6 +56,19 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, batches: list[tupl
     return losses
 
 
+def outlived(rank: int, step: Callable[[], Any]) -> str:
+    """What a rank says that steps on when rank 1 has ended after the first step."""
+    step()
+    if rank == 1:
+        return "gone"
+    try:
+        for _ in range(3):
+            step()
+    except RuntimeError as error:
+        return str(error)
+    return "it went on"
+
+
 def spawned(work: Work, ranks: int, folder: Path) -> list[Any]:
     """What `work(rank, ranks, folder)` returns in each of so many processes of one gloo group."""
     mp.spawn(_rank, (work, ranks, folder), nprocs=ranks)

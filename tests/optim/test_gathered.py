@@ -22,7 +22,7 @@ from memopt.refusal import Refused
 from memopt.runtime.rows import MEAN_ROWS, Mesh, known_as, workspace
 from memopt.runtime.trace import record
 from memopt.units import format_size
-from tests.optim.ranks import STEPS, Net, batch, net, spawned, train
+from tests.optim.ranks import STEPS, Net, batch, net, outlived, spawned, train
 
 ADAMW = torch.optim.AdamW
 CLOSE = {"rtol": 1e-3, "atol": 2e-3}  # as in test_sharded.py: sums in another order
@@ -405,15 +405,7 @@ def dying(rank: int, ranks: int, folder: Path) -> str:
     model = sharded(ranks)
     optimizer = ADAMW(model.parameters(), lr=1e-2)
     model = compiled(model, "3MB", optimizer)
-    train(model, optimizer, [batch(0)])
-    if rank == 1:
-        return "gone"
-    try:
-        for _ in range(3):
-            train(model, optimizer, [batch(1)])
-    except RuntimeError as error:
-        return str(error)
-    return "it went on"
+    return outlived(rank, lambda: train(model, optimizer, [batch(0)]))
 
 
 def test_a_rank_that_dies_is_an_error_on_the_others(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from memopt.optim import AdamW8bit, Sharded
 from memopt.optim.ranks import Ranks
 from memopt.refusal import Refused
 from memopt.report import PlanResult
-from tests.optim.ranks import STEPS, Net, batch, net, spawned, train
+from tests.optim.ranks import STEPS, Net, batch, net, outlived, spawned, train
 
 ADAMW = torch.optim.AdamW
 # Sums in another order: where a gradient is near 0, Adam's first steps, each about lr = 1e-2 long, turn rounding into a
@@ -199,15 +199,7 @@ def test_gradients_are_not_kept_where_the_backward_updates(tmp_path: Path) -> No
 def dying(rank: int, ranks: int, folder: Path) -> str:
     model = net()
     optimizer = Sharded(model.parameters(), ADAMW)
-    train(model, optimizer, [batch(0)])
-    if rank == 1:
-        return "gone"
-    try:
-        for _ in range(3):
-            train(model, optimizer, [batch(1)])
-    except RuntimeError as error:
-        return str(error)
-    return "it went on"
+    return outlived(rank, lambda: train(model, optimizer, [batch(0)]))
 
 
 def test_a_rank_that_dies_is_an_error_on_the_others(tmp_path: Path) -> None:
