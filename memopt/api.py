@@ -36,7 +36,7 @@ from memopt.runtime import disk, host
 from memopt.runtime.here import device_of
 from memopt.session import Session
 from memopt.units import resolve_budget
-from memopt.weights import ELSEWHERE, WEIGHTS, exact, ways
+from memopt.weights import ELSEWHERE, TRAINED, WEIGHTS, exact, ways
 
 GRADIENTS = ("loss", "all")
 UPDATES = ("step", "backward")
@@ -72,8 +72,9 @@ def compile(
     "inductor", "eager" or "auto" (Inductor, or eager where its code cannot hold the budget). accumulate: backwards per
     optimizer step. gradients: "loss" or "all" outputs carry gradients (memopt.outputs). plan_file: reuse a saved plan.
     allow: lossy levers that may be used, by name: of activations, how AdamW's moments are stored ("adamw_bf16",
-    "adamw8bit", "adamw4bit"), or frozen weights ("int8_weights", "nf4_weights"; packed in place, see memopt.weights, as
-    is, without loss, "coded_weights").
+    "adamw8bit", "adamw4bit"), frozen weights ("int8_weights", "nf4_weights"; packed in place, see memopt.weights, as
+    is, without loss, "coded_weights"), or trained ones ("int8_trained", and without loss "coded_trained"; stored in
+    place, see memopt.coded).
     max_grad_error: how far off those of activations may put the gradient together, ||g' - g|| / ||g||, estimated on the
     first batch. host_budget: what saved activations of a step on a GPU may take of the host's memory, written as
     `budget` is, and the optimizer's state or frozen weights where that does not do. disk_budget: what they may take on
@@ -161,9 +162,10 @@ def make_request(
     """Check every option and resolve it. ValueError in one sentence with what is known."""
     check_environment()
     _known("numerics", numerics, ("exact", "reordered"))
-    levers = (*LOSSY, *STATES, *WEIGHTS)
+    stored = {**WEIGHTS, **TRAINED}
+    levers = (*LOSSY, *STATES, *stored)
     allowed = frozenset(_known("allow", name, levers) for name in ([allow] if isinstance(allow, str) else allow))
-    rounding = [name for name in sorted(allowed) if name not in WEIGHTS or not exact(WEIGHTS[name])]
+    rounding = [name for name in sorted(allowed) if name not in stored or not exact(stored[name])]
     if rounding and numerics == "exact":
         raise ValueError(f'numerics="exact" and allow={rounding[0]!r} contradict each other: that lever is lossy')
     if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
@@ -190,7 +192,7 @@ def make_request(
         max_grad_error=_share("max_grad_error", max_grad_error),
         update=_known("update", update, UPDATES),
         states=tuple(name for name in STATES if name in allowed),
-        weights=ways(on_disk, on_host, off | (frozenset(WEIGHTS) - allowed)),
+        weights=ways(on_disk, on_host, off | (frozenset(stored) - allowed)),
         spare="eager" if lowering == "auto" and first != "eager" else "",
     )
 

@@ -35,6 +35,7 @@ from memopt.garbage import collected_later
 from memopt.hosts import as_in_eager
 from memopt.local import apart, local
 from memopt.lowering import Transform, lower, signature
+from memopt.optim.coded import coded_of
 from memopt.passbase import Rewrite
 from memopt.program import Program, argument_places, copied
 from memopt.runtime.rows import GATHER_ROWS, MEAN_ROWS
@@ -362,6 +363,7 @@ def faked(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     if fakes and len(fakes) == len({*map(id, tensors)}):
         return model
     fakes |= {id(p): _fake_shard(p, mode) for p in model.parameters() if apart(p)}
+    fakes |= {id(p): _fake_stand_in(p, mode) for p in model.parameters() if coded_of(p) is not None}
     with FakeCopyMode(mode):
         return copy.deepcopy(model, fakes)
 
@@ -371,6 +373,11 @@ def _fake_shard(p: nn.Parameter, mode: FakeTensorMode) -> nn.Parameter:
     with mode:
         here = torch.empty(local(p).shape, dtype=p.dtype, device=p.device)
         return nn.Parameter(here, requires_grad=p.requires_grad)
+
+
+def _fake_stand_in(p: nn.Parameter, mode: FakeTensorMode) -> nn.Parameter:
+    """Of a parameter whose values are in bytes the one number it has: a copy would be of its full size."""
+    return nn.Parameter(fake_tensor(p.detach(), mode), requires_grad=p.requires_grad)
 
 
 def fake_tensor(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""A plan with frozen weights elsewhere, or by consent in fewer bits, where the model as it is has none."""
+"""A plan with frozen weights elsewhere, or by consent weights in fewer bits, where the model as it is has none."""
 
 from __future__ import annotations
 
@@ -12,16 +12,15 @@ from torch import Tensor, nn
 
 from memopt.edit import HOST
 from memopt.errors import BudgetError, PlanFileError
-from memopt.kernels.codec import PACKED_BYTES, relative_error
 from memopt.pipeline import Planned
 from memopt.planning import Planner
 from memopt.report import Lever, PlanResult
 from memopt.request import Request
-from memopt.runtime.host import room
 from memopt.shapes import input_key
 from memopt.smaller import Call
 from memopt.tokens import elsewhere
-from memopt.weights import ELSEWHERE, WEIGHTS, PackedWeights, exact, pack_weights, packable, packed_twin, takes
+from memopt.ways import bytes_here, bytes_there, how, operation, storable, store, takes, trained, twin_of
+from memopt.weights import ELSEWHERE, TRAINED, WEIGHTS, PackedWeights, exact
 
 Way = tuple[str, str]  # lever, codec
 ROOM = 1.05  # times what a plan exceeds the budget by, that weights are to save
@@ -29,7 +28,7 @@ ROOM = 1.05  # times what a plan exceeds the budget by, that weights are to save
 
 @dataclass
 class LighterPlanner(Planner):
-    """Plans as `Planner` does, then with the model's frozen weights packed, of the ways allowed the least lossy first.
+    """Plans as `Planner` does, then with weights of the model packed, of the ways allowed the least lossy first.
 
     Once such a plan is taken, `settle` packs the model: in place where it is to run, else (`measure` False) a copy.
     stored: what is packed, by lever; pending: what the latest plan is to pack besides, and the planner of it.
@@ -60,11 +59,12 @@ class LighterPlanner(Planner):
         """Ways to pack weights that are left to try: none where there is nothing to pack, a saved plan's where there is
         one. Raises PlanFileError where that is not allowed here."""
         saved = () if self.plan_file is None else self.plan_file.levers
-        used = tuple(each["lever"] for each in saved if each["lever"] in (*WEIGHTS, *ELSEWHERE))
+        used = tuple(each["lever"] for each in saved if each["lever"] in (*WEIGHTS, *TRAINED, *ELSEWHERE))
         used, known = tuple(name for name in used if name not in self.stored), dict(self.request.weights)
         if refused := [name for name in used if name not in known]:
+            kind = "trained" if refused[0] in TRAINED else "frozen"
             raise PlanFileError(
-                f"the plan packs frozen weights ({refused[0]}), which this call does not allow; allow it as when the "
+                f"the plan packs {kind} weights ({refused[0]}), which this call does not allow; allow it as when the "
                 "plan was made, or plan anew"
             )
         ways = self.request.weights if self.plan_file is None else tuple((name, known[name]) for name in used)
@@ -79,7 +79,7 @@ class LighterPlanner(Planner):
         before, tries = self.refused, [(way, names) for way in ways for names in self.portions(way)]
         tries = tries or [(ways[-1], tuple(self.accepted(ways[-1])))]
         for at, (way, names) in enumerate(tries):
-            twin, done = packed_twin(self.model, way[1], names)
+            twin, done = twin_of(self.model, self.request, way[1], names)
             given = {each.name: getattr(self, each.name) for each in fields(Planner)}
             request = lessened(self.request, self.model, done)
             other = Planner(**{**given, "model": twin, "request": request, "surveys": {}, "refused": None})
@@ -117,7 +117,7 @@ class LighterPlanner(Planner):
 
     def fitting(self, way: Way) -> dict[str, Tensor]:
         """The weights that can be packed so, the first ones: where they lie elsewhere, as many as there is room for."""
-        weights: dict[str, Tensor] = {name: self.model.get_parameter(name) for name in packable(self.model)}
+        weights = storable(self.model, self.request, way[1])
         if not elsewhere(way[1]):
             return weights
         room = [*accumulate(bytes_there(way[1], weight) for weight in weights.values())]
@@ -128,7 +128,7 @@ class LighterPlanner(Planner):
         weights = self.fitting(way)
         for name, weight in weights.items():
             if (way[1], name) not in self.taken:
-                self.taken[way[1], name] = takes(way[1], weight)
+                self.taken[way[1], name] = takes(way[1], weight, self.request)
         return {name: weight for name, weight in weights.items() if self.taken[way[1], name]}
 
     def portions(self, way: Way) -> tuple[Sequence[str], ...]:
@@ -140,7 +140,7 @@ class LighterPlanner(Planner):
             count = next(each["count"] for each in self.plan_file.levers if each["lever"] == way[0])
             return (names[:count],)
         assert self.refused is not None
-        saved = [*accumulate(w.nbytes - PACKED_BYTES[codec](w.shape, w.itemsize) for w in weights.values())]
+        saved = [*accumulate(w.nbytes - bytes_here(codec, w, self.request) for w in weights.values())]
         over = self.refused.plan.peak - self.refused.budget
         if not saved or saved[-1] < over:
             return ()
@@ -156,8 +156,9 @@ class LighterPlanner(Planner):
         (_, done, other), every = self.pending, self.every()
         if self.measure:
             weights = {id(self.model.get_parameter(name)) for name in done.names}
-            pack_weights(self.model, done.codec, done.names)
-            for group in self.request.optimizer.param_groups if self.request.optimizer is not None else ():
+            store(self.model, self.request, done)
+            optimizer = None if trained(done.codec) else self.request.optimizer  # what is trained it is to hold
+            for group in optimizer.param_groups if optimizer is not None else ():
                 group["params"] = [emptied(p) if id(p) in weights else p for p in group["params"]]
         else:
             self.model = other.model
@@ -168,11 +169,6 @@ class LighterPlanner(Planner):
 def emptied(weight: Tensor) -> nn.Parameter:
     """A frozen parameter of no elements."""
     return nn.Parameter(weight.detach().new_empty(0), requires_grad=False)
-
-
-def bytes_there(codec: str, weight: Tensor) -> int:
-    """Bytes a weight takes in this pool."""
-    return room(weight.nbytes) if codec.startswith(HOST) else weight.nbytes
 
 
 def limit_of(request: Request, codec: str) -> int:
@@ -190,22 +186,13 @@ def lessened(request: Request, model: nn.Module, done: PackedWeights) -> Request
     return replace(request, host=left) if done.codec.startswith(HOST) else replace(request, disk=left)
 
 
-def how(way: str, codec: str) -> str:
-    """Where and in what frozen weights are stored, in words."""
-    if elsewhere(codec):
-        return f"{'in host memory' if codec.startswith(HOST) else 'on disk'} (exact)"
-    if exact(codec):
-        return f"with their {codec} coded (exact, allowed as {way})"
-    return f"in {codec} (lossy, allowed as {way}), each read {relative_error(codec):.1%} off"
-
-
 def told(result: PlanResult, way: str, done: PackedWeights, before: PlanResult | None) -> PlanResult:
     """The result with the lever, and compared with the step of the model as it was. before: its refusal."""
-    operation = f"memopt.unpack_{done.codec}.default"
-    seconds = sum(result.seconds_of(step) for step in result.before.steps if step.op == operation)
+    reads = operation(done.codec)
+    seconds = sum(result.seconds_of(step) for step in result.before.steps if step.op == reads)
     kept = "exact" if exact(done.codec) else "lossy"
     lever = Lever(way, kept, done.before - done.after, seconds, len(done.names))
-    note = f"{len(done.names)} frozen weights are stored {how(way, done.codec)}"
+    note = f"{len(done.names)} {how(way, done.codec)}"
     lighter = replace(result, rewrites=(*result.rewrites, lever), notes=(*result.notes, note))
     if before is None:
         return lighter

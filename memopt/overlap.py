@@ -82,7 +82,8 @@ def spent(steps: Iterable[Step], seconds: Callable[[Step], float]) -> Iterator[t
             free[kind] = ends[step.writes[0]] = max(free[kind], clock) + seconds(step)
             cost = 0.0
         else:
-            cost = max(0.0, ends[step.reads[-1]] - clock) + seconds(step)
+            ended = next(ends[name] for name in reversed(step.reads) if name in ends)  # others only end with it
+            cost = max(0.0, ended - clock) + seconds(step)
         clock += cost
         yield step, cost
 

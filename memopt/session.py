@@ -14,6 +14,7 @@ from torch import fx, nn
 
 from memopt.agreement import agreed, together
 from memopt.capture import Capture, Survey, tensor_names
+from memopt.coded import restore
 from memopt.dumps import PLANNED, dump_program
 from memopt.early import Updates, anchors
 from memopt.errors import BudgetError
@@ -56,6 +57,7 @@ class Session(LighterPlanner):
     shards: dict[str, nn.Parameter] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        restore(self.model)
         self.watch = StepWatch(self.resident, self.request.device.kind)
         self.stepper = Stepper(self.request.optimizer) if self.request.optimizer is not None else None
 

@@ -16,6 +16,7 @@ from memopt.graph import TANGENTS, StepGraph, Storage, TensorInfo
 from memopt.joints import Part
 from memopt.local import apart, local, padding
 from memopt.optim.alone import BLOCKWISE
+from memopt.optim.coded import original
 from memopt.optim.moved import LEAST
 from memopt.optim.photograph import WHOLE, OptimizerPhase, photograph_optimizer
 from memopt.optim.portions import Update, nbytes, separate
@@ -167,7 +168,8 @@ def candidates(survey: Survey, part: Part, optimizer: torch.optim.Optimizer) -> 
     """Parameters that one gradient of their own reaches, that nobody else watches, and that the optimizer holds."""
     graph = part.graph
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    params = {name: p for name, p in survey.model.named_parameters() if id(p) in held and not _watched(p)}
+    every = ((name, original(p)) for name, p in survey.model.named_parameters())
+    params = {name: p for name, p in every if id(p) in held and not watched(p)}
     made = {sent.target.removeprefix("grad:"): sent.gradient for sent in part.sent if sent.target.startswith("grad:")}
     homes = [graph.storage_of(gradient) for gradient in made.values()]
     tangents = {graph.storage_of(n) for step in graph.steps if step.op == TANGENTS for n in step.writes}
@@ -176,7 +178,7 @@ def candidates(survey: Survey, part: Part, optimizer: torch.optim.Optimizer) -> 
     return frozenset(own & params.keys())
 
 
-def _watched(p: Tensor) -> bool:
+def watched(p: Tensor) -> bool:
     """Whether hooks wait for its gradient: data parallelism's, or the user's."""
     return bool(p._backward_hooks) or bool(getattr(p, "_post_accumulate_grad_hooks", None))
 

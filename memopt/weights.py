@@ -28,18 +28,19 @@ from memopt.tokens import elsewhere
 WEIGHTS = {"coded_weights": "exponents", "int8_weights": "int8", "nf4_weights": "nf4"}
 CODECS = tuple(WEIGHTS.values())
 CODED = "exponents"  # the exact one of them
+TRAINED = {"coded_trained": "trained_exponents", "int8_trained": "trained_int8"}  # of trained ones: memopt/coded.py
 ELSEWHERE = ("weights_on_host", "weights_on_disk")  # exact: they lie there, and each use copies them back
 LEAST = 4096  # elements below which packing saves nothing worth an operation
 NAME, STORED = "weight", "original"  # the second is parametrize's name
 
 
 def ways(disk: tuple[int, str], host: tuple[int, str], off: Collection[str]) -> tuple[tuple[str, str], ...]:
-    """(name, codec) of the ways to store frozen weights that are permitted, in the order to try them: exact ones first.
+    """(name, codec) of the ways to store weights that are permitted, in the order to try them: exact ones first.
 
     disk, host: bytes that may lie there, 0 for none, and the pool's codec. off: names that are not.
     """
     pools = zip(ELSEWHERE, (host, disk), strict=True)
-    every = (*WEIGHTS.items(), *((name, codec) for name, (limit, codec) in pools if limit))
+    every = (*WEIGHTS.items(), *TRAINED.items(), *((name, codec) for name, (limit, codec) in pools if limit))
     every = tuple(sorted(every, key=lambda way: not exact(way[1])))
     return tuple(way for way in every if way[0] not in off)
 
@@ -88,7 +89,7 @@ class Packed(nn.Module):
 
 def exact(codec: str) -> bool:
     """Whether weights are read as they were."""
-    return codec == CODED or elsewhere(codec)
+    return codec in (CODED, TRAINED["coded_trained"]) or elsewhere(codec)
 
 
 def takes(codec: str, weight: Tensor) -> bool:
@@ -100,8 +101,13 @@ def takes(codec: str, weight: Tensor) -> bool:
 
 
 def packable(model: nn.Module) -> dict[str, nn.Module]:
-    """Owners of the weights that can be packed, by the weights' names: frozen matrices of one layer each, but for
-    embeddings, whose rows are looked up, and output heads, whose loss reads them in parts."""
+    """Owners of the weights that can be packed, by the weights' names: the frozen ones of `matrices`."""
+    return matrices(model, lambda weight: not weight.requires_grad)
+
+
+def matrices(model: nn.Module, wanted: Callable[[nn.Parameter], bool]) -> dict[str, nn.Module]:
+    """Owners of the weights that may be read anew for each use, by the weights' names: matrices of one layer each, but
+    for embeddings, whose rows are looked up, and output heads, whose loss reads them in parts."""
     owners: dict[int, int] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
@@ -110,7 +116,7 @@ def packable(model: nn.Module) -> dict[str, nn.Module]:
     found = {}
     for name, module in model.named_modules():
         weight = module._parameters.get(NAME)
-        if weight is None or weight.requires_grad or owners[id(weight)] > 1 or weight.dim() != 2:
+        if weight is None or not wanted(weight) or owners[id(weight)] > 1 or weight.dim() != 2:
             continue
         if isinstance(module, nn.Embedding) or id(module) in heads or parametrize.is_parametrized(module):
             continue
@@ -168,14 +174,20 @@ def pack_weights(model: nn.Module, codec: str = "nf4", names: Collection[str] | 
 def packed_twin(model: nn.Module, codec: str, names: Collection[str] | None = None) -> tuple[nn.Module, PackedWeights]:
     """The model as `pack_weights` would leave it, for planning: a copy whose packed weights are fake, and that shares
     every other tensor with it."""
-    mode = mode_of(model) or FakeTensorMode(allow_non_fake_inputs=True)
-    with FakeCopyMode(mode):
-        twin = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    twin, mode = shared_copy(model)
     for name, module in packable(twin).items():
         if names is None or name in names:
             weight = fake_tensor(twin.get_parameter(name).detach(), mode)
             module._parameters[NAME] = nn.Parameter(weight, requires_grad=False)
     return twin, pack_weights(twin, codec, names)
+
+
+def shared_copy(model: nn.Module) -> tuple[nn.Module, FakeTensorMode]:
+    """A copy that shares every tensor with the model, and a mode to make fakes in for it."""
+    mode = mode_of(model) or FakeTensorMode(allow_non_fake_inputs=True)
+    with FakeCopyMode(mode):
+        shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        return copy.deepcopy(model, shared), mode
 
 
 def _refuse_infinite(found: dict[str, nn.Module]) -> None:
@@ -203,9 +215,8 @@ def unpack_weights(model: nn.Module) -> tuple[str, ...]:
 
 
 def _unpack(module: nn.Module) -> None:
-    weight, mixed = _weight_of(module), type(module)
-    own = {name: value for name, value in vars(mixed).items() if name not in ("__dict__", "__weakref__")}
-    module.__class__ = type(mixed.__name__, mixed.__bases__, own)  # a deep copy shares the class that is taken apart
+    weight = _weight_of(module)
+    own_class(module)
     parametrize.remove_parametrizations(module, NAME, leave_parametrized=False)
     del module._buffers[NAME]  # the bytes
     setattr(module, NAME, nn.Parameter(weight, requires_grad=False))
@@ -213,6 +224,13 @@ def _unpack(module: nn.Module) -> None:
         for key, hook in list(hooks.items()):
             if getattr(hook, "hook", hook) in (_plain_keys, _packed_keys):
                 del hooks[key]
+
+
+def own_class(module: nn.Module) -> None:
+    """Give a parametrized module a class of its own: a deep copy shares the one that is taken apart."""
+    mixed = type(module)
+    own = {name: value for name, value in vars(mixed).items() if name not in ("__dict__", "__weakref__")}
+    module.__class__ = type(mixed.__name__, mixed.__bases__, own)
 
 
 def packed(module: nn.Module) -> bool:

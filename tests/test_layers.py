@@ -22,9 +22,9 @@ LEVELS = {
     "solvers",
     3: "passes blame capture frames hosts optim runtime regions streamed streams lowering fences inductor relay "
     "compose seams outputs recurrent models workload factory nets text fakes prices noise applied later early trained "
-    "shapes weights gathered",
+    "shapes weights gathered coded",
     4: "pipeline dumps refusal smaller profiling tuning planning session report table planfile html chart page formula "
-    "carry sizing attach watch probe accuracy rewrites remarks reused request agreement lighter",
+    "carry sizing attach watch probe accuracy rewrites remarks reused request agreement lighter ways",
     5: "api workbench",
     6: "cli options __main__ backend integrations",
 }

@@ -21,7 +21,8 @@ from torch.optim import Optimizer
 
 from memopt.local import apart
 from memopt.optim.adamw import AdamW, AdamW4bit, AdamW8bit, AdamWBf16
-from memopt.optim.family import dense, in_order, plain_step, portions
+from memopt.optim.coded import coded_of, write_back
+from memopt.optim.family import Family, dense, in_order, plain_step, portions
 from memopt.optim.moved import LEAST, Ferry, State
 from memopt.optim.stored import flat
 
@@ -46,8 +47,9 @@ def piece(optimizer: Optimizer, portion: int | None, p: Tensor, kind: str) -> in
         return None
     largest = max(each.numel() for group in optimizer.param_groups for each in group["params"])
     least = max(LEAST, -(-largest // PIECES))
-    elements = max(portion // p.element_size(), least)
-    elements = -(-elements // ALIGNED) * ALIGNED
+    coded, elements = coded_of(p), max(portion // p.element_size(), least)
+    whole = ALIGNED if coded is None else coded.page  # both are powers of two
+    elements = -(-elements // whole) * whole
     return elements if elements < p.numel() else None
 
 
@@ -55,11 +57,11 @@ def cuttable(optimizer: Optimizer, p: Tensor, kind: str) -> bool:
     """Whether updates of parts of this parameter are known to be that of the whole, to the bit."""
     if apart(p):
         return False
-    group = group_of(optimizer, p)
+    group, filled = group_of(optimizer, p), coded_of(p) is not None or dense(p)
     if type(optimizer) is AdamW:  # computes in fp32 whatever the parameter
-        return bool(group["state"] == "fp32") and dense(p)
+        return bool(group["state"] == "fp32") and filled
     wide = kind != "cpu" or p.element_size() >= torch.float32.itemsize
-    plain = p.is_floating_point() and dense(p) and not (p.grad is not None and p.grad.is_sparse)
+    plain = p.is_floating_point() and filled and not (p.grad is not None and p.grad.is_sparse)
     return type(optimizer) in ELEMENTWISE and wide and plain and not group.get("fused")
 
 
@@ -96,9 +98,13 @@ def parts_of(p: Tensor, each: int | None) -> list[slice | None]:
 def update_alone(optimizer: Optimizer, p: Tensor, each: int | None, away: Away | None) -> None:
     """Update this parameter, `each` elements at a time (None: all). away: if its state does not lie beside it."""
     assert p.grad is not None
-    gradient = p.grad if each is None else in_order(p.grad, p)
-    if each is None and away is not None and p.grad.stride() != p.stride():  # some states are made as the gradient is
-        gradient = torch.empty_like(p).copy_(p.grad)
+    gradient = p.grad
+    if coded_of(p) is not None:  # a contiguous weight
+        gradient = gradient.contiguous() if each is None else gradient.reshape(-1)
+    elif each is not None:
+        gradient = in_order(gradient, p)
+    elif away is not None and gradient.stride() != p.stride():  # some states are made as the gradient is
+        gradient = torch.empty_like(p).copy_(gradient)
     new: dict[str, Any] = {}
     parts = parts_of(p, each)
     for part, after in zip_longest(parts, parts[1:]):
@@ -117,18 +123,32 @@ def _update_part(
     optimizer: Optimizer, p: Tensor, part: slice | None, gradient: Tensor, away: Away | None, new: dict[str, Any]
 ) -> None:
     """Update some elements; what the state of all is after that comes into `new`. What it fetched ends with it."""
-    state = optimizer.state.get(p, {})
-    some = p if part is None else flat(p.detach())[part]
-    some.grad = gradient
+    state, coded = optimizer.state.get(p, {}), coded_of(p)
+    if coded is not None:
+        some = coded.read(p, part, coded.width(optimizer))
+    else:
+        some = p if part is None else flat(p.detach())[part]
     brought = {} if away is None else away.brought(optimizer, p, state, part)
     own = {key: _taken(value, part, brought.get(key)) for key, value in state.items()}
     twin = _over(optimizer, group_of(optimizer, p), some, own)
-    plain_step(twin)
+    _step(twin, some, gradient)
+    if coded is not None:
+        write_back(p, coded, part, some)
     for key, value in twin.state[some].items():
         new[key] = _given(key, value, own.get(key), part, p, new, state, away)
     if away is not None:
         at, moved = 0 if part is None else part.start, twin.state[some]
         away.ferry.give([(home, flat(moved[key]), at) for key, home in away.homes.items() if key in moved])
+
+
+@torch.no_grad()
+def _step(optimizer: Optimizer, p: Tensor, gradient: Tensor) -> None:
+    """Update the one parameter, which may be of another type than its gradient."""
+    if isinstance(optimizer, Family) and type(optimizer).step is Family.step:
+        optimizer.update_one(p, gradient, optimizer.param_groups[0])
+    else:
+        p.grad = gradient if gradient.dtype == p.dtype else gradient.to(p.dtype)
+        plain_step(optimizer)
 
 
 def _over(optimizer: Optimizer, group: Mapping[str, Any], p: Tensor, state: Mapping[str, Any]) -> Optimizer:

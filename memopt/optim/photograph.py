@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_iter
 
 from memopt.errors import MemoptError
 from memopt.graph import Step, StepGraph, Storage, TensorInfo
+from memopt.optim.coded import coded_of
 from memopt.optim.family import planned_for
 from memopt.optim.moved import Ferry, Layout, State, movable
 from memopt.optim.portions import Update, portions_of, update_portion
@@ -86,7 +87,7 @@ def photograph_optimizer(
         double = _default(fakes) if optimizer is None else rebuilt(optimizer, params, fakes)
         _choose_foreach(double, True if kind == "cuda" else None)
         with recorder:
-            _step(double)
+            _step(double, kind)
             homes = _introduce(recorder, double, fakes, update.moved)
             recorder.on = True
             early = _recorded(recorder, double, fakes, update, homes, kind)
@@ -109,7 +110,7 @@ def state_layouts(optimizer: Optimizer, params: Mapping[str, Tensor]) -> dict[st
         fakes = fake_parameters([*params.items()])
         double = rebuilt(optimizer, [*params.items()], fakes)
         with Recorder():  # numbers are read
-            _step(double)
+            _step(double, "cpu")
         found = {name: dict(movable(double.state[fake])) for name, fake in fakes.items()}
     return {
         name: {key: (value.shape, value.stride(), value.dtype) for key, value in state.items()}
@@ -137,9 +138,15 @@ def _choose_foreach(optimizer: Optimizer, foreach: bool | None) -> None:
             group["foreach"] = foreach
 
 
-def _step(optimizer: Optimizer) -> None:
+def _step(optimizer: Optimizer, kind: str) -> None:
+    """A step over all parameters at once, but for coded ones."""
     try:
-        optimizer.step()
+        if any(coded_of(p) is not None for group in optimizer.param_groups for p in group["params"]):
+            ferry = Ferry()
+            for portion in portions_of(optimizer, None, ()):
+                update_portion(optimizer, portion, None, {}, kind, ferry)
+        else:
+            optimizer.step()
     except Exception as error:  # the optimizer's code may be anybody's
         kind = type(optimizer).__name__
         raise MemoptError(
@@ -154,7 +161,7 @@ def _recorded(
 ) -> dict[str, slice]:  # fmt: skip
     """Run the photographed step, in portions; where among the recorder's steps those of each early parameter are."""
     if update == WHOLE:
-        _step(double)
+        _step(double, kind)
         return {}
     names = {id(fake): name for name, fake in fakes.items()}
     alone = frozenset(id(fake) for name, fake in fakes.items() if name in update.in_backward)
@@ -184,6 +191,9 @@ def _introduce(
     for name, fake in fakes.items():
         if fake.grad is not None:
             recorder.know(f"grad:{name}", fake.grad, "gradient")
+        if (coded := coded_of(fake)) is not None:  # whose bytes are a buffer of the model's
+            recorder.know(f"coded:{name}", coded.packed, "buffer")
+            recorder.elsewhere(coded.packed)
     names = {id(fake): name for name, fake in fakes.items()}
     for owner, state in optimizer.state.items():
         for key, value in state.items() if isinstance(state, Mapping) else [("", state)]:

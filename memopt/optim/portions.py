@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from memopt.local import local
 from memopt.optim.alone import Away, parts_of, piece, update_alone
+from memopt.optim.coded import coded_of
 from memopt.optim.family import Family, plain_step
 from memopt.optim.moved import Ferry, State
 from memopt.optim.sharded import Sharded
@@ -68,10 +69,10 @@ def part_of(optimizer: Optimizer, params: Sequence[Tensor]) -> Optimizer:
 
 def portions_of(optimizer: Optimizer, portion: int | None, alone: Collection[int]) -> Iterator[list[Tensor]]:
     """The parameters that have a gradient, in order, by portions of so many bytes. alone: ids of those that make a
-    portion by themselves."""
+    portion by themselves, as the coded ones do."""
     found: list[Tensor] = []
     for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
-        if id(p) in alone:
+        if id(p) in alone or coded_of(p) is not None:
             yield [p]
             continue
         if found and portion is not None and nbytes(found) + nbytes([p]) > portion:
@@ -94,7 +95,7 @@ def update_portion(
         if later is not None and id(later) in homes:
             first = later, homes[id(later)], parts_of(later, piece(optimizer, portion, later, kind))[0]
         update_alone(optimizer, params[0], each, Away(homes[id(params[0])], ferry, first))
-    elif each is not None:
+    elif each is not None or coded_of(params[0]) is not None:
         update_alone(optimizer, params[0], each, None)
     else:
         plain_step(part_of(optimizer, params))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_map
 
 from memopt.errors import MemoptError
 from memopt.local import local
+from memopt.optim.coded import MARK, coded_of, original
 
 NamedTensors = Sequence[tuple[str, Tensor]]
 
@@ -36,7 +38,11 @@ def fake_parameters(params: NamedTensors, least: torch.dtype | None = None) -> d
     made = {}
     for name, tensor in params:
         made[name] = nn.Parameter(fake_like(tensor, least))
-        made[name].grad = fake_like(tensor, least)
+        gradient, coded = fake_like(tensor, least), coded_of(tensor)
+        if coded is not None:
+            setattr(made[name], MARK, replace(coded, packed=fake_like(coded.packed)))
+            gradient = gradient.contiguous()
+        made[name].grad = gradient
     return made
 
 
@@ -86,7 +92,7 @@ def _fake_state(leaf: Any, doubles: dict[int, Tensor]) -> Any:
 def _names(optimizer: Optimizer, params: NamedTensors) -> dict[int, str]:
     """id of each of the optimizer's parameters -> its name: by identity, or, if none is the same object, by order."""
     held = [p for group in optimizer.param_groups for p in group["params"]]
-    given = {id(tensor): name for name, tensor in params}
+    given = {id(original(tensor)): name for name, tensor in params}
     found = {id(p): given[id(p)] for p in held if id(p) in given}
     if found or not params:
         return found

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from memopt.graph import Step, Storage, TensorInfo
+from memopt.optim.coded import OPERATIONS, workspace
 
 BOOKKEEPING = ("prim", "profiler")  # namespaces of ops that ask for metadata or mark ranges: no memory, no work
 DECOMPOSED = (
@@ -118,6 +119,8 @@ def _storage(tensor: Tensor) -> int:
 
 def inside(func: Any, args: tuple[Any, ...]) -> int:
     """Bytes an operation takes and gives back."""
+    if func in OPERATIONS:
+        return NUMBERS + workspace(func, args)
     return NUMBERS + (2 * args[0].nbytes + 68 * args[0].shape[-1] + 20 if func is DECOMPOSED else 0)
 
 

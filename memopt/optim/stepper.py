@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from memopt.errors import MemoptError
+from memopt.optim.coded import coded_of
 from memopt.optim.moved import Ferry, Homes
 from memopt.optim.photograph import state_layouts
 from memopt.optim.portions import Update, portions_of, update_portion
@@ -50,7 +51,7 @@ class Stepper:
         """Step as this plan asks from now on; of several plans, in the smallest portions asked for, and with all states
         elsewhere that one wants there. params: the model's, by name. Raises DiskError, nothing changed, where there is
         no room for them."""
-        if update == Update():
+        if update == Update() and not any(coded_of(p) is not None for p in params.values()):
             return
         if update.moved:
             self.move({name: params[name] for name in update.moved}, update.pool)
