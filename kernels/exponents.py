@@ -65,7 +65,7 @@ def pack(x: Tensor) -> Tensor:
     """The bytes of flat values. Raises ValueError where `suits` says no."""
     count, shift = x.numel(), shift_of(x)
     out = x.new_empty((nbytes(count, x.itemsize),), dtype=torch.uint8)
-    places, largest, codes, rest, listing = split(out, count, x.itemsize)
+    places, largest, codes, rest, _ = split(out, count, x.itemsize)
     far, top = list[Tensor](), 1 << shift
     for part in _blocks(count):
         bits = _bits(x, part)
@@ -77,13 +77,18 @@ def pack(x: Tensor) -> Tensor:
         for place, column in enumerate(into.unbind(1)):
             column.copy_(kept >> 8 * place & 255)
         far.append((found == FAR).view(-1).nonzero()[:, 0] + part.start * BLOCK)
-    beyond = torch.cat(far) if far else places.new_empty(0)
+    list_beyond(out, x, torch.cat(far) if far else places.new_empty(0))
+    return out
+
+
+def list_beyond(packed: Tensor, x: Tensor, beyond: Tensor) -> None:
+    """Write the list of these elements. Raises ValueError where there is no room for them."""
+    places, *_, listing = split(packed, x.numel(), x.itemsize)
     if len(beyond) > len(places):
-        raise ValueError(f"{len(beyond)} of {count} exponents lie far below their neighbours'; {len(places)} may")
+        raise ValueError(f"{len(beyond)} of {x.numel()} exponents lie far below their neighbours'; {len(places)} may")
     where = torch.cat((beyond, beyond.new_zeros(len(places) - len(beyond))))
     places.copy_(where)
-    listing.copy_(x.view(WORDS[x.dtype])[where].int() >> shift & 255)
-    return out
+    listing.copy_(x.view(WORDS[x.dtype])[where].int() >> shift_of(x) & 255)
 
 
 def unpack(packed: Tensor, out: Tensor) -> None:

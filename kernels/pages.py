@@ -44,11 +44,15 @@ def _write_exponents(packed: Tensor, values: Tensor, new: bool) -> None:
     packed.copy_(at(values, exponents.pack)(values))
 
 
+def _write_steps(packed: Tensor, values: Tensor, new: bool) -> None:
+    at(values, steps.write)(packed, values, new)
+
+
 CODECS = {
     "exponents": Pages(
         exponents.nbytes, _write_exponents, lambda packed, out: at(packed, exponents.unpack)(packed, out)
     ),
-    "int8": Pages(lambda count, itemsize: steps.nbytes(count), steps.write, steps.read),
+    "int8": Pages(lambda count, itemsize: steps.nbytes(count), _write_steps, steps.read),
 }
 
 

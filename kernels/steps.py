@@ -17,13 +17,13 @@ memopt/kernels/quantise.py.
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
 
 from memopt.kernels import quantise
-from memopt.kernels.codec import chunks
+from memopt.kernels.codec import at, chunks
 from memopt.kernels.quantise import CHUNK, GROUP, SMALLEST, TURN, place
 
 LEVELS = 255
@@ -31,6 +31,7 @@ MARGIN = 1 / 16  # of a group's width, on either side of new steps
 FULL = 1 / 2  # of its width that a group's values fill, or it gets new steps
 
 HEAD = 16  # bytes before the rest
+UNPACK = partial(quantise.unpack, bits=8)
 FACTOR, TERM = 6364136223846793005, 1442695040888963407  # of Knuth's MMIX, a full-period generator modulo 2^64
 
 
@@ -41,10 +42,10 @@ def nbytes(count: int) -> int:
 
 def read(packed: Tensor, out: Tensor) -> None:
     """Write lo + q s."""
-    quantise.unpack(packed[HEAD:], out, 8)
+    at(packed, UNPACK)(packed[HEAD:], out)
 
 
-def _next(packed: Tensor, values: Tensor, new: bool) -> int:
+def turned(packed: Tensor, values: Tensor, new: bool) -> int:
     """Where in the noise to begin: of the page's number, which is new for the next time."""
     head = packed[:8].view(torch.int64)
     drawn = int(place(values)) if new else int(head) % (1 << 64)
@@ -64,9 +65,8 @@ def noise(device: torch.device) -> Tensor:
 def write(packed: Tensor, values: Tensor, new: bool) -> None:
     """Put values in the place of those that are there; new: none are."""
     groups = -(-values.numel() // GROUP)
-    start, body = _next(packed, values, new), packed[HEAD:]
-    terms = body[: groups * 8].view(torch.float32).view(groups, 2)
-    codes = body[groups * 8 :].view(groups, GROUP)
+    start = turned(packed, values, new)
+    terms, codes = parts(packed, groups)
     for turn, part in enumerate(chunks(groups, CHUNK // GROUP)):
         own = values[part.start * GROUP : part.stop * GROUP]
         low, step = terms[part].unbind(1)
@@ -75,16 +75,27 @@ def write(packed: Tensor, values: Tensor, new: bool) -> None:
             renewed = torch.ones_like(low, dtype=torch.bool)
         else:
             exact = codes[part].float().mul_(step[:, None]).add_(low[:, None])  # what is there, not rounded
-            rows = _rows(own).sub_(_rows(exact.view(-1)[: own.numel()].to(own.dtype))).add_(exact)
+            rows = _rows(own).sub_(_rows(as_read(exact.view(-1)[: own.numel()], own.dtype))).add_(exact)
             del exact
             renewed = _outgrown(rows, low, step)
         low, step = _fitted(rows, low, step, renewed)
-        turned = (start + turn * TURN) % CHUNK
-        u = noise(values.device)[turned : turned + rows.numel()].view(rows.shape)
+        begin = (start + turn * TURN) % CHUNK
+        u = noise(values.device)[begin : begin + rows.numel()].view(rows.shape)
         inverse = torch.where(step >= SMALLEST, 1 / step, 0)
         q = rows.sub_(low[:, None]).mul_(inverse[:, None]).add_(u).floor_().clamp_(0, LEVELS)
         codes[part] = q.to(torch.uint8)
         terms[part, 0], terms[part, 1] = low, step
+
+
+def parts(packed: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Views of (lo, s) and of the codes, a row a group."""
+    body = packed[HEAD:]
+    return body[: groups * 8].view(torch.float32).view(groups, 2), body[groups * 8 :].view(groups, GROUP)
+
+
+def as_read(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """What was read of these values."""
+    return exact.to(dtype)
 
 
 def _rows(values: Tensor) -> Tensor:

@@ -14,11 +14,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from memopt.kernels.gpu import adam, exponents, fewbit, fp8, nf4, pack_bits, quantise
+from memopt.kernels.gpu import adam, exponents, fewbit, fp8, nf4, pack_bits, quantise, steps
 
 Build = tuple[Any, dict[str, str], dict[str, Any]]  # the kernel, its arguments' types, its constants
 BUILDS: dict[str, Build] = {}
-for _module in (adam, pack_bits, quantise, fp8, fewbit, nf4, exponents):
+for _module in (adam, pack_bits, quantise, fp8, fewbit, nf4, exponents, steps):
     BUILDS |= _module.BUILDS
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 WARP = 32  # threads, on every NVIDIA architecture

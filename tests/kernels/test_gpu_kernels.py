@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from memopt.kernels import exponents, fewbit, fp8, nf4, pack_bits, quantise
+from memopt.kernels import exponents, fewbit, fp8, nf4, pack_bits, quantise, steps
 from memopt.kernels.codec import kernel
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -41,9 +41,13 @@ def rounded(unpack: Any, packed: Tensor, like: Tensor) -> Tensor:
     """What the reference reads, in the type of `like`: the interpreter cuts bfloat16 off where a GPU rounds."""
     out = torch.empty_like(like, dtype=torch.float32)
     unpack(packed, out)
-    if like.dtype is torch.bfloat16 and DEVICE == "cpu":
-        out = (out.view(torch.int32) & -0x10000).view(torch.float32)
+    out = cut(out) if like.dtype is torch.bfloat16 and DEVICE == "cpu" else out
     return out.to(like.dtype)
+
+
+def cut(x: Tensor) -> Tensor:
+    """fp32 without what bfloat16 does not have."""
+    return (x.view(torch.int32) & -0x10000).view(torch.float32)
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -102,10 +106,46 @@ def test_exponents(dtype: torch.dtype, count: int) -> None:
     x = values(count, dtype)
     x[:60:2] *= 1e-7  # far below their block's largest
     x[count // 3 : count // 2] = 0.0
-    assert kernel(exponents.unpack) is not exponents.unpack
-    out = torch.empty_like(x, device=DEVICE)
-    kernel(exponents.unpack)(exponents.pack(x).to(DEVICE), out)
-    assert torch.equal(out.cpu(), x)
+    want, found, left, right = both(exponents.pack, exponents.unpack, x)
+    assert torch.equal(want, found)
+    assert torch.equal(left, x)
+    assert torch.equal(right, x)
+
+
+def test_exponents_that_lie_too_far_apart_are_refused_by_the_kernel() -> None:
+    x = torch.randn(5000) * 2.0 ** -(30.0 * (torch.arange(5000) % 2))
+    with pytest.raises(ValueError, match="2500 of 5000 exponents lie far below their neighbours'; 68 may"):
+        kernel(exponents.pack)(x.to(DEVICE))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("count", [*COUNTS[1:], quantise.CHUNK + 300])
+def test_weights_in_steps(dtype: torch.dtype, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New ones, moved a little, moved out of their steps in places, and shrunk."""
+    x = values(count, dtype)
+    if dtype is torch.bfloat16 and DEVICE == "cpu":
+        monkeypatch.setattr(steps, "as_read", lambda exact, dtype: cut(exact).to(dtype))
+    assert kernel(steps.write) is not steps.write
+    want = torch.zeros(steps.nbytes(count), dtype=torch.uint8)
+    found = want.clone().to(DEVICE)
+    for new, moved in ((True, x), (False, x + 0.01 * x), (False, x.where(x < 1, 3 * x)), (False, x * 0.2)):
+        steps.write(want, moved, new)
+        kernel(steps.write)(found, moved.to(DEVICE), new)
+        assert torch.equal(want, found.cpu())
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning", "ignore:All-NaN slice:RuntimeWarning")
+def test_weights_in_steps_that_are_not_finite_are_nan() -> None:
+    x = values(700)
+    packed = torch.zeros(steps.nbytes(700), dtype=torch.uint8, device=DEVICE)
+    kernel(steps.write)(packed, x.to(DEVICE), True)
+    for wrong in (float("nan"), float("inf")):
+        x[300] = wrong
+        kernel(steps.write)(packed, x.to(DEVICE), False)
+        out = torch.empty(700, device=DEVICE)
+        steps.read(packed, out)
+        assert bool(out[256:512].isnan().all())
+        assert bool(out[:256].isfinite().all())
 
 
 def test_fp8_of_every_magnitude_and_tie() -> None:
@@ -154,7 +194,7 @@ def test_every_kernel_builds_for_three_architectures_without_a_gpu() -> None:
     done = subprocess.run(words, env=clean, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == 3 * 73  # a build for each type that a kernel takes
+    assert len(lines) == 3 * 81  # a build for each type that a kernel takes
     found = re.findall(r" sm_(\d+) +[\d,]+ bytes +(\d+) registers +(\d+) bytes of stack", done.stdout)
     assert {capability for capability, _, _ in found} == {"80", "90", "100"}
     assert max(int(registers) for _, registers, _ in found) <= 128, "half of a processor's threads would be idle"
