@@ -89,4 +89,5 @@ def decisions(planned: Planned) -> str:
     update = planned.update
     chosen = [(r.trade, r.value, r.span, r.drained, r.fetched) for r in planned.result.plan.chosen]
     told = (planned.lowering, sorted(planned.left_out), planned.chunks, planned.shards, sorted(chosen), update.state)
-    return hashlib.sha256(repr((*told, sorted(update.in_backward), sorted(update.moved))).encode()).hexdigest()[:16]
+    names = (update.in_backward, update.moved, update.gradients)
+    return hashlib.sha256(repr((*told, *map(sorted, names))).encode()).hexdigest()[:16]

@@ -22,6 +22,7 @@ from memopt.lowering import LOWERINGS
 from memopt.noise import LOSSY
 from memopt.optim.alone import ELEMENTWISE
 from memopt.optim.family import Family
+from memopt.optim.moved import GRADIENTS as AWAY
 from memopt.optim.moved import PLACES
 from memopt.optim.precision import STATES
 from memopt.overlap import OVERLAP
@@ -77,11 +78,11 @@ def compile(
     place, see memopt.coded).
     max_grad_error: how far off those of activations may put the gradient together, ||g' - g|| / ||g||, estimated on the
     first batch. host_budget: what saved activations of a step on a GPU may take of the host's memory, written as
-    `budget` is, and the optimizer's state or frozen weights where that does not do. disk_budget: what they may take on
-    disk, of the space free in disk_path (the system's folder for temporary files if left out). update: "backward" lets
-    the backward update parameters where the budget needs it, each as soon as its gradient is final: the same bits, but
-    `.grad` is None when `backward()` returns, so nothing may clip, accumulate, scale or read gradients before
-    `optimizer.step()`, which then does what remains; not beside a disk_budget.
+    `budget` is, and the optimizer's state, gradients or frozen weights where that does not do. disk_budget: what they
+    may take on disk, of the space free in disk_path (the system's folder for temporary files if left out). update:
+    "backward" lets the backward update parameters where the budget needs it, each as soon as its gradient is final: the
+    same bits, but `.grad` is None when `backward()` returns, so nothing may clip, accumulate, scale or read gradients
+    before `optimizer.step()`, which then does what remains; not beside a disk_budget.
 
     Raises ValueError for an option it does not know, CaptureError, and BudgetError (with the floor and ways out) before
     anything is allocated; then the model is as it was.
@@ -274,7 +275,7 @@ def resolve_lowering(lowering: str, device: Device, numerics: str) -> str:
 def switched_off(passes: str) -> frozenset[str]:
     """Names switched off by "+a,-b". ValueError for a name there is no pass for."""
     known = (*(r.name for r in REWRITES), *(c.name for c in CLEANUPS), *(t.name for t in TRADES), OVERLAP)
-    known += (*ELSEWHERE, *PLACES.values())
+    known += (*ELSEWHERE, *PLACES.values(), *AWAY.values())
     off = set()
     for word in filter(None, (part.strip() for part in passes.split(","))):
         name = _known("passes", word.lstrip("+-"), known)

@@ -9,6 +9,7 @@ from math import prod
 from memopt.graph import Step, StepGraph, Storage, TensorInfo, verify
 from memopt.joints import Joiner, Part
 from memopt.optim.photograph import OptimizerPhase
+from memopt.overlap import MOVE
 
 RETURN = "return"  # the step that hands the forward's outputs to the caller
 LET_GO = "let_go"  # the step in which autograd lets go of the loss's gradient, which it holds until the backward ends
@@ -18,16 +19,19 @@ def whole_step(parts: Sequence[Part], optimizer: OptimizerPhase, accumulated: bo
     """One StepGraph of the step.
 
     parts: in the order their forwards run. optimizer: its steps read parameters by name and gradients as
-    `grad:<name>`; those of its early parameters stand in the backward, and their gradients end there. accumulated: the
-    gradients of earlier micro-batches are alive from the start, and this one's are added to them after the backward.
+    `grad:<name>`; those of its early parameters stand in the backward, and their gradients end there, as do those that
+    are moved elsewhere. accumulated: the gradients of earlier micro-batches are alive from the start, and this one's
+    are added to them after the backward.
     """
     step = _joined(parts)
-    own = {f"grad:{name}": made for name, made in step.gradients().items()}
+    every = {f"grad:{name}": made for name, made in step.gradients().items()}
+    own = {name: made for name, made in every.items() if name.removeprefix("grad:") not in optimizer.away}
     tensors, storages = {**optimizer.tensors, **step.tensors}, {**optimizer.storages, **step.storages}
     inputs = {**step.inputs, **dict.fromkeys(name for name in optimizer.given if name not in own)}
     kept = (made for name, made in own.items() if name.removeprefix("grad:") not in optimizer.early)
     outputs = dict.fromkeys([*step.outputs, *kept, *optimizer.outputs])
-    steps = updated(step.steps, tensors, own, optimizer.early)
+    moves = {name: (_move(name),) for name in optimizer.away}
+    steps = updated(step.steps, tensors, every, {**optimizer.early, **moves})
     if seeds := tuple(name for name in step.seeds if loss_like(tensors[name])):
         steps.append(Step(LET_GO, LET_GO, "backward", seeds, (), pure=False))
     if accumulated:
@@ -56,6 +60,11 @@ def updated(
         moved[-1] = replace(moved[-1], reads=tuple(dict.fromkeys((*moved[-1].reads, gradient))))
         behind.setdefault(at, []).extend(moved)
     return [one for at, step in enumerate(steps) for one in (step, *behind.get(at, ()))]
+
+
+def _move(name: str) -> Step:
+    """What puts a parameter's gradient elsewhere, named as the optimizer's steps are: nothing reads it here again."""
+    return Step(f"opt:{MOVE}:{name}", MOVE, "backward", (f"grad:{name}", name), (), pure=False)
 
 
 def last_uses(steps: Iterable[Step], tensors: Mapping[str, TensorInfo]) -> dict[str, int]:

@@ -13,7 +13,7 @@ from typing import Protocol
 from memopt.devices import Device
 from memopt.edit import HOST
 from memopt.graph import Step, StepGraph
-from memopt.overlap import FETCH, START, STATE
+from memopt.overlap import FETCH, MOVE, START, STATE
 from memopt.tokens import moved, part_of
 
 
@@ -80,6 +80,9 @@ class Roofline:
     def seconds(self, graph: StepGraph, step: Step) -> float:
         if is_view(graph, step):
             return 0.0
+        if step.op == MOVE:  # and its way back, for the update reads it where it lies
+            out, back = self.disk or (self.device.device_to_host, self.device.host_to_device)
+            return _tensor_bytes(graph, step.reads[0]) * (1 / out + 1 / back)
         if step.op.endswith(STATE):
             return self._moving(graph, step)
         codec = codec_of(step)

@@ -16,6 +16,7 @@ from memopt.graph import Step
 START, DRAIN, FETCH, ARRIVE = COPYING = tuple(f"memopt.{kind}_" for kind in ("start", "drain", "fetch", "arrive"))
 STATE = "_state.default"  # how operations end that move an optimizer's state (memopt/optim/moved.py)
 OVERLAP = "overlap"  # its name among the passes, to switch it off
+MOVE = "move_gradient"  # puts a final gradient where it lies until the update (memopt/compose.py)
 PACK, UNPACK = "memopt.pack_", "memopt.unpack_"
 
 

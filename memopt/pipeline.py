@@ -26,7 +26,7 @@ from memopt.garbage import collected_later
 from memopt.graph import StepGraph
 from memopt.joints import Part
 from memopt.noise import Noise
-from memopt.optim.moved import PLACES
+from memopt.optim.moved import GRADIENTS, PLACES
 from memopt.optim.photograph import WHOLE, OptimizerPhase
 from memopt.optim.portions import Update
 from memopt.optim.precision import obstacle
@@ -49,7 +49,17 @@ from memopt.seams import parts_of
 from memopt.solvers import solve
 from memopt.solvers.overlapped import solve_overlapped
 from memopt.timeline import peak
-from memopt.trained import affordable, candidates, fitting, hindrance, states_there, throughout, unread, update_phase
+from memopt.trained import (
+    affordable,
+    candidates,
+    fitting,
+    gradients_there,
+    hindrance,
+    states_there,
+    throughout,
+    unread,
+    update_phase,
+)
 from memopt.units import format_size
 
 Progress = Callable[[str, float | None], None]
@@ -258,7 +268,8 @@ class _Maker:
     def elsewhere(self, refused: Planned) -> Planned:
         """The plan with the optimizer's state in the host's memory or on disk, of no more parameters than must be; what
         was refused, where that does not fit either and takes less."""
-        return self.first(self.moves(refused), refused)
+        planned = self.first(self.moves(refused), refused)
+        return self.first(self.moved_gradients(planned), planned) if planned.result.infeasible else planned
 
     def first(self, updates: Iterable[Update], refused: Planned) -> Planned:
         """The first plan that fits with one of these updates, else the one that takes least."""
@@ -285,6 +296,23 @@ class _Maker:
             some = bisect_left(total, over + total[0]) + 1  # what is updated is there besides
             for number in (*(number for number in (some, 2 * some) if number < len(names)), len(names)):
                 yield Update(1, moved=frozenset(names[:number]), pool=codec, there=total[number - 1])
+
+    def moved_gradients(self, refused: Planned) -> Iterator[Update]:
+        """Updates with ever more gradients elsewhere besides; none where the backward may consume them."""
+        request, over = self.request, refused.result.plan.peak - self.request.budget
+        if request.lowering != "eager" or len(self.survey.captures) != 1 or refused.update.in_backward:
+            return
+        pools = (request.host, HOST), (request.disk, DISK)
+        for limit, codec in (pool for pool, kind in pools if pool[0] and GRADIENTS[kind] not in request.off):
+            if refused.update.pool not in ("", codec):
+                continue
+            sizes = gradients_there(self.survey, self.parts[0], request.optimizer, codec)
+            names, total = fitting(sizes, limit - refused.update.there)
+            some = bisect_left(total, over) + 1
+            for number in (*(number for number in (some, 2 * some) if number < len(names)), len(names)):
+                if number:
+                    there = refused.update.there + total[number - 1]
+                    yield replace(refused.update, gradients=frozenset(names[:number]), pool=codec, there=there)
 
     def lossy(self, refused: Planned) -> Planned:
         """The first plan that fits with moments in fewer bits, of the ways allowed; else the one that takes least."""
@@ -328,7 +356,7 @@ class _Maker:
         host, there = self.request.host, self.request.disk
         if update.pool.startswith(HOST):
             return replace(self.request, host=(host[0] - update.there, host[1]))
-        return replace(self.request, disk=(there[0] - update.there, there[1])) if update.moved else self.request
+        return replace(self.request, disk=(there[0] - update.there, there[1])) if update.pool else self.request
 
 
 def _planned(make: _Maker, update: Update, phase: OptimizerPhase, whole: StepGraph) -> Planned:

@@ -196,8 +196,10 @@ class Session(LighterPlanner):
         if not mine or self.stepper is None:
             return {}
         planned, params = mine[0][0], dict(self.model.named_parameters())
-        placed = anchors(planned.result.after, planned.update.in_backward)
-        return {name: (step, self.stepper.consumer(name, params[name])) for name, step in placed.items()}
+        away, early = planned.update.gradients, planned.update.in_backward
+        call = {name: self.stepper.consumer(name, params[name]) for name in early}
+        call |= {name: self.stepper.mover(name, params[name]) for name in away}
+        return {name: (step, call[name]) for name, step in anchors(planned.result.after, early | away).items()}
 
     def dispatched(
         self, first: Callable[..., Any], spare: fx.GraphModule, inputs: Sequence[Any], planned: Planned, mark: str

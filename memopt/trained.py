@@ -130,6 +130,19 @@ def states_there(phase: OptimizerPhase, optimizer: torch.optim.Optimizer | None,
     return dict(sorted(found.items(), key=lambda each: -each[1]))
 
 
+def gradients_there(survey: Survey, part: Part, optimizer: torch.optim.Optimizer | None, codec: str) -> dict[str, int]:
+    """Bytes that the gradient of each parameter would take in this pool, the largest first; of those whose gradients
+    can lie there from when they are final."""
+    if optimizer is None or isinstance(optimizer, Sharded) or _sharded(optimizer):
+        return {}
+    graph = part.graph
+    made = {sent.target.removeprefix("grad:"): graph.tensors[sent.gradient] for sent in part.sent}
+    sizes = {name: graph.storages[made[name].storage].nbytes for name in candidates(survey, part, optimizer)}
+    large = {name: size for name, size in sizes.items() if prod(made[name].shape) >= LEAST}
+    there = {name: room(size) if codec.startswith(HOST) else aligned(size) for name, size in large.items()}
+    return dict(sorted(there.items(), key=lambda each: (-each[1], each[0])))
+
+
 def fitting(sizes: Mapping[str, int], limit: int) -> tuple[list[str], list[int]]:
     """Names that fit into so many bytes, in their order, and what each and those before it take: what is too large is
     passed over."""
@@ -194,11 +207,17 @@ def said(update: Update, optimizer: torch.optim.Optimizer | None, phase: Optimiz
         )
     if update.state:
         notes.append(f"AdamW's moments are stored in {WIDTHS[update.state]} (lossy, allowed as {update.state})")
-    if update.moved:
-        there = "in the host's memory" if update.pool.startswith(HOST) else "on disk"
+    there = f"{'in the host memory' if update.pool.startswith(HOST) else 'on disk'}, {format_size(update.there)}"
+    if update.gradients:
+        states = f", and the state of {len(update.moved)}, which" if update.moved else ""
         notes.append(
-            f"the optimizer's state of {len(update.moved)} parameters lies {there}, {format_size(update.there)}, and "
-            "is copied for each update and back (exact)"
+            f"gradients of {len(update.gradients)} parameters{states} lie {there}: each is moved there as soon as it "
+            "is final, added to there, and read for the update (exact); a gradient is the same tensor in every step"
+        )
+    elif update.moved:
+        notes.append(
+            f"the optimizer's state of {len(update.moved)} parameters lies {there}, and is copied for each update and "
+            "back (exact)"
         )
     elif update.portion is not None:
         portion = format_size(update.portion)

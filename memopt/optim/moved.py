@@ -33,6 +33,7 @@ from memopt.runtime.host import HostError
 from memopt.runtime.links import Link
 
 PLACES = {HOST: "state_on_host", DISK: "state_on_disk"}  # names to switch it off by
+GRADIENTS = {HOST: "gradients_on_host", DISK: "gradients_on_disk"}
 LEAST = 4096  # elements of a parameter below which its state stays: it saves nothing worth a copy
 
 LIBRARY.define("fetch_state(Tensor home, int start, int stop, Device device) -> Tensor")
@@ -270,6 +271,39 @@ def _taken(key: str, value: Any, homes: State, p: Tensor, group: Mapping[str, An
     if not isinstance(value, Tensor) or (key == "step" and not (group.get("capturable") or group.get("fused"))):
         return value
     return value.to(p.device)
+
+
+def gradient_homes(params: Sequence[Tensor], codec: str) -> list[Tensor]:
+    """Room for the gradients of these parameters in the pool of this codec, laid out as they are: tensors of their
+    device, so that clipping, accumulating and updating read and write what lies there. Raises DiskError or HostError,
+    and takes none, where there is not enough."""
+    device = params[0].device
+    layouts = [_layout(p) for p in params]
+    made = Homes.of(codec, device).make(layouts)
+    return [seen_by(device, home) for home in made] if device.type == "cuda" else made
+
+
+def _layout(p: Tensor) -> Layout:
+    return p.shape, torch.empty_like(p, device="meta").stride(), p.dtype  # dense, also where the parameter is not
+
+
+def seen_by(device: torch.device, home: Tensor) -> Tensor:
+    """Pinned host memory as a tensor of a GPU, which reads and writes it over the bus (unified addressing). Not run on
+    a GPU yet."""
+    words = home.as_strided((home.numel(),), (1,)).view(torch.uint8)
+    view = torch.as_tensor(_Pinned(words), device=device)
+    return view.view(home.dtype).as_strided(home.shape, home.stride())
+
+
+class _Pinned:
+    """What torch makes a tensor of without copying; held as long as that is."""
+
+    def __init__(self, words: Tensor) -> None:
+        self.words = words
+        self.__cuda_array_interface__ = {
+            **{"shape": tuple(words.shape), "typestr": "|u1", "version": 3},
+            **{"data": (words.data_ptr(), False), "strides": None},
+        }
 
 
 def movable(state: Mapping[str, object]) -> Iterator[tuple[str, Tensor]]:

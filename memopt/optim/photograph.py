@@ -40,7 +40,8 @@ class OptimizerPhase:
     given: parameters (by their names), gradients ("grad:<parameter>") and state ("state:<parameter>:<key>"), all alive
     before the phase; state_names: those of them that are state; outputs: made in the phase and kept for the next step.
     assumed: a sentence for the report if the optimizer was not the user's, else "". early: steps of the parameters that
-    are updated in backward, by name; they are none of `steps`.
+    are updated in backward, by name; they are none of `steps`. away: parameters whose gradients lie elsewhere from
+    when they are final, so that they take no bytes here.
     """
 
     steps: tuple[Step, ...]
@@ -51,6 +52,7 @@ class OptimizerPhase:
     outputs: tuple[str, ...] = ()
     assumed: str = ""
     early: Mapping[str, tuple[Step, ...]] = field(default_factory=dict)
+    away: frozenset[str] = frozenset()
 
     @property
     def state_bytes(self) -> int:
@@ -88,13 +90,14 @@ def photograph_optimizer(
         _choose_foreach(double, True if kind == "cuda" else None)
         with recorder:
             _step(double, kind)
-            homes = _introduce(recorder, double, fakes, update.moved)
+            homes = _introduce(recorder, double, fakes, update)
             recorder.on = True
             early = _recorded(recorder, double, fakes, update, homes, kind)
             outputs = recorder.finish()
     if optimizer is None:
         _narrow(recorder, params)
-    return _phase(recorder, outputs, ASSUMED if optimizer is None else "", early)
+    made = _phase(recorder, outputs, ASSUMED if optimizer is None else "", early)
+    return replace(made, away=update.gradients)
 
 
 def largest_step(optimizer: Optimizer | None) -> float:
@@ -181,16 +184,17 @@ def _recorded(
 
 
 def _introduce(
-    recorder: Recorder, optimizer: Optimizer, fakes: dict[str, nn.Parameter], moved: frozenset[str]
+    recorder: Recorder, optimizer: Optimizer, fakes: dict[str, nn.Parameter], update: Update
 ) -> dict[int, State]:
     """Name what is alive before the photographed step. Parameters first, so that state that aliases one is no state.
-
-    moved: parameters whose state takes no bytes here; returned are its homes, by the parameters' ids."""
+    What the update has elsewhere takes no bytes here; returned are the homes of such states, by the parameters' ids."""
     for name, fake in fakes.items():
         recorder.know(name, fake, "parameter")
     for name, fake in fakes.items():
         if fake.grad is not None:
             recorder.know(f"grad:{name}", fake.grad, "gradient")
+            if name in update.gradients:
+                recorder.elsewhere(fake.grad)
         if (coded := coded_of(fake)) is not None:  # whose bytes are a buffer of the model's
             recorder.know(f"coded:{name}", coded.packed, "buffer")
             recorder.elsewhere(coded.packed)
@@ -200,7 +204,7 @@ def _introduce(
             for at, leaf in enumerate(leaf for leaf in tree_iter(value) if isinstance(leaf, Tensor)):
                 name = f"state:{names.get(id(owner), 'other')}:{key}"
                 recorder.know(name if not at else f"{name}.{at}", leaf, "state")
-    homes = {id(fakes[name]): dict(movable(optimizer.state[fakes[name]])) for name in moved}
+    homes = {id(fakes[name]): dict(movable(optimizer.state[fakes[name]])) for name in update.moved}
     for home in (leaf for state in homes.values() for leaf in state.values()):
         recorder.elsewhere(home)
     return homes

@@ -37,13 +37,15 @@ class Update:
     """How a planned step updates. portion: bytes of parameters to update together, at most (one parameter, or piece of
     one, at least); None: all at once, as the optimizer does. in_backward: names of parameters updated as soon as their
     gradient is final. state: how the moments are stored instead, a name of memopt/optim/precision.py; "": as they are.
-    moved: names of parameters whose state lies in this codec's pool but for its update, and takes `there` bytes. order:
-    those of in_backward as they come in the backward, where that is known."""
+    moved: names of parameters whose state lies in this codec's pool but for its update; gradients: of those whose
+    gradients lie there from when they are final; both take `there` bytes. order: those of in_backward as they come in
+    the backward, where that is known."""
 
     portion: int | None = None
     in_backward: frozenset[str] = frozenset()
     state: str = ""
     moved: frozenset[str] = frozenset()
+    gradients: frozenset[str] = frozenset()
     pool: str = ""
     there: int = 0
     order: tuple[str, ...] = ()

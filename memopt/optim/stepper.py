@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from memopt.errors import MemoptError
 from memopt.optim.coded import coded_of
-from memopt.optim.moved import Ferry, Homes
+from memopt.optim.moved import Ferry, Homes, gradient_homes
 from memopt.optim.photograph import state_layouts
 from memopt.optim.portions import Update, portions_of, update_portion
 from memopt.optim.precision import obstacle, turn
@@ -36,13 +36,14 @@ LATE = (
 @dataclass
 class Stepper:
     """done: ids of the parameters that were updated in backward since the last step. portion: as `Update`'s. homes: of
-    the states that lie elsewhere, which `ferry` brings. later: id of a parameter -> the one that the backward updates
-    after it."""
+    the states that lie elsewhere, which `ferry` brings; gradients: where those lie that do, by their parameters' ids.
+    later: id of a parameter -> the one that the backward updates after it."""
 
     optimizer: Optimizer
     portion: int | None = None
     done: set[int] = field(default_factory=set)
     homes: Homes | None = None
+    gradients: dict[int, Tensor] = field(default_factory=dict)
     ferry: Ferry = field(default_factory=Ferry)
     later: dict[int, Tensor] = field(default_factory=dict)
     installed: bool = False
@@ -55,6 +56,8 @@ class Stepper:
             return
         if update.moved:
             self.move({name: params[name] for name in update.moved}, update.pool)
+        if update.gradients:
+            self.give_room({name: params[name] for name in update.gradients}, update.pool)
         self.later = {id(params[name]): params[after] for name, after in pairwise(update.order)}
         if update.state and not obstacle(self.optimizer):
             turn(self.optimizer, update.state)
@@ -78,6 +81,13 @@ class Stepper:
             if next(iter(new.values())).is_cuda:  # homes are written behind the host's back
                 self.optimizer.register_state_dict_pre_hook(lambda _: torch.cuda.synchronize())
         self.homes = homes
+
+    def give_room(self, params: Mapping[str, Tensor], pool: str) -> None:
+        """Have room for the gradients of these parameters in this pool."""
+        new = [p for p in params.values() if id(p) not in self.gradients]
+        if new:
+            made = gradient_homes(new, pool)
+            self.gradients |= {id(p): home for p, home in zip(new, made, strict=True)}
 
     def load(self, state_dict: dict[str, Any]) -> None:
         """The optimizer's `load_state_dict`, with what lies elsewhere taken there at once."""
@@ -136,6 +146,19 @@ class Stepper:
 
         update.__name__ = f"update_{name.replace('.', '_')}"
         return update
+
+    def mover(self, name: str, p: Tensor) -> Callable[[Tensor], None]:
+        """A function of a final gradient that puts it where it lies until the update."""
+
+        def move(gradient: Tensor) -> None:
+            with torch.no_grad():
+                if p.grad is None:
+                    p.grad = self.gradients[id(p)].copy_(gradient)
+                else:  # of another micro-batch, or a loss outside of the model
+                    p.grad.add_(gradient)
+
+        move.__name__ = f"move_{name.replace('.', '_')}"
+        return move
 
     @torch.no_grad()
     def consume(self, p: Tensor, gradient: Tensor) -> None:
