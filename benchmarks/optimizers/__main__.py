@@ -34,7 +34,7 @@ TUNED = 1000  # the seed that rates are chosen on
 END = 10  # of a run's losses the last ones, whose mean a rate is judged by
 COLOURS = dict(zip(EVERY, (
     "#000000", "#7f8c8d", "#c0392b", "#e67e22", "#f1c40f", "#27ae60", "#bdc3c7", "#16a085", "#2980b9", "#8e44ad",
-    "#3498db", "#9b59b6", "#d35400", "#f39c12", "#2ecc71",
+    "#3498db", "#9b59b6", "#d35400", "#f39c12", "#2ecc71", "#34495e", "#e84393",
 ), strict=True))  # fmt: skip
 
 

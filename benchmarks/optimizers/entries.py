@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from memopt import optim
+from memopt.coded import store_weights
 
 Made = Callable[[nn.Module, float, int], list[torch.optim.Optimizer]]  # model, rate, width -> what steps together
 GAP = 50  # steps after which a projection is made anew: the authors' 200 would be one for a whole run here
@@ -33,6 +34,18 @@ def over_all(kind: Callable[..., torch.optim.Optimizer], **options: Any) -> Made
 def in_rank(kind: Callable[..., torch.optim.Optimizer], share: int, **options: Any) -> Made:
     """One optimizer that keeps moments of matrices in a rank of a share of the model's width, one at least."""
     return lambda model, rate, width: [kind(trained(model), lr=rate, rank=max(1, width // share), **options)]
+
+
+def in_steps(made: Made) -> Made:
+    """The same over weights in 8 bits."""
+
+    def build(model: nn.Module, rate: float, width: int) -> list[torch.optim.Optimizer]:
+        optimizers = made(model, rate, width)
+        for optimizer in optimizers:
+            store_weights(model, optimizer, "int8")
+        return optimizers
+
+    return build
 
 
 def trained(model: nn.Module) -> list[Tensor]:
@@ -68,4 +81,6 @@ EVERY: Mapping[str, Entry] = {
     "apollo": Entry(in_rank(optim.Apollo, 4, update_proj_gap=GAP)),
     "apollo-mini": Entry(in_rank(optim.ApolloMini, 1 << 20, update_proj_gap=GAP)),
     "frugal": Entry(over_all(optim.Frugal, update_proj_gap=GAP), 1, "near"),
+    "adamw-int8": Entry(in_steps(over_all(torch.optim.AdamW)), 1, "near"),
+    "q-galore-int8": Entry(in_steps(in_rank(optim.QGaLore, 4, update_proj_gap=GAP)), 3, "near"),
 }
