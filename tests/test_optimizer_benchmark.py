@@ -21,7 +21,7 @@ Row = dict[str, Any]
 class Regression(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.hidden, self.classifier = nn.Linear(16, 32), nn.Linear(32, 4)
+        self.hidden, self.classifier = nn.Linear(16, 256), nn.Linear(256, 4)
 
     def forward(self, x: Tensor, labels: Tensor) -> Any:
         class Output:
@@ -80,7 +80,7 @@ def test_every_entry_trains_at_the_rate_it_finds(name: str) -> None:
     assert first["quality"] < 0.7 * plain
     assert first["losses"] != second["losses"]
     assert first["state"] > 0
-    assert first["trained"] == 16 * 32 + 32 + 32 * 4 + 4
+    assert first["trained"] == 16 * 256 + 256 + 256 * 4 + 4
 
 
 def row(plan: str, quality: float, metric: str = "accuracy") -> Row:
