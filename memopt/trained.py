@@ -207,7 +207,8 @@ def said(update: Update, optimizer: torch.optim.Optimizer | None, phase: Optimiz
         )
     if update.state:
         notes.append(f"AdamW's moments are stored in {WIDTHS[update.state]} (lossy, allowed as {update.state})")
-    there = f"{'in the host memory' if update.pool.startswith(HOST) else 'on disk'}, {format_size(update.there)}"
+    place = "in the host's memory" if update.pool.startswith(HOST) else "on disk"
+    there = f"{place}, {format_size(update.there)}"
     if update.gradients:
         states = f", and the state of {len(update.moved)}, which" if update.moved else ""
         notes.append(

@@ -54,10 +54,15 @@ class Stepper:
         no room for them."""
         if update == Update() and not any(coded_of(p) is not None for p in params.values()):
             return
-        if update.moved:
-            self.move({name: params[name] for name in update.moved}, update.pool)
+        before = dict(self.gradients)
         if update.gradients:
             self.give_room({name: params[name] for name in update.gradients}, update.pool)
+        if update.moved:
+            try:
+                self.move({name: params[name] for name in update.moved}, update.pool)
+            except MemoptError:
+                self.gradients = before
+                raise
         self.later = {id(params[name]): params[after] for name, after in pairwise(update.order)}
         if update.state and not obstacle(self.optimizer):
             turn(self.optimizer, update.state)
@@ -83,7 +88,7 @@ class Stepper:
         self.homes = homes
 
     def give_room(self, params: Mapping[str, Tensor], pool: str) -> None:
-        """Have room for the gradients of these parameters in this pool."""
+        """Have room for the gradients of these parameters in this pool. Raises as `follow`."""
         new = [p for p in params.values() if id(p) not in self.gradients]
         if new:
             made = gradient_homes(new, pool)

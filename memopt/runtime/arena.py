@@ -55,7 +55,7 @@ class Arena:
         except OSError as error:
             os.ftruncate(self.file.fileno(), self.end)
             raise DiskError(
-                f"cannot take {format_size(offsets[-1])} for the optimizer's state in {self.folder}: "
+                f"cannot take {format_size(offsets[-1])} for gradients or the optimizer's state in {self.folder}: "
                 f"{error.strerror or error}; no parameter was changed. Free space there, or lower disk_budget"
             ) from error
         made = []
