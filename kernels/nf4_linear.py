@@ -5,13 +5,16 @@
 
 packed: of a contiguous weight (N, K), K a multiple of a block (memopt/kernels/nf4.py), which is read in the type of x.
 Forward takes some rows of the weight at a time, which are columns of what it makes; the backward some columns, so that
-nothing is added up over parts and each product is as exact as the whole one. Beside inputs and outputs a few `PART`
+nothing is added up over parts and each product is as exact as the whole one. On a GPU few rows of x are multiplied by
+a kernel that decodes within its tiles instead. Beside inputs and outputs a few `PART`
 bytes are held, and 4 bytes for each block's scale. By QLoRA (arXiv:2305.14314) the weight has no gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -29,6 +32,8 @@ def forward(x: Tensor, packed: Tensor, bias: Tensor | None, size: Sequence[int])
     """x W^T + bias."""
     rows, columns = size
     flat = x.reshape(-1, columns)
+    if (tiles := in_tiles(flat)) is not None:
+        return tiles.forward(flat, packed, bias, size).view(*x.shape[:-1], rows)
     out = flat.new_empty(len(flat), rows)
     s, codes = nf4.sizes(packed), nf4.split(packed)[2]
     each, wide = columns // BLOCK, _at_a_time(x, rows, columns)
@@ -47,6 +52,8 @@ def backward(grad: Tensor, packed: Tensor, size: Sequence[int]) -> Tensor:
     """grad W."""
     rows, columns = size
     flat = grad.reshape(-1, rows)
+    if (tiles := in_tiles(flat)) is not None:
+        return tiles.backward(flat, packed, size).view(*grad.shape[:-1], columns)
     out = flat.new_empty(len(flat), columns)
     s, codes = nf4.sizes(packed).view(rows, -1), nf4.split(packed)[2].view(rows, columns // BLOCK, -1)
     for part in chunks(columns // BLOCK, max(1, _at_a_time(grad, columns, rows) // BLOCK)):
@@ -56,6 +63,15 @@ def backward(grad: Tensor, packed: Tensor, size: Sequence[int]) -> Tensor:
         torch.mm(flat, weight, out=out[:, inside])
         del weight, some
     return out.view(*grad.shape[:-1], columns)
+
+
+def in_tiles(x: Tensor) -> Any:
+    """What decodes within a product's tiles (memopt/kernels/gpu/nf4_linear.py), on a GPU where that moves fewer bytes;
+    else None."""
+    if not x.is_cuda or find_spec("triton") is None:
+        return None
+    tiles = import_module("memopt.kernels.gpu.nf4_linear")
+    return tiles if tiles.worth_it(x) else None
 
 
 def _at_a_time(x: Tensor, count: int, other: int) -> int:

@@ -14,11 +14,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from memopt.kernels.gpu import adam, exponents, fewbit, fp8, nf4, pack_bits, quantise, steps
+from memopt.kernels.gpu import adam, exponents, fewbit, fp8, nf4, nf4_linear, pack_bits, quantise, steps
 
-Build = tuple[Any, dict[str, str], dict[str, Any]]  # the kernel, its arguments' types, its constants
+Build = tuple[Any, dict[str, str], dict[str, Any]]  # the kernel, its arguments' types, its constants and `LAUNCH`
+LAUNCH = ("num_warps", "num_stages")  # how it is launched, if not as Triton does by itself
 BUILDS: dict[str, Build] = {}
-for _module in (adam, pack_bits, quantise, fp8, fewbit, nf4, exponents, steps):
+for _module in (adam, pack_bits, quantise, fp8, fewbit, nf4, nf4_linear, exponents, steps):
     BUILDS |= _module.BUILDS
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 WARP = 32  # threads, on every NVIDIA architecture
@@ -28,13 +29,15 @@ FLOATS = ("fp32", "bf16", "fp16")  # what the types of a build call *T
 def built(capability: int) -> Iterator[tuple[str, Any]]:
     """(name, compiled kernel) for this compute capability, such as 90 for 9.0; of each type it takes."""
     target, options = GPUTarget("cuda", capability, WARP), {"enable_fp_fusion": False}  # as they are launched
-    for name, (function, types, constants) in BUILDS.items():
+    for name, (function, types, given) in BUILDS.items():
+        constants = {key: value for key, value in given.items() if key not in LAUNCH}
+        launched = {key: value for key, value in given.items() if key in LAUNCH}
         signature = {**types, **dict.fromkeys(constants, "constexpr")}
         places = {(function.arg_names.index(arg),): value for arg, value in constants.items()}
         for kind in FLOATS if "*T" in types.values() else ("",):
             ordered = {arg: signature[arg].replace("*T", f"*{kind}") for arg in function.arg_names}
             source = ASTSource(fn=function, signature=ordered, constexprs=places)
-            yield f"{name} {kind}".strip(), triton.compile(source, target=target, options=options)
+            yield f"{name} {kind}".strip(), triton.compile(source, target=target, options={**options, **launched})
 
 
 def main(words: Sequence[str] | None = None) -> int:

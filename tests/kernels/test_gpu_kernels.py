@@ -15,7 +15,9 @@ from torch import Tensor
 
 from memopt.kernels import exponents, fewbit, fp8, nf4, pack_bits, quantise, steps
 from memopt.kernels.codec import kernel
+from memopt.kernels.nf4_linear import in_tiles
 
+tiles = pytest.importorskip("memopt.kernels.gpu.nf4_linear")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 COUNTS = (0, 1, 7, 256, 257, 1025, 5000)
@@ -112,6 +114,39 @@ def test_exponents(dtype: torch.dtype, count: int) -> None:
     assert torch.equal(right, x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *([torch.bfloat16] if DEVICE == "cuda" else []), torch.float16])
+@pytest.mark.parametrize("sizes", [(1, 1, 64), (3, 70, 128), (65, 64, 192), (130, 33, 64)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_products_that_decode_in_their_tiles(sizes: tuple[int, int, int], dtype: torch.dtype, biased: bool) -> None:
+    """Against fp64 over the weight as it is read: off by a rounding. The interpreter's products take bfloat16's bits
+    for integers."""
+    (count, rows, columns), draw = sizes, torch.Generator().manual_seed(sum(sizes))
+    x, grad = (torch.randn(count, wide, generator=draw).to(dtype) for wide in (columns, rows))
+    weight = torch.randn(rows, columns, generator=draw)
+    bias = torch.randn(rows, generator=draw).to(dtype) if biased else None
+    packed, size = nf4.pack(weight.view(-1)), (rows, columns)
+    read = torch.empty(rows * columns, dtype=dtype)
+    nf4.unpack(packed, read)
+    read = read.view(size)
+    there = None if bias is None else bias.to(DEVICE)
+    found = tiles.forward(x.to(DEVICE), packed.to(DEVICE), there, size).cpu()
+    by_x = tiles.backward(grad.to(DEVICE), packed.to(DEVICE), size).cpu()
+    exact = x.double() @ read.double().t() + (0 if bias is None else bias.double())
+    for mine, want in ((found, exact), (by_x, grad.double() @ read.double())):
+        assert mine.dtype is dtype
+        assert mine.shape == want.shape
+        assert torch.allclose(mine.double(), want, rtol=torch.finfo(dtype).eps, atol=1e-5 * columns**0.5)
+
+
+def test_tiles_are_for_few_rows_of_16_bits() -> None:
+    rows = torch.empty(513, 64, dtype=torch.bfloat16)
+    assert tiles.worth_it(rows[:1])
+    assert tiles.worth_it(rows[:512])
+    assert not tiles.worth_it(rows)
+    assert not tiles.worth_it(rows[:1].float()), "which leaves the tensor cores"
+    assert in_tiles(rows[:1]) is None, "on a CPU there is no such kernel"
+
+
 def test_exponents_that_lie_too_far_apart_are_refused_by_the_kernel() -> None:
     x = torch.randn(5000) * 2.0 ** -(30.0 * (torch.arange(5000) % 2))
     with pytest.raises(ValueError, match="2500 of 5000 exponents lie far below their neighbours'; 68 may"):
@@ -194,7 +229,7 @@ def test_every_kernel_builds_for_three_architectures_without_a_gpu() -> None:
     done = subprocess.run(words, env=clean, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == 3 * 81  # a build for each type that a kernel takes
+    assert len(lines) == 3 * 85  # a build for each type that a kernel takes
     found = re.findall(r" sm_(\d+) +[\d,]+ bytes +(\d+) registers +(\d+) bytes of stack", done.stdout)
     assert {capability for capability, _, _ in found} == {"80", "90", "100"}
     assert max(int(registers) for _, registers, _ in found) <= 128, "half of a processor's threads would be idle"
