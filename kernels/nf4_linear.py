@@ -33,7 +33,8 @@ def forward(x: Tensor, packed: Tensor, bias: Tensor | None, size: Sequence[int])
     rows, columns = size
     flat = x.reshape(-1, columns)
     if (tiles := in_tiles(flat)) is not None:
-        return tiles.forward(flat, packed, bias, size).view(*x.shape[:-1], rows)
+        made: Tensor = tiles.forward(flat, packed, bias, size)
+        return made.view(*x.shape[:-1], rows)
     out = flat.new_empty(len(flat), rows)
     s, codes = nf4.sizes(packed), nf4.split(packed)[2]
     each, wide = columns // BLOCK, _at_a_time(x, rows, columns)
@@ -53,7 +54,8 @@ def backward(grad: Tensor, packed: Tensor, size: Sequence[int]) -> Tensor:
     rows, columns = size
     flat = grad.reshape(-1, rows)
     if (tiles := in_tiles(flat)) is not None:
-        return tiles.backward(flat, packed, size).view(*grad.shape[:-1], columns)
+        made: Tensor = tiles.backward(flat, packed, size)
+        return made.view(*grad.shape[:-1], columns)
     out = flat.new_empty(len(flat), columns)
     s, codes = nf4.sizes(packed).view(rows, -1), nf4.split(packed)[2].view(rows, columns // BLOCK, -1)
     for part in chunks(columns // BLOCK, max(1, _at_a_time(grad, columns, rows) // BLOCK)):
