@@ -518,6 +518,39 @@ def test_no_more_are_coded_than_must_be_and_further_shapes_may_code_more() -> No
     assert model.memopt.plan.peak <= least - 50_000
 
 
+def test_with_states_and_gradients_elsewhere_too() -> None:
+    """Pieces whose values are read while states come and go."""
+    model, plain = tower(), tower()
+    optimizer, theirs = (torch.optim.AdamW(each.parameters(), lr=1e-3) for each in (model, plain))
+    options: dict[str, Any] = {"allow": "coded_trained", "lowering": "eager", "disk_budget": "200MB"}
+    least = floor_of(model, optimizer, **options)
+    assert least < floor("coded_trained") - 4_000_000
+    memopt.compile(model, budget=least, optimizer=optimizer, **options)
+    for at in range(3):
+        for each, steps in ((model, optimizer), (plain, theirs)):
+            each(batch(at)).backward()
+            steps.step()
+            steps.zero_grad()
+    assert same(model, plain)
+    assert any(map(coded, model.modules())) and model.memopt.plan.peak <= least
+    assert any("lie on disk" in note for note in model.memopt.plan.notes)
+
+
+def test_a_copy_that_is_compiled_trains() -> None:
+    model = tower()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    store_weights(model, optimizer)
+    twin = copy.deepcopy(model)
+    second = torch.optim.AdamW(twin.parameters(), lr=1e-3)
+    memopt.compile(twin, budget="1GB", optimizer=second, lowering="eager", numerics="exact")
+    for each, steps in ((model, optimizer), (twin, second)):
+        each(batch()).backward()
+        steps.step()
+    assert same(model, twin)
+    weight = twin.layers[0].up.parametrizations.weight.original
+    assert weight.untyped_storage().nbytes() == weight.element_size()
+
+
 def test_a_saved_plan_codes_again_and_only_by_consent(tmp_path: Path) -> None:
     model, budget = tower(), int(1.01 * floor("coded_trained"))
     wanted, _ = trained(model, budget, allow=("coded_trained",))
