@@ -20,10 +20,13 @@ from memopt.kernels import pages, steps
 from memopt.kernels.pages import READ_ELEMENTS, WRITE_ELEMENTS
 from memopt.optim.alone import ELEMENTWISE, piece
 from memopt.optim.coded import coded_of, stand_in
+from memopt.optim.photograph import photograph_optimizer
 from memopt.optim.stepper import Stepper
 from memopt.planfile import save_plan
 from memopt.refusal import Refused
 from memopt.runtime.measure import measure_step
+from memopt.runtime.trace import record
+from memopt.timeline import peak
 
 PAGE = 1 << 9
 SIZES = (1, 255, 256, PAGE - 1, PAGE, 2 * PAGE + 7)
@@ -203,6 +206,22 @@ def test_in_pieces_of_whole_pages_too(monkeypatch: pytest.MonkeyPatch) -> None:
     assert each == 1 << 14, "a page, though a portion is half of one"
     assert ran(plain, first) == ran(model, second)
     assert same(plain, model)
+
+
+@pytest.mark.parametrize("codec", ["exponents", "int8"])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+def test_an_update_takes_what_is_predicted_of_it(codec: str, dtype: torch.dtype) -> None:
+    """The values, and what coding takes inside itself."""
+    model = perceptron(dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    store_weights(model, optimizer, codec)
+    model(torch.ones(8, 96).to(dtype)).float().sum().backward()
+    phase = photograph_optimizer([*model.named_parameters()], optimizer)
+    lasting = sum(phase.storages[phase.tensors[name].storage].nbytes for name in phase.given)
+    optimizer.step()
+    taken = record(optimizer.step).peak()
+    assert taken > model[0].weight.nbytes
+    assert peak(phase.graph()) - lasting == pytest.approx(taken, rel=0.01)
 
 
 def test_gradients_can_be_clipped() -> None:
@@ -527,10 +546,10 @@ def test_with_states_and_gradients_elsewhere_too() -> None:
     assert least < floor("coded_trained") - 4_000_000
     memopt.compile(model, budget=least, optimizer=optimizer, **options)
     for at in range(3):
-        for each, steps in ((model, optimizer), (plain, theirs)):
+        for each, stepping in ((model, optimizer), (plain, theirs)):
             each(batch(at)).backward()
-            steps.step()
-            steps.zero_grad()
+            stepping.step()
+            stepping.zero_grad()
     assert same(model, plain)
     assert any(map(coded, model.modules()))
     assert model.memopt.plan.peak <= least
@@ -544,9 +563,9 @@ def test_a_copy_that_is_compiled_trains() -> None:
     twin = copy.deepcopy(model)
     second = torch.optim.AdamW(twin.parameters(), lr=1e-3)
     memopt.compile(twin, budget="1GB", optimizer=second, lowering="eager", numerics="exact")
-    for each, steps in ((model, optimizer), (twin, second)):
+    for each, stepping in ((model, optimizer), (twin, second)):
         each(batch()).backward()
-        steps.step()
+        stepping.step()
     assert same(model, twin)
     weight = twin.layers[0].up.parametrizations.weight.original
     assert weight.untyped_storage().nbytes() == weight.element_size()
