@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import memopt
+from memopt.coded import store_weights
 from memopt.models import load
 from memopt.runtime import host
 from memopt.runtime.guard import Guard
@@ -266,3 +267,51 @@ def test_the_optimizers_state_in_host_memory_changes_no_bit_and_holds_the_budget
     assert any("lies in the host's memory" in note for note in model.memopt.plan.notes)
     assert peak <= 280e6 < taken
     assert all(map(torch.equal, plain, found))
+
+
+def test_gradients_in_host_memory_are_clipped_and_accumulated_to_the_bit() -> None:
+    def run(budget: str, **options: Any) -> tuple[list[Tensor], int, Any]:
+        torch.manual_seed(0)
+        with torch.device("cuda"):
+            model: Any = nn.Sequential(*(nn.Linear(2048, 2048) for _ in range(6)))
+            batches = [torch.randn(16, 2048) for _ in range(6)]
+        optimizer = torch.optim.AdamW(model.parameters())
+        model = memopt.compile(
+            model, budget, optimizer=optimizer, lowering="eager", gradients="all", accumulate=2, **options
+        )
+        for at in range(3):
+            if at == 2:
+                torch.cuda.reset_peak_memory_stats()
+            for x in batches[2 * at : 2 * at + 2]:
+                model(x).square().mean().backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1e-3, foreach=False)
+            optimizer.step()
+            optimizer.zero_grad()
+        return [p.detach().cpu() for p in model.parameters()], torch.cuda.max_memory_allocated(), model
+
+    plain, taken, _ = run("90%")
+    found, peak, model = run("190MB", host_budget="4GB")  # parameters and gradients are 201, with the state 403
+    assert any(note.startswith("gradients of") for note in model.memopt.plan.notes)
+    assert peak <= 190e6 < taken
+    assert all(map(torch.equal, plain, found))
+
+
+def test_trained_weights_in_bytes_are_those_of_the_cpu() -> None:
+    """Coded exponents: to the bit. 8 bits: the same bytes, of pages of another size."""
+    torch.manual_seed(0)
+    weight = torch.randn(3000, 2000, dtype=torch.bfloat16)
+    for codec in ("exponents", "int8"):
+        model = nn.Linear(2000, 3000, bias=False, dtype=torch.bfloat16)
+        model.weight.data.copy_(weight)
+        model.cuda()
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+        store_weights(model, optimizer, codec)
+        if codec == "exponents":
+            assert torch.equal(model.weight.cpu(), weight)
+        model(torch.ones(4, 2000, device="cuda", dtype=torch.bfloat16)).square().mean().backward()
+        gradient = model.parametrizations.weight.original.grad
+        before = model.weight.detach().clone()
+        optimizer.step()
+        wanted = before - 1e-2 * gradient
+        error = (model.weight.detach() - wanted).float().norm() / wanted.float().norm()
+        assert error == 0 if codec == "exponents" else error < 0.02
