@@ -57,7 +57,7 @@ def turned(packed: Tensor, values: Tensor, new: bool) -> int:
 @lru_cache(maxsize=8)
 def noise(device: torch.device) -> Tensor:
     """(i + 1/2) / CHUNK of every i below CHUNK, in some order, twice over so that every offset finds a whole chunk."""
-    order = torch.randperm(CHUNK, generator=torch.Generator().manual_seed(0x5EED))
+    order = torch.randperm(CHUNK, generator=torch.Generator().manual_seed(0x5EED), device="cpu")
     once = order.float().add_(0.5).div_(CHUNK)
     return torch.cat((once, once)).to(device)
 

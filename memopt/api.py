@@ -75,7 +75,8 @@ def compile(
     allow: lossy levers that may be used, by name: of activations, how AdamW's moments are stored ("adamw_bf16",
     "adamw8bit", "adamw4bit"), frozen weights ("int8_weights", "nf4_weights"; packed in place, see memopt.weights, as
     is, without loss, "coded_weights"), or trained ones ("int8_trained", and without loss "coded_trained"; stored in
-    place, see memopt.coded).
+    place, see memopt.coded: the parameters then read as NaN, layers' weights and `state_dict` do not; load checkpoints
+    after this call).
     max_grad_error: how far off those of activations may put the gradient together, ||g' - g|| / ||g||, estimated on the
     first batch. host_budget: what saved activations of a step on a GPU may take of the host's memory, written as
     `budget` is, and the optimizer's state, gradients or frozen weights where that does not do. disk_budget: what they

@@ -9,8 +9,9 @@ weight, for any optimizer that updates each parameter by itself.
 
 from __future__ import annotations
 
-import logging
+import hashlib
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -24,7 +25,7 @@ from memopt.kernels import exponents
 from memopt.kernels.codec import chunks
 from memopt.kernels.pages import READ_PAGES, nbytes
 from memopt.local import apart
-from memopt.optim.coded import EXACT, MARK, Coded, coded_of, decode, encode, page_of, stand_in
+from memopt.optim.coded import EXACT, LOADED, MARK, Coded, coded_of, decode, encode, page_of, stand_in
 from memopt.optim.lomo import Lomo
 from memopt.optim.portions import separate
 from memopt.optim.sharded import Sharded
@@ -32,10 +33,10 @@ from memopt.optim.stepper import Stepper
 from memopt.trained import watched
 from memopt.weights import LEAST, NAME, STORED, PackedWeights, matrices, own_class, shared_copy
 
-log = logging.getLogger("memopt")
-
 CODECS = ("exponents", "int8")
+ROUNDED = "trained_int8"  # among the ways to store weights (memopt/weights.py)
 LOADING = "_memopt_loading"
+SAVED = "_memopt_saved"  # of a parameter: bytes from a checkpoint that nobody has taken yet
 BYTES = "memopt_bytes"  # of an optimizer's checkpoint: by the parameter's number
 
 
@@ -59,8 +60,8 @@ class CodedWeight(nn.Module):
         here = torch.empty(0, dtype=self.dtype, device=self.packed.device)
         if (moved := fn(here)).device != here.device or moved.dtype != here.dtype:
             raise RuntimeError(
-                "weights that are trained are stored in bytes, which cannot be moved or converted; call "
-                "memopt.coded.decode_weights(model) first"
+                "trained weights that are stored in bytes cannot be moved or converted: call "
+                "memopt.coded.decode_weights(model), then this again"
             )
         return cast(CodedWeight, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
@@ -102,10 +103,16 @@ def store_weights(
     codec: "exponents" (12.1 bits an element of bf16, 28.1 of fp32, exact) or "int8" (8.25). names: of which ones, among
     those of `codable`; None: all that the codec takes. Keys and values of `state_dict` stay those of the plain model. A
     layer's `weight` is then a new tensor each time it is read, and what is written into it is lost; the parameter that
-    the optimizer holds has a gradient, and no values.
-    Raises ValueError, nothing changed, for an unknown codec, where nothing can be stored so, and for weights that are
-    not finite.
+    the optimizer holds has a gradient, and NaN for values. Checkpoints are loaded afterwards, so that of weights in 8
+    bits the very bytes come back, which the optimizer's `state_dict` has. An optimizer that is made later finds a
+    layer's weight behind its bias.
+    Raises ValueError, nothing changed, for an unknown codec, where nothing can be stored so, for weights that are not
+    finite, and for a model that memopt.compile has, whose plan decides.
     """
+    if hasattr(model, "memopt"):
+        raise ValueError(
+            'memopt.compile has planned this model: store its weights before, or by allow=("coded_trained",) there'
+        )
     done = code_weights(model, optimizer, codec, names, next(model.parameters()).device.type)
     Stepper(optimizer).install()
     return done
@@ -137,7 +144,7 @@ def code_weights(
         _store(found[name], weight, Coded(made[name], codec, page))
         after += made[name].nbytes
     if codec != EXACT and optimizer is not None:
-        _with_bytes(optimizer)
+        with_bytes(optimizer)
     return PackedWeights(f"trained_{codec}", tuple(weights), before, after)
 
 
@@ -163,7 +170,8 @@ def coded_twin(
 
 @torch.no_grad()
 def decode_weights(model: nn.Module) -> tuple[str, ...]:
-    """Give weights that are in bytes their values back. Their names are returned."""
+    """Give weights that are in bytes their values back. Their names are returned. A plan that counts on bytes does not
+    hold any more: the next step is planned anew, which is refused if it does not fit."""
     found = {f"{name}.{NAME}" if name else NAME: module for name, module in model.named_modules() if coded(module)}
     for module in found.values():
         p = _home(module).get_parameter(STORED)
@@ -178,17 +186,6 @@ def decode_weights(model: nn.Module) -> tuple[str, ...]:
     return tuple(found)
 
 
-@torch.no_grad()
-def restore(model: nn.Module) -> None:
-    """Have parameters of a copied model stand for the bytes that were copied with them: a copy of one alone is a tensor
-    of its full size and no meaning."""
-    for module in filter(coded, model.modules()):
-        p, reader = _home(module).get_parameter(STORED), _reader(module)
-        known = coded_of(p)
-        if reader.packed.untyped_storage().nbytes() and (known is None or known.packed is not reader.packed):
-            encode(p, Coded(reader.packed, reader.codec, reader.page))
-
-
 def coded(module: nn.Module) -> bool:
     """Whether this layer's weight is read of bytes that are trained."""
     return parametrize.is_parametrized(module, NAME) and isinstance(_home(module)[0], CodedWeight)
@@ -196,10 +193,23 @@ def coded(module: nn.Module) -> bool:
 
 def _encoded(name: str, weight: Tensor, codec: str, page: int) -> Tensor:
     packed = weight.new_empty(nbytes(codec, weight.numel(), weight.itemsize, page), dtype=torch.uint8)
-    if codec != EXACT and not bool(torch.isfinite(weight.sum(dtype=torch.float64))):
+    if codec != EXACT and not finite(weight):
         raise ValueError(f"{name} is not finite, so it cannot be stored in 8 bits; nothing was changed")
-    Coded(packed, codec, page).write(weight, None, weight, new=True)
+    values = Coded(packed, codec, page)
+    if not _as_saved(weight, weight, values):
+        values.write(weight, None, weight, new=True)
     return packed
+
+
+def finite(weight: Tensor) -> bool:
+    """Whether all of it is."""
+    return bool(torch.isfinite(weight.sum(dtype=torch.float64)))
+
+
+def same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of a type are equal, signs of zeros included."""
+    words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.itemsize]
+    return torch.equal(one.contiguous().view(words), other.contiguous().view(words))
 
 
 def _store(module: nn.Module, p: nn.Parameter, values: Coded) -> None:
@@ -231,9 +241,12 @@ def _key(prefix: str) -> str:
 
 @torch.no_grad()
 def _plain_keys(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """The weight as it is read in place of the parameter."""
+    """The weight as it is read in place of the parameter, in front of the bias as before."""
     if state.pop(_key(prefix), None) is not None:
         state[f"{prefix}{NAME}"] = _reader(module)(_home(module).get_parameter(STORED).detach())
+        for name in module._parameters:
+            if f"{prefix}{name}" in state:
+                state[f"{prefix}{name}"] = state.pop(f"{prefix}{name}")
 
 
 @torch.no_grad()
@@ -248,9 +261,11 @@ def _bytes_of(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) ->
         state[_key(prefix)] = value  # torch loads it, or says what is wrong
         return
     value = value.to(device=p.device, dtype=p.dtype)
-    if not torch.equal(value, values.read(p, None)):
-        if takes(values.codec, value, values.page):
+    if not same_bits(value, values.read(p, None)) and not _as_saved(p, value, values):
+        if takes(values.codec, value, values.page) and (values.codec == EXACT or finite(value)):
             values.write(p, None, value, new=True)
+            if values.codec != EXACT:
+                setattr(p, LOADED, digest(value))
         else:
             decode(p, value.clone())
     loading[_key(prefix)] = ""
@@ -265,9 +280,10 @@ def _loaded(module: nn.Module, keys: Any) -> None:
 # -- checkpoints of the optimizer: the very bytes of rounded weights, which their values do not give again -------------
 
 
-def _with_bytes(optimizer: Optimizer) -> None:
+def with_bytes(optimizer: Optimizer) -> None:
     """Have its `state_dict` carry them beside what torch reads, so that a run goes on bit for bit. Other optimizers
-    pass over them, and a checkpoint without them is one of values."""
+    pass over them. They are taken once the weight is what they stand for, whichever is loaded first: bytes of another
+    checkpoint than the model's are not."""
     if any(hook is _saved for hook in optimizer._optimizer_state_dict_post_hooks.values()):
         return
     given: list[dict[int, Tensor]] = []
@@ -277,13 +293,10 @@ def _with_bytes(optimizer: Optimizer) -> None:
 
     def put(_: Optimizer) -> None:
         for at, p in enumerate(p for group in optimizer.param_groups for p in group["params"]):
-            saved, values = given[0].get(at), coded_of(p)
-            if saved is None or values is None:
-                continue
-            if (saved.shape, saved.dtype) == (values.packed.shape, values.packed.dtype):
-                values.packed.copy_(saved)
-            else:
-                log.warning("the bytes of parameter %d in the checkpoint are of another device's; its values count", at)
+            if (saved := given[0].get(at)) is not None:
+                setattr(p, SAVED, saved)
+                if (values := coded_of(p)) is not None:
+                    _as_saved(p, values.read(p, None), values)  # or what was loaded, and rounded
 
     optimizer.register_state_dict_post_hook(_saved)
     optimizer.register_load_state_dict_pre_hook(keep)
@@ -293,6 +306,27 @@ def _with_bytes(optimizer: Optimizer) -> None:
 def _saved(optimizer: Optimizer, state: dict[str, Any]) -> None:
     every = enumerate(coded_of(p) for group in optimizer.param_groups for p in group["params"])
     state[BYTES] = {at: values.packed for at, values in every if values is not None and values.codec != EXACT}
+
+
+@torch.no_grad()
+def _as_saved(p: Tensor, value: Tensor, values: Coded) -> bool:
+    """Take the bytes that a checkpoint had of this parameter, if they stand for this value."""
+    saved = getattr(p, SAVED, None)
+    if saved is None or values.codec == EXACT or saved.shape != values.packed.shape:
+        return False
+    saved = saved.to(values.packed.device)
+    stood = replace(values, packed=saved).read(p, None)
+    if not same_bits(stood, value.view(p.shape)) and digest(stood) != getattr(p, LOADED, None):
+        return False
+    values.packed.copy_(saved)
+    delattr(p, SAVED)
+    return True
+
+
+def digest(value: Tensor) -> bytes:
+    """Of its bits."""
+    words = value.detach().contiguous().view(torch.uint8).cpu()
+    return hashlib.blake2b(words.numpy().data, digest_size=16).digest()
 
 
 HOOKS = (_plain_keys, _bytes_of, _loaded)

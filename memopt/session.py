@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from memopt.agreement import agreed, together
 from memopt.capture import Capture, Survey, tensor_names
-from memopt.coded import restore
+from memopt.coded import ROUNDED, with_bytes
 from memopt.dumps import PLANNED, dump_program
 from memopt.early import Updates, anchors
 from memopt.errors import BudgetError
@@ -31,6 +31,7 @@ from memopt.report import PlanResult
 from memopt.runtime.resident import resident_tensors
 from memopt.shapes import input_key
 from memopt.smaller import Call
+from memopt.trained import watched
 from memopt.units import format_size
 from memopt.watch import StepWatch
 
@@ -57,7 +58,8 @@ class Session(LighterPlanner):
     shards: dict[str, nn.Parameter] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        restore(self.model)
+        if self.request.optimizer is not None and ROUNDED in dict(self.request.weights).values():
+            with_bytes(self.request.optimizer)  # a checkpoint may be loaded before the first step
         self.watch = StepWatch(self.resident, self.request.device.kind)
         self.stepper = Stepper(self.request.optimizer) if self.request.optimizer is not None else None
 
@@ -74,6 +76,8 @@ class Session(LighterPlanner):
             make = partial(self.by_file, key, (tuple(args), dict(kwargs)))
             planned = agreed(self.group, self.request.optimizer, self.plan_file, make)
             self.settle()
+            if self.stepper is not None and self.measure:
+                self.stepper.know(self.model.parameters())
             key = input_key(self.model, args, kwargs)  # another one, if frozen weights were packed
             self.plans[key] = planned
         self.current = key
@@ -196,7 +200,8 @@ class Session(LighterPlanner):
         if not mine or self.stepper is None:
             return {}
         planned, params = mine[0][0], dict(self.model.named_parameters())
-        away, early = planned.update.gradients, planned.update.in_backward
+        early = planned.update.in_backward
+        away = frozenset(name for name in planned.update.gradients if not watched(params[name]))  # since it was planned
         call = {name: self.stepper.consumer(name, params[name]) for name in early}
         call |= {name: self.stepper.mover(name, params[name]) for name in away}
         return {name: (step, call[name]) for name, step in anchors(planned.result.after, early | away).items()}

@@ -30,6 +30,7 @@ CODECS = tuple(WEIGHTS.values())
 CODED = "exponents"  # the exact one of them
 TRAINED = {"coded_trained": "trained_exponents", "int8_trained": "trained_int8"}  # of trained ones: memopt/coded.py
 ELSEWHERE = ("weights_on_host", "weights_on_disk")  # exact: they lie there, and each use copies them back
+LOOKED_UP = (nn.Embedding, nn.EmbeddingBag)  # whose rows are read, not their matrix
 LEAST = 4096  # elements below which packing saves nothing worth an operation
 NAME, STORED = "weight", "original"  # the second is parametrize's name
 
@@ -118,7 +119,7 @@ def matrices(model: nn.Module, wanted: Callable[[nn.Parameter], bool]) -> dict[s
         weight = module._parameters.get(NAME)
         if weight is None or not wanted(weight) or owners[id(weight)] > 1 or weight.dim() != 2:
             continue
-        if isinstance(module, nn.Embedding) or id(module) in heads or parametrize.is_parametrized(module):
+        if isinstance(module, LOOKED_UP) or id(module) in heads or parametrize.is_parametrized(module):
             continue
         if weight.is_floating_point() and weight.numel() >= LEAST and weight.is_contiguous():
             found[f"{name}.{NAME}" if name else NAME] = module

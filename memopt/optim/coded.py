@@ -6,14 +6,18 @@ groups, schedulers and clipping know it, and what would read it elsewhere is see
 
 from __future__ import annotations
 
+import copy
 import logging
-from collections.abc import Sequence
-from dataclasses import dataclass
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from memopt.kernels import pages
 from memopt.kernels.pages import READ_ELEMENTS, WRITE_ELEMENTS
@@ -23,6 +27,9 @@ from memopt.runtime.opcost import OpCosts
 log = logging.getLogger("memopt")
 
 MARK = "_memopt_coded"
+LOADED = "_memopt_loaded"  # of a parameter: what was loaded since its last update, hashed
+STEERED = "_memopt_steers"  # on the step of an optimizer that knows of such parameters
+LISTED = 512  # bytes beside: what lies in a list of exponents is found as 8 bytes each, twice
 EXACT = "exponents"  # of the codecs the one that changes no bit
 OPERATIONS = frozenset({READ_ELEMENTS, WRITE_ELEMENTS})
 
@@ -70,7 +77,47 @@ def original(p: Tensor) -> Tensor:
 def encode(p: nn.Parameter, coded: Coded) -> None:
     """Have the parameter stand for values that are in bytes, and let go of its own."""
     p.data = stand_in(p.detach(), p.shape)
+    mark(p, coded)
+    _watch_steps()
+
+
+def mark(p: nn.Parameter, coded: Coded) -> None:
+    """Say where its values are. A copy of it is told where the copy of them is: torch's own would be a full tensor of
+    no meaning."""
     setattr(p, MARK, coded)
+    p.__deepcopy__ = partial(_copied, weakref.ref(p))  # type: ignore[method-assign]
+
+
+def _copied(held: Callable[[], nn.Parameter | None], memo: dict[int, Any]) -> nn.Parameter:
+    p = held()
+    assert p is not None, "it is being copied"
+    if id(p) not in memo:
+        values = coded_of(p)
+        assert values is not None
+        memo[id(p)] = twin = nn.Parameter(stand_in(p.detach(), p.shape), requires_grad=p.requires_grad)
+        mark(twin, replace(values, packed=copy.deepcopy(values.packed, memo)))
+    found: nn.Parameter = memo[id(p)]
+    return found
+
+
+@cache
+def _watch_steps() -> None:
+    """From the first such parameter on, refuse steps of optimizers that would write into it."""
+    register_optimizer_step_pre_hook(_refuse_unknowing)
+
+
+def _refuse_unknowing(optimizer: Optimizer, *_: Any) -> None:
+    """RuntimeError for a step over a parameter whose values are in bytes, unless it knows. What torch does by itself
+    depends on the kernel: loops refuse the one number, fused kernels write past it."""
+    if getattr(getattr(optimizer.step, "__func__", None), STEERED, False):
+        return
+    held = [p for group in optimizer.param_groups for p in group["params"] if coded_of(p) is not None]
+    if any(p.grad is not None for p in held):
+        raise RuntimeError(
+            f"{type(optimizer).__name__} holds {len(held)} parameters whose values are in bytes, and does not know: "
+            "give it to memopt.compile or memopt.coded.store_weights, or call memopt.coded.decode_weights(model) "
+            "first; nothing was changed"
+        )
 
 
 def stand_in(like: Tensor, size: tuple[int, ...] | torch.Size) -> Tensor:
@@ -86,11 +133,13 @@ def decode(p: Tensor, values: Tensor | None = None) -> None:
     p.data = coded.read(p, None) if values is None else values
     coded.packed.untyped_storage().resize_(0)
     delattr(p, MARK)
+    del p.__dict__["__deepcopy__"]
 
 
 def write_back(p: Tensor, coded: Coded, part: slice | None, values: Tensor) -> None:
     """Put updated elements where they came from; a parameter whose values the codec no longer takes has them itself
     from then on, which changes no bit of it."""
+    p.__dict__.pop(LOADED, None)
     try:
         coded.write(p, part, values)
     except ValueError as error:
@@ -110,7 +159,8 @@ def workspace(op: torch._ops.OpOverload, args: Sequence[Any]) -> int:
     with OpCosts("cpu") as meter:
         if op is WRITE_ELEMENTS:
             values = torch.empty(some, dtype=args[2].dtype, device="meta")
-            return meter.workspace(op, (one, packed, values, 0, *args[4:]), {})
+            listed = LISTED if codec == EXACT else 0
+            return listed + meter.workspace(op, (one, packed, values, 0, *args[4:]), {})
         return meter.workspace(op, (one, packed, 0, some, *args[4:]), {})
 
 

@@ -6,7 +6,7 @@ see the optimizer they know; what changes is over how many parameters its class'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise, zip_longest
 from types import MethodType
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from memopt.errors import MemoptError
-from memopt.optim.coded import coded_of
+from memopt.optim.coded import STEERED, coded_of
 from memopt.optim.moved import Ferry, Homes, gradient_homes
 from memopt.optim.photograph import state_layouts
 from memopt.optim.portions import Update, portions_of, update_portion
@@ -30,6 +30,11 @@ TWICE = (
 LATE = (
     "a gradient arrived for a parameter that the backward had updated already, from operations outside of the compiled "
     'model: call memopt.compile(..., update="step")'
+)
+
+HOOKED = (
+    "a hook was registered on a parameter whose gradient the plan moves elsewhere, so it would not be run: register "
+    'hooks before memopt.compile, or call it with passes="-gradients_on_disk,-gradients_on_host"'
 )
 
 
@@ -109,9 +114,15 @@ class Stepper:
             return self.step(closure)
 
         hooked: Any = Optimizer.profile_hook_step(step)
+        setattr(hooked, STEERED, True)
         hooked._wrapped_by_lr_sched = True  # a scheduler leaves it as it is; `_opt_called` is what it waits for
         self.optimizer.step = MethodType(hooked, self.optimizer)  # type: ignore[method-assign]
         self.installed = True
+
+    def know(self, params: Iterable[Tensor]) -> None:
+        """Step as is, but over the values of parameters that are in bytes, if there are any."""
+        if not self.installed and any(coded_of(p) is not None for p in params):
+            self.install()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update what has a gradient, in portions."""
@@ -156,6 +167,8 @@ class Stepper:
         """A function of a final gradient that puts it where it lies until the update."""
 
         def move(gradient: Tensor) -> None:
+            if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
+                raise MemoptError(HOOKED)
             with torch.no_grad():
                 if p.grad is None:
                     p.grad = self.gradients[id(p)].copy_(gradient)

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 import memopt
 from memopt import optim
-from memopt.coded import codable, coded, decode_weights, restore, store_weights
+from memopt.coded import codable, coded, decode_weights, store_weights
 from memopt.kernels import pages, steps
 from memopt.kernels.pages import READ_ELEMENTS, WRITE_ELEMENTS
 from memopt.optim.alone import ELEMENTWISE, piece
-from memopt.optim.coded import coded_of, stand_in
+from memopt.optim.coded import LISTED, coded_of, stand_in
 from memopt.optim.photograph import photograph_optimizer
 from memopt.optim.stepper import Stepper
 from memopt.planfile import save_plan
@@ -221,7 +221,8 @@ def test_an_update_takes_what_is_predicted_of_it(codec: str, dtype: torch.dtype)
     optimizer.step()
     taken = record(optimizer.step).peak()
     assert taken > model[0].weight.nbytes
-    assert peak(phase.graph()) - lasting == pytest.approx(taken, rel=0.01)
+    predicted = peak(phase.graph()) - lasting
+    assert taken <= predicted <= taken + LISTED + 64
 
 
 def test_gradients_can_be_clipped() -> None:
@@ -348,36 +349,82 @@ def test_what_cannot_be_stored_is_refused_and_nothing_changed() -> None:
 def test_a_stored_model_is_not_converted_and_says_how() -> None:
     model = perceptron()
     store_weights(model, torch.optim.SGD(model.parameters()))
-    with pytest.raises(RuntimeError, match=r"call memopt\.coded\.decode_weights\(model\) first"):
+    with pytest.raises(RuntimeError, match=r"call memopt\.coded\.decode_weights\(model\), then this again"):
         model.float()
     model.cpu()  # where it is
     assert len(decode_weights(model)) == 2
     assert model.float()[0].weight.dtype is torch.float32
 
 
-def test_an_optimizer_that_knows_nothing_of_it_is_an_error_and_changes_nothing() -> None:
-    model = perceptron()
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_an_optimizer_that_knows_nothing_of_it_is_an_error_and_changes_nothing(kind: Any, fused: bool) -> None:
+    """Fused kernels would write past the one number."""
+    model = perceptron(torch.float32)
     store_weights(model, torch.optim.SGD(model.parameters()))
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    other = torch.optim.SGD([model[0].parametrizations.weight.original], lr=0.1)
-    model(torch.ones(1, 96).bfloat16()).sum().backward()
-    with pytest.raises(RuntimeError, match="more than one element"):
-        other.step()
+    for params in (model[0].parameters(), copy.deepcopy(model)[0].parameters()):
+        held = list(params)
+        for p in held:
+            p.grad = torch.ones(p.shape)
+        other = kind(held, lr=0.1, fused=fused)
+        with pytest.raises(RuntimeError, match="holds 1 parameters whose values are in bytes, and does not know"):
+            other.step()
+        assert not other.state
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
-def test_a_copy_trains_as_the_model_does() -> None:
+@pytest.mark.parametrize("codec", ["exponents", "int8"])
+def test_a_copy_trains_loads_and_ends_as_the_model_does(codec: str) -> None:
     model = perceptron()
-    store_weights(model, torch.optim.SGD(model.parameters()))
+    store_weights(model, torch.optim.SGD(model.parameters()), codec)
     twin = copy.deepcopy(model)
-    restore(twin)
     first, second = (torch.optim.AdamW(each.parameters(), lr=1e-2) for each in (model, twin))
     for each in (first, second):
         Stepper(each).install()
     assert ran(model, first) == ran(twin, second)
     assert same(model, twin)
-    weight = twin[0].parametrizations.weight.original
-    assert weight.untyped_storage().nbytes() == weight.element_size()
+    weight, other = (each[0].parametrizations.weight.original for each in (model, twin))
+    assert other.untyped_storage().nbytes() == other.element_size()
+    assert coded_of(other).packed is twin[0].parametrizations.weight[0].packed is not coded_of(weight).packed
+    ran(model, first, 1)
+    assert not same(model, twin)
+    twin.load_state_dict(model.state_dict())
+    assert codec == "int8" or same(model, twin)
+    values = {key: value.clone() for key, value in twin.state_dict().items()}
+    assert decode_weights(copy.deepcopy(twin)) == decode_weights(twin) == ("0.weight", "2.weight")
+    assert all(torch.equal(value, values[key]) for key, value in twin.state_dict().items())
+    assert copy.deepcopy(twin)[0].weight.is_contiguous()
+
+
+def test_what_is_compiled_is_not_stored_by_hand() -> None:
+    model = tower()
+    optimizer = torch.optim.AdamW(model.parameters())
+    memopt.compile(model, budget="1GB", optimizer=optimizer, lowering="eager")
+    with pytest.raises(ValueError, match=r"memopt\.compile has planned this model"):
+        store_weights(model, optimizer)
+    bag = nn.EmbeddingBag(500, 32, sparse=True)
+    assert not codable(bag, torch.optim.SGD(bag.parameters()))
+
+
+def test_keys_stay_in_their_order_and_signs_of_zeros_are_loaded() -> None:
+    model, plain = perceptron(), perceptron()
+    store_weights(model, torch.optim.SGD(model.parameters()))
+    assert list(model.state_dict()) == list(plain.state_dict())
+    for sign in (1.0, -1.0):
+        with torch.no_grad():
+            plain[0].weight.fill_(0.0).mul_(sign)
+        model.load_state_dict(plain.state_dict())
+        assert bool(model[0].weight.signbit().all()) == (sign < 0)
+
+
+def test_what_is_not_finite_is_loaded_as_it_is() -> None:
+    model, plain = perceptron(), perceptron()
+    store_weights(model, torch.optim.SGD(model.parameters()), "int8")
+    with torch.no_grad():
+        plain[0].weight[3, 4] = float("inf")
+    model.load_state_dict(plain.state_dict())
+    assert torch.equal(model[0].weight, plain[0].weight)
 
 
 @pytest.mark.parametrize("codec", ["exponents", "int8"])
@@ -494,8 +541,7 @@ def test_by_consent_weights_are_coded_where_nothing_else_fits_and_no_bit_changes
     assert got == wanted
     assert same(plain, model)
     peak = measured()
-    assert peak == pytest.approx(plan.peak, abs=16)
-    assert peak <= budget
+    assert plan.peak - LISTED - 16 <= peak <= plan.peak <= budget
     (lever,) = (lever for lever in plan.levers if lever.lever == "coded_trained")
     assert (lever.count, lever.numerics) == (sum(map(coded, model.modules())), "exact")
     how = "trained weights are stored with their exponents coded (exact, allowed as coded_trained)"
@@ -583,6 +629,65 @@ def test_a_saved_plan_codes_again_and_only_by_consent(tmp_path: Path) -> None:
         memopt.PlanFileError, match=r"packs trained weights \(coded_trained\), which this call does not"
     ):
         trained(tower(), budget, plan_file=tmp_path / "plan.json")
+
+
+@pytest.mark.parametrize("order", ["compiled", "planned", "optimizer"])
+def test_weights_in_8_bits_come_back_bit_for_bit_in_a_compiled_model(order: str, tmp_path: Path) -> None:
+    """Loaded before the plan is made, after it, and the optimizer's part before the model's."""
+    budget = int(1.01 * floor("int8_trained"))
+    model = tower()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    options: dict[str, Any] = {"allow": "int8_trained", "lowering": "eager"}
+
+    def stepped(each: nn.Module, stepping: Any, at: int) -> float:
+        loss = each(batch(at))
+        loss.backward()
+        stepping.step()
+        stepping.zero_grad()
+        return loss.item()
+
+    memopt.compile(model, budget=budget, optimizer=optimizer, **options)
+    for at in range(2):
+        stepped(model, optimizer, at)
+    torch.save((model.state_dict(), optimizer.state_dict()), tmp_path / "checkpoint")
+    went_on = [stepped(model, optimizer, at) for at in (2, 3)]
+    again = tower()
+    resumed = torch.optim.AdamW(again.parameters(), lr=1e-3)
+    inputs = None if order == "compiled" else (batch(),)
+    memopt.compile(again, budget=budget, optimizer=resumed, example_inputs=inputs, **options)
+    loads = list(zip((again, resumed), torch.load(tmp_path / "checkpoint"), strict=True))
+    for each, state in reversed(loads) if order == "optimizer" else loads:
+        each.load_state_dict(state)
+    assert [stepped(again, resumed, at) for at in (2, 3)] == went_on
+    assert same(again, model)
+
+
+def test_an_optimizers_checkpoint_of_another_model_leaves_the_weights() -> None:
+    model, other = perceptron(), perceptron()
+    first, second = (torch.optim.AdamW(each.parameters(), lr=1e-2) for each in (model, other))
+    for each, optimizer in ((model, first), (other, second)):
+        store_weights(each, optimizer, "int8")
+    ran(other, second)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    first.load_state_dict(second.state_dict())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_after_planning_the_optimizer_knows_before_the_first_step() -> None:
+    model = tower()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    budget = floor_of(model, optimizer, allow="coded_trained", lowering="eager")
+    memopt.compile(
+        model, budget=budget, optimizer=optimizer, allow="coded_trained", lowering="eager", example_inputs=(batch(),)
+    )
+    assert any(map(coded, model.modules()))
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    for p in model.parameters():
+        p.grad = torch.zeros(p.shape, dtype=p.dtype)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 @pytest.mark.long

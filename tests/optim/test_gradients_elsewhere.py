@@ -186,6 +186,20 @@ def test_no_more_go_there_than_must() -> None:
     assert not any(note.startswith("gradients of") for note in roomy.memopt.plan.notes)
 
 
+def test_hooks_are_run_or_refused() -> None:
+    mine, optimizer = made(floor(), disk_budget=ROOM, example_inputs=(batch(),))
+    weight = mine.layers[0].up.weight
+    weight.register_hook(lambda g: g * 0)  # since it was planned, but before it is lowered
+    mine(batch()).backward()
+    assert not bool(weight.grad.any())
+    assert place_of(weight.grad) is None
+    optimizer.step()
+    optimizer.zero_grad()
+    mine.layers[1].up.weight.register_hook(lambda g: g * 0)
+    with pytest.raises(memopt.MemoptError, match="a hook was registered on a parameter whose gradient the plan moves"):
+        mine(batch()).backward()
+
+
 def test_no_more_than_there_is_room_for() -> None:
     every = 2 * DEPTH * 4 * WIDTH * WIDTH * 4
     made(floor("SGD"), "SGD", disk_budget=every, example_inputs=(batch(),))
