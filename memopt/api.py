@@ -170,6 +170,10 @@ def make_request(
     rounding = [name for name in sorted(allowed) if name not in stored or not exact(stored[name])]
     if rounding and numerics == "exact":
         raise ValueError(f'numerics="exact" and allow={rounding[0]!r} contradict each other: that lever is lossy')
+    if optimizer is None and (idle := sorted(allowed & TRAINED.keys())):
+        raise ValueError(
+            f"allow={idle[0]!r} needs optimizer=..., the one that is to update the weights where they are stored"
+        )
     if isinstance(accumulate, bool) or not isinstance(accumulate, int) or accumulate < 1:
         raise ValueError(f"accumulate={accumulate!r} refused: it counts backwards per optimizer step, 1 or more")
     on_host, on_disk = host_limit(host_budget, device), disk_limit(disk_budget, disk_path, device)

@@ -564,6 +564,8 @@ def test_in_8_bits_by_consent_the_least_is_lower_still() -> None:
     assert peak == pytest.approx(model.memopt.plan.peak, abs=16)
     assert peak <= budget
     assert losses == pytest.approx(trained(tower(), None)[0], rel=1e-3)
+    with pytest.raises(ValueError, match=r"allow='int8_trained' needs optimizer=\.\.\., the one that is to update"):
+        memopt.compile(tower(), budget=1, allow=("int8_trained",))
     with pytest.raises(ValueError, match="'int8_trained' contradict each other"):
         memopt.compile(tower(), budget=1, allow=("int8_trained",), numerics="exact")
 
