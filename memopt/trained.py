@@ -102,17 +102,27 @@ def affordable(
         return None
     beside = taken - peak(phase(WHOLE).graph(), block)
     sizes = nbytes([p for group in optimizer.param_groups for p in group["params"]])
-    best: tuple[int, int | None] = (taken, None)
-    least = lasting(whole) > budget  # no portions fit: those that take least are the finest
-    for halved in range(FINEST if least else 1, FINEST + 1):
-        portion = max(1, sizes >> halved)
-        needs = beside + peak(phase(Update(portion)).graph(), block)
-        if needs >= best[0]:
+
+    def needs(halved: int) -> int:
+        return beside + peak(phase(Update(portion(halved))).graph(), block)
+
+    def portion(halved: int) -> int:
+        return max(1, sizes >> halved)
+
+    halved, before = 1, taken
+    while halved < FINEST and lasting(whole) <= budget:  # else no portions fit: those that take least are the finest
+        if (found := needs(halved)) <= budget:
+            return portion(halved)
+        if found >= before:  # a parameter larger than either portion: only pieces of it are less
             break
-        best = (needs, portion)
-        if needs <= budget:
-            break
-    return best[1]
+        halved, before = halved + 1, found
+    if (finest := needs(FINEST)) > budget:
+        return portion(FINEST) if finest < taken else None
+    fits = FINEST
+    while fits - halved > 1:
+        middle = (halved + fits) // 2
+        halved, fits = (halved, middle) if needs(middle) <= budget else (middle, fits)
+    return portion(fits)
 
 
 def states_there(phase: OptimizerPhase, optimizer: torch.optim.Optimizer | None, codec: str) -> dict[str, int]:

@@ -118,6 +118,30 @@ def test_foreach_steps_in_portions_where_the_budget_needs_it() -> None:
     assert measured(model, optimizer, FEW) == pytest.approx(plan.peak, abs=2048)
 
 
+@pytest.mark.parametrize("foreach", [None, True])
+def test_the_least_that_is_named_is_planned_where_only_pieces_of_parameters_are_less(foreach: bool | None) -> None:
+    """Halves and quarters of the whole take no less than the largest parameter by itself."""
+
+    def made(budget: int) -> Any:
+        torch.manual_seed(0)
+        layers = (each for _ in range(3) for each in (nn.Linear(128, 512), nn.GELU(), nn.Linear(512, 128)))
+        model = nn.Sequential(*layers)
+        optimizer = torch.optim.AdamW(model.parameters(), foreach=foreach)
+        inputs = (torch.zeros(16, 128),)
+        options: dict[str, Any] = {"lowering": "eager", "gradients": "all", "example_inputs": inputs}
+        return memopt.compile(model, budget=budget, optimizer=optimizer, **options).memopt.plan
+
+    with pytest.raises(memopt.BudgetError) as none:
+        made(1)
+    least = none.value.floor_bytes
+    assert least is not None
+    assert made(least).peak <= least
+    with pytest.raises(memopt.BudgetError) as less:
+        made(least - 1)
+    assert less.value.floor_bytes == least
+    assert any("of parameters at a time" in note for note in made(least).notes)
+
+
 def test_an_optimizer_whose_step_fits_is_left_alone() -> None:
     model, optimizer = compiled(10**9, "backward")
     model(TOKENS).backward()
