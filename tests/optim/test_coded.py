@@ -529,7 +529,7 @@ def floor_of(model: nn.Module, optimizer: Any, **options: Any) -> int:
     return refused.value.floor_bytes
 
 
-@pytest.mark.parametrize("update", ["step", "backward"])
+@pytest.mark.parametrize("update", ["step", pytest.param("backward", marks=pytest.mark.long)])
 def test_by_consent_weights_are_coded_where_nothing_else_fits_and_no_bit_changes(update: str) -> None:
     least = floor("coded_trained", update=update)
     assert least < floor(update=update) - 200_000
@@ -619,6 +619,7 @@ def test_a_copy_that_is_compiled_trains() -> None:
     assert weight.untyped_storage().nbytes() == weight.element_size()
 
 
+@pytest.mark.long
 def test_a_saved_plan_codes_again_and_only_by_consent(tmp_path: Path) -> None:
     model, budget = tower(), int(1.01 * floor("coded_trained"))
     wanted, _ = trained(model, budget, allow=("coded_trained",))
@@ -633,7 +634,9 @@ def test_a_saved_plan_codes_again_and_only_by_consent(tmp_path: Path) -> None:
         trained(tower(), budget, plan_file=tmp_path / "plan.json")
 
 
-@pytest.mark.parametrize("order", ["compiled", "planned", "optimizer"])
+@pytest.mark.parametrize(
+    "order", [*(pytest.param(each, marks=pytest.mark.long) for each in ("compiled", "planned")), "optimizer"]
+)
 def test_weights_in_8_bits_come_back_bit_for_bit_in_a_compiled_model(order: str, tmp_path: Path) -> None:
     """Loaded before the plan is made, after it, and the optimizer's part before the model's."""
     budget = int(1.01 * floor("int8_trained"))

@@ -244,7 +244,7 @@ def test_a_saved_plan_moves_them_again(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_an_error_and_nothing_is_changed(monkeypatch: pytest.MonkeyPatch) -> None:
     mine, optimizer = made(floor(), disk_budget=ROOM)
-    before, held = {key: value.clone() for key, value in mine.state_dict().items()}, len(places)
+    before, held = {key: value.clone() for key, value in mine.state_dict().items()}, set(places)
     real, calls = os.posix_fallocate, []
 
     def full(*args: int) -> None:
@@ -257,7 +257,7 @@ def test_a_full_disk_is_an_error_and_nothing_is_changed(monkeypatch: pytest.Monk
     with pytest.raises(DiskError, match="for gradients or the optimizer's state"):
         mine(batch())
     assert len(calls) == 2
-    assert len(places) == held
+    assert set(places) <= held, "others' may end meanwhile"
     assert all(torch.equal(value, before[key]) for key, value in mine.state_dict().items())
     assert not optimizer.state
     plain, theirs = made()
