@@ -29,8 +29,7 @@ from memopt.optim.coded import EXACT, LOADED, MARK, Coded, coded_of, decode, enc
 from memopt.optim.lomo import Lomo
 from memopt.optim.portions import separate
 from memopt.optim.sharded import Sharded
-from memopt.optim.stepper import Stepper
-from memopt.trained import watched
+from memopt.optim.stepper import Stepper, watched
 from memopt.weights import LEAST, NAME, STORED, PackedWeights, matrices, own_class, shared_copy
 
 CODECS = ("exponents", "int8")

@@ -23,7 +23,7 @@ from memopt.hosts import without_full_mask
 from memopt.lighter import LighterPlanner
 from memopt.local import local
 from memopt.lowering import Transform, lower, signature
-from memopt.optim.stepper import Stepper
+from memopt.optim.stepper import Stepper, watched
 from memopt.pipeline import Planned, prepare
 from memopt.planfile import PlanFile
 from memopt.program import Program, copied
@@ -31,7 +31,6 @@ from memopt.report import PlanResult
 from memopt.runtime.resident import resident_tensors
 from memopt.shapes import input_key
 from memopt.smaller import Call
-from memopt.trained import watched
 from memopt.units import format_size
 from memopt.watch import StepWatch
 

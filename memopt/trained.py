@@ -22,6 +22,7 @@ from memopt.optim.photograph import WHOLE, OptimizerPhase, photograph_optimizer
 from memopt.optim.portions import Update, nbytes, separate
 from memopt.optim.precision import WIDTHS, planned_as
 from memopt.optim.sharded import Sharded
+from memopt.optim.stepper import watched
 from memopt.runtime.disk import aligned
 from memopt.runtime.host import room
 from memopt.timeline import lasting, peak, phase_peaks
@@ -199,11 +200,6 @@ def candidates(survey: Survey, part: Part, optimizer: torch.optim.Optimizer) -> 
     given = {*graph.input_storages, *(graph.storage_of(name) for name in part.held), *tangents}
     own = {name for name, home in zip(made, homes, strict=True) if homes.count(home) == 1 and home not in given}
     return frozenset(own & params.keys())
-
-
-def watched(p: Tensor) -> bool:
-    """Whether hooks wait for its gradient: data parallelism's, or the user's."""
-    return bool(p._backward_hooks) or bool(getattr(p, "_post_accumulate_grad_hooks", None))
 
 
 def said(update: Update, optimizer: torch.optim.Optimizer | None, phase: OptimizerPhase) -> list[str]:

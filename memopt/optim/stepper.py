@@ -38,6 +38,11 @@ HOOKED = (
 )
 
 
+def watched(p: Tensor) -> bool:
+    """Whether hooks wait for its gradient: data parallelism's, or the user's."""
+    return bool(p._backward_hooks) or bool(getattr(p, "_post_accumulate_grad_hooks", None))
+
+
 @dataclass
 class Stepper:
     """done: ids of the parameters that were updated in backward since the last step. portion: as `Update`'s. homes: of
@@ -167,7 +172,7 @@ class Stepper:
         """A function of a final gradient that puts it where it lies until the update."""
 
         def move(gradient: Tensor) -> None:
-            if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None):
+            if watched(p):
                 raise MemoptError(HOOKED)
             with torch.no_grad():
                 if p.grad is None:
