@@ -1,0 +1,349 @@
+"""Regions of the planned program that become one Triton kernel each: which they are, and the edit that puts them there.
+
+Steps between two library calls that are pointwise, sum rows or look at the same rows move every value through memory
+that one of them makes for another. A region is grown from such steps in the program's order, as long as the kernel that
+would be written for it (memopt.kernels.emit) moves fewer bytes than those of its parts; it runs where its last step
+stood, or before the first that reads a result of it, if all it reads is there by then. Nothing inside a region is
+stored, and its values below fp32 are not rounded in between: other rounding, the same mathematics.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil, prod
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from memopt.facts import FACTS, WORKSPACES, facts, is_getitem, tensor_values
+from memopt.kernels.emit.indices import Unreadable
+from memopt.kernels.emit.primitive import primitive
+from memopt.kernels.emit.source import Source, written
+from memopt.kernels.generated import GENERATED, KERNELS, Kernel
+from memopt.merged import HALF, Region
+from memopt.program import Program, boundary
+from memopt.runtime.opcache import cache_dir
+
+MOST_STEPS = 48  # of a region: what a program holds in registers is bounded, and what is tried to find it
+MOST_TENSORS = 24
+
+
+@dataclass(eq=False)
+class Found:
+    """A region as it grows. nodes: those that compute, in order. place: among the program's nodes; a half stands
+    before one."""
+
+    nodes: list[fx.Node]
+    source: Source
+    place: float
+
+
+WORKSPACES[GENERATED] = lambda node: KERNELS[str(node.args[1])].workspace
+_WRITTEN: dict[str, Source | str] = {}  # by structure: layers repeat
+
+
+def regions(program: Program) -> tuple[Region, ...]:
+    """The regions worth a kernel, in the order they run."""
+    nodes = list(program.graph.nodes)
+    return tuple(_described(program, found, nodes[ceil(found.place)]) for found in _Finder(program).found())
+
+
+def _described(program: Program, found: Found, at: fx.Node) -> Region:
+    part = Part.of(found.nodes)
+    inside, names = set(found.nodes), [program.name(node) for node in found.nodes]
+    looks = [node for node in part.looks() if any(reader not in inside for reader in readers(node))]
+    apart = sum(_moved(node) for node in found.nodes)
+    return Region(
+        f"{names[-1]}_kernel", program.name(at), at is not found.nodes[-1], tuple(names),
+        tuple(map(program.name, part.inner(looks))), tuple(map(program.name, part.inputs)),
+        tuple(map(program.name, part.outputs)), tuple(map(program.name, looks)), found.source.key,
+        KERNELS[found.source.key].workspace, apart, found.source.moved,
+    )  # fmt: skip
+
+
+def _moved(node: fx.Node) -> int:
+    """Bytes that it reads and writes by itself, of each tensor what it has of its own."""
+    read = [_bytes(arg.meta["val"]) for arg in node.all_input_nodes if isinstance(arg.meta.get("val"), Tensor)]
+    return sum(read) + sum(_bytes(value) for value in tensor_values(node) if value is not None)
+
+
+def _bytes(x: Tensor) -> int:
+    """Of the elements that lie in different places."""
+    return prod(n for n, step in zip(x.shape, x.stride(), strict=True) if step) * x.element_size()
+
+
+def emitted(program: Program, chosen: Sequence[Region]) -> Program:
+    """The program with each of these regions as one operation."""
+    if not chosen:
+        return program
+    program = program.copy()
+    nodes = list(program.graph.nodes)
+    known = {program.name(node): node for node in nodes}
+    place: dict[fx.Node, tuple[float, int]] = {node: (at, 0) for at, node in enumerate(nodes)}
+    for region in chosen:
+        where = place[known[region.at]][0] - (HALF if region.ahead else 0)
+        made = _replaced(program, region, [known[name] for name in region.steps])
+        place |= {node: (where, at) for at, node in enumerate((*made, *(known[name] for name in region.looks)))}
+    last = program.graph._root
+    for node in sorted(program.graph.nodes, key=lambda node: place[node]):
+        last.append(node)
+        last = node
+    program.module.recompile()
+    return program
+
+
+def _replaced(program: Program, region: Region, nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """Put the operation of a region and its results at the end of the graph, in place of these nodes."""
+    graph, part, last = program.graph, Part.of(nodes), nodes[-1]
+    kernel = graph.call_function(GENERATED, (list(part.inputs), region.key))
+    kernel.meta = {key: value for key, value in last.meta.items() if key not in ("val", FACTS)}
+    kernel.meta["val"] = [node.meta["val"] for node in part.outputs]
+    made, names = [kernel], [region.step.removeprefix(program.prefix)]
+    for at, node in enumerate(part.outputs):
+        item = graph.call_function(operator.getitem, (kernel, at))
+        item.meta = {key: value for key, value in node.meta.items() if key != FACTS}
+        node.replace_all_uses_with(item)
+        made.append(item)
+        names.append(node.name)
+    for node in reversed(part.nodes):
+        if not node.users:  # a view that others read stays
+            graph.erase_node(node)
+    for node, name in zip(made, names, strict=True):
+        node.name = name
+    return made
+
+
+class _Finder:
+    """Walks the program once."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        nodes = list(program.graph.nodes)
+        self.position = {node: at for at, node in enumerate(nodes)}
+        first = boundary(program)
+        self.backward = self.position.get(first, len(nodes)) if first is not None else len(nodes)
+        self.region: dict[fx.Node, Found] = {}
+
+    def found(self) -> list[Found]:
+        for node in self.program.graph.nodes:
+            if not computes(node):
+                continue
+            own = self.written([node])
+            if isinstance(own, str):
+                continue
+            best = Found([node], own, self.position[node])
+            for other in self.neighbours(node):
+                best = self.merged(best, other) or best
+            for member in best.nodes:
+                self.region[member] = best
+        every = dict.fromkeys(self.region.values())
+        return sorted((one for one in every if len(one.nodes) > 1), key=lambda one: one.place)
+
+    def neighbours(self, node: fx.Node) -> list[Found]:
+        """Regions of what it reads, and of what reads the same, the nearest first."""
+        made = [root(arg) for arg in node.all_input_nodes]
+        beside = [reader for arg in made for reader in readers(arg) if self.position[reader] < self.position[node]]
+        every = [self.region[other] for other in (*made, *beside) if other in self.region]
+        return sorted(dict.fromkeys(every), key=lambda one: -one.place)
+
+    def merged(self, one: Found, other: Found) -> Found | None:
+        """Both in one, if that may be and moves no more bytes."""
+        nodes = sorted({*one.nodes, *other.nodes}, key=self.position.__getitem__)
+        place = self.place_of(nodes) if len(nodes) <= MOST_STEPS else None
+        if place is None:
+            return None
+        found = self.written(nodes)
+        apart = one.source.moved + other.source.moved
+        return None if isinstance(found, str) or found.moved >= apart else Found(nodes, found, place)
+
+    def place_of(self, nodes: Sequence[fx.Node]) -> float | None:
+        """Where they may run as one: in the last one's place, or before the first that reads a result; None: nowhere."""
+        inside, last = set(nodes), self.position[nodes[-1]]
+        if (self.position[nodes[0]] < self.backward) != (last < self.backward):
+            return None
+        outside = (reader for node in nodes for reader in readers(node) if reader not in inside)
+        read = min((self.now(reader) for reader in outside), default=last + 1.0)
+        given = (arg for node in nodes for arg in node.all_input_nodes if root(arg) not in inside)
+        there = max(map(self.now, given), default=-1.0)
+        place = min(float(last), ceil(read) - HALF)
+        return place if there < place < read else None
+
+    def now(self, node: fx.Node) -> float:
+        """The place in which the node runs, in a region or by itself; a view of a region's result right behind it."""
+        made = root(node)
+        return self.region[made].place if made in self.region else self.position[node]
+
+    def written(self, nodes: Sequence[fx.Node]) -> Source | str:
+        """The kernel of these nodes, or why there is none."""
+        part = Part.of(nodes)
+        if len(part.inputs) + len(part.outputs) > MOST_TENSORS:
+            return "too many tensors"
+        key = part.structure()
+        if key not in _WRITTEN:
+            try:
+                _WRITTEN[key] = part.kernel()
+            except Unreadable as reason:
+                _WRITTEN[key] = str(reason)
+        return _WRITTEN[key]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Nodes of a program as a graph of their own. nodes: with the views between them; inputs, outputs: nodes outside
+    that it reads, and of it that are read outside."""
+
+    nodes: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+    outputs: tuple[fx.Node, ...]
+
+    @staticmethod
+    def of(computing: Sequence[fx.Node]) -> Part:
+        inside = set(computing)
+        every: dict[fx.Node, None] = {}
+        inputs: dict[fx.Node, None] = {}
+        outputs: dict[fx.Node, None] = {}
+        for node in computing:
+            for arg in node.all_input_nodes:
+                base = root(arg)
+                if base in inside:
+                    every.update(dict.fromkeys(chain(arg)))
+                else:
+                    inputs[arg] = None
+            every[node] = None
+            for made in results(node):
+                if made is not node:
+                    every[made] = None
+                if any(reader not in inside for reader in readers(made)):
+                    outputs[made] = None
+        return Part(tuple(every), tuple(inputs), tuple(outputs))
+
+    def looks(self) -> list[fx.Node]:
+        """Every view of what the nodes make, in the order of the program."""
+        found: dict[fx.Node, None] = {}
+        stack = [user for node in self.nodes if computes(node) for user in node.users]
+        while stack:
+            user = stack.pop()
+            if is_view(user) or (is_getitem(user) and is_view(user.all_input_nodes[0])):
+                found[user] = None
+                stack.extend(user.users)
+            elif is_getitem(user):
+                stack.extend(user.users)
+        return [node for node in self.nodes[0].graph.nodes if node in found]
+
+    def inner(self, looks: Sequence[fx.Node]) -> list[fx.Node]:
+        """Views between the nodes that nobody else reads."""
+        return [node for node in self.nodes if is_view(node) and node not in looks]
+
+    def structure(self) -> str:
+        """What the kernel depends on, without names."""
+        number = {node: f"%{at}" for at, node in enumerate((*self.inputs, *self.nodes))}
+
+        def text(arg: Any) -> str:
+            if isinstance(arg, fx.Node):
+                return number[arg]
+            if isinstance(arg, list | tuple):
+                return f"[{','.join(map(text, arg))}]"
+            return repr(arg)
+
+        lines = [f"{n.target} {text(n.args)} {[(k, text(v)) for k, v in n.kwargs.items()]}" for n in self.nodes]
+        lines += [f"{x.dtype} {tuple(x.shape)} {tuple(x.stride())}" for x in map(_value, (*self.inputs, *self.outputs))]
+        return "\n".join((*lines, text(self.outputs)))
+
+    def module(self) -> fx.GraphModule:
+        """The nodes as a graph of their inputs, that returns its outputs."""
+        graph = fx.Graph()
+        made = {node: graph.placeholder(f"x{at}") for at, node in enumerate(self.inputs)}
+        for node in self.nodes:
+            made[node] = graph.node_copy(node, made.__getitem__)
+        graph.output(tuple(made[node] for node in self.outputs))
+        return fx.GraphModule({}, graph)
+
+    def kernel(self) -> Source:
+        """Its kernel, known to the operation from here on. Raises Unreadable."""
+        if not self.outputs or not self.inputs:
+            raise Unreadable("nothing goes in or comes out")
+        inputs, outputs = [list(map(_value, part)) for part in (self.inputs, self.outputs)]
+        for x in (*inputs, *outputs):
+            if any(not isinstance(n, int) for n in (*x.shape, *x.stride())) or not x.numel():
+                raise Unreadable("sizes that change, or nothing")
+            if x.layout is not torch.strided:
+                raise Unreadable("a layout without strides")
+        module = self.module()
+        title = ", ".join(_short(node) for node in self.nodes if computes(node))
+        source = written(primitive(module, inputs), inputs, outputs, title)
+        KERNELS.setdefault(source.key, Kernel(source, module, cache_dir() / "kernels"))
+        return source
+
+
+def _value(node: fx.Node) -> Tensor:
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        raise Unreadable("a value that is no tensor")
+    return value
+
+
+def _short(node: fx.Node) -> str:
+    return re.sub(r"^\w+\.|\.\w+$", "", facts(node).op)
+
+
+def computes(node: fx.Node) -> bool:
+    """Makes tensors of its own out of others, from nothing but what it reads."""
+    if node.op != "call_function" or is_getitem(node) or is_view(node):
+        return False
+    known = facts(node)
+    fresh = [made for made in known.made if made is not None]
+    plain = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace in ("aten", "prims")
+    return plain and known.pure and not known.random and bool(fresh) and all(made.home is None for made in fresh)
+
+
+def is_view(node: fx.Node) -> bool:
+    """Makes nothing, but looks at what another made."""
+    if node.op != "call_function" or is_getitem(node):
+        return False
+    made = [one for one in facts(node).made if one is not None]
+    return bool(made) and all(one.home is not None for one in made)
+
+
+def root(node: fx.Node) -> fx.Node:
+    """Who made what the node stands for."""
+    while is_getitem(node) or is_view(node):
+        node = node.all_input_nodes[0] if is_getitem(node) else _looked_at(node)
+    return node
+
+
+def _looked_at(node: fx.Node) -> fx.Node:
+    home = next(made.home for made in facts(node).made if made is not None)
+    inputs = [arg for arg in node.all_input_nodes if isinstance(arg.meta.get("val"), Tensor)]
+    return inputs[home or 0]
+
+
+def chain(node: fx.Node) -> list[fx.Node]:
+    """The views from what was made to the node, itself included, in order."""
+    found = []
+    while is_getitem(node) or is_view(node):
+        found.append(node)
+        node = node.all_input_nodes[0] if is_getitem(node) else _looked_at(node)
+    return found[::-1]
+
+
+def results(node: fx.Node) -> list[fx.Node]:
+    """The nodes that stand for the tensors it makes."""
+    return [user for user in node.users if is_getitem(user)] if len(tensor_values(node)) > 1 or isinstance(
+        node.meta.get("val"), list | tuple) else [node]  # fmt: skip
+
+
+def readers(node: fx.Node) -> list[fx.Node]:
+    """Who reads what it makes, by views too."""
+    found: dict[fx.Node, None] = {}
+    stack = list(node.users)
+    while stack:
+        user = stack.pop()
+        if is_getitem(user) or is_view(user):
+            stack.extend(user.users)
+        else:
+            found[user] = None
+    return list(found)
