@@ -47,8 +47,8 @@ class Kernel:
     @property
     def workspace(self) -> int:
         """Bytes beside inputs and results: sums of each program, and one of them added up in fp32."""
-        summed = (out for out in self.source.results if out.summed)
-        return sum(4 * prod(out.shape) * (self.programs + 1) for out in summed)
+        sizes = [4 * prod(out.shape) for out in self.source.results if out.summed]
+        return sum(sizes) * self.programs + max(sizes, default=0)
 
     @property
     def path(self) -> Path:

@@ -17,6 +17,7 @@ from memopt.devices import Device
 from memopt.devices import device as known_device
 from memopt.dumps import check_environment
 from memopt.gathered import at_rest, taken_over
+from memopt.generation import KERNELS, wanted
 from memopt.local import apart
 from memopt.lowering import LOWERINGS
 from memopt.noise import LOSSY
@@ -199,6 +200,7 @@ def make_request(
         update=_known("update", update, UPDATES),
         states=tuple(name for name in STATES if name in allowed),
         weights=ways(on_disk, on_host, off | (frozenset(stored) - allowed)),
+        kernels=wanted(passes, device, numerics, off),
         spare="eager" if lowering == "auto" and first != "eager" else "",
     )
 
@@ -280,7 +282,7 @@ def resolve_lowering(lowering: str, device: Device, numerics: str) -> str:
 def switched_off(passes: str) -> frozenset[str]:
     """Names switched off by "+a,-b". ValueError for a name there is no pass for."""
     known = (*(r.name for r in REWRITES), *(c.name for c in CLEANUPS), *(t.name for t in TRADES), OVERLAP)
-    known += (*ELSEWHERE, *PLACES.values(), *AWAY.values())
+    known += (*ELSEWHERE, *PLACES.values(), *AWAY.values(), KERNELS)
     off = set()
     for word in filter(None, (part.strip() for part in passes.split(","))):
         name = _known("passes", word.lstrip("+-"), known)

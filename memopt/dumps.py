@@ -1,7 +1,8 @@
 """What the environment asks to see of the work: MEMOPT_DEBUG (to the log), MEMOPT_DUMP (to files), TORCH_TRACE.
 
 MEMOPT_DEBUG=1 logs the plan's table, 2 also operations and seconds around each pass, 3 also the graph after each.
-MEMOPT_DUMP=dir writes 00_captured.py, 10_<pass>.py, ..., 90_planned.py and plan.json, each whole or not at all.
+MEMOPT_DUMP=dir writes 00_captured.py, 10_<pass>.py, ..., 90_planned.py, plan.json and each generated kernel as
+kernels/<key>.py, each whole or not at all.
 """
 
 from __future__ import annotations
@@ -53,9 +54,10 @@ def check_environment() -> None:
 
 
 def dump_text(name: str, text: Callable[[], str]) -> None:
-    """Write the file if dumps are asked for."""
+    """Write the file if dumps are asked for. name: with its folder, if it has one."""
     folder = dump_folder()
     if folder is not None:
+        (folder / name).parent.mkdir(exist_ok=True)
         write_atomic(folder / name, text())
 
 

@@ -21,8 +21,9 @@ from torch import Tensor, fx
 
 from memopt.facts import FACTS, WORKSPACES, facts, is_getitem, tensor_values
 from memopt.kernels.emit.indices import Unreadable
+from memopt.kernels.emit.nodes import name_of
 from memopt.kernels.emit.primitive import primitive
-from memopt.kernels.emit.source import Source, written
+from memopt.kernels.emit.source import UNDERSTOOD, Source, written
 from memopt.kernels.generated import GENERATED, KERNELS, Kernel
 from memopt.merged import HALF, Region
 from memopt.program import Program, boundary
@@ -30,6 +31,11 @@ from memopt.runtime.opcache import cache_dir
 
 MOST_STEPS = 48  # of a region: what a program holds in registers is bounded, and what is tried to find it
 MOST_TENSORS = 24
+# Inductor sums rows and over rows in one kernel only from these sizes on (MixOrderReduction.can_fuse in
+# torch/_inductor/scheduler.py, 2.13); else it reads twice what both need. Below JOINED_ELEMENTS the second read ends in
+# a cache.
+JOINED_ELEMENTS, JOINED_ROWS, JOINED_SHARE = 5 << 20, 4096, 2
+LESS = 0.9  # of the bytes that Inductor would move: more is not worth standing in its way
 
 
 @dataclass(eq=False)
@@ -50,6 +56,19 @@ def regions(program: Program) -> tuple[Region, ...]:
     """The regions worth a kernel, in the order they run."""
     nodes = list(program.graph.nodes)
     return tuple(_described(program, found, nodes[ceil(found.place)]) for found in _Finder(program).found())
+
+
+def beating_inductor(program: Program) -> tuple[Region, ...]:
+    """The regions that move fewer bytes than what Inductor would fuse of the same steps."""
+    return tuple(region for region in regions(program) if _beats(KERNELS[region.key]))
+
+
+def _beats(kernel: Kernel) -> bool:
+    """Whether it has sums of rows and over rows that Inductor would not join."""
+    layout = kernel.source.layout
+    elements = layout.rows * layout.columns
+    joined = layout.rows >= max(JOINED_ROWS, JOINED_SHARE * layout.columns)
+    return elements >= JOINED_ELEMENTS and not joined and kernel.source.moved <= LESS * kernel.source.moved_by_two
 
 
 def _described(program: Program, found: Found, at: fx.Node) -> Region:
@@ -74,6 +93,12 @@ def _moved(node: fx.Node) -> int:
 def _bytes(x: Tensor) -> int:
     """Of the elements that lie in different places."""
     return prod(n for n, step in zip(x.shape, x.stride(), strict=True) if step) * x.element_size()
+
+
+def kernels_of(program: Program) -> list[str]:
+    """The keys of the kernels that a program calls."""
+    calls = program.graph.find_nodes(op="call_function", target=GENERATED)
+    return list(dict.fromkeys(str(node.args[1]) for node in calls))
 
 
 def emitted(program: Program, chosen: Sequence[Region]) -> Program:
@@ -161,7 +186,7 @@ class _Finder:
         return None if isinstance(found, str) or found.moved >= apart else Found(nodes, found, place)
 
     def place_of(self, nodes: Sequence[fx.Node]) -> float | None:
-        """Where they may run as one: in the last one's place, or before the first that reads a result; None: nowhere."""
+        """Where they may run as one: in the last one's place, or before who first reads a result; None: nowhere."""
         inside, last = set(nodes), self.position[nodes[-1]]
         if (self.position[nodes[0]] < self.backward) != (last < self.backward):
             return None
@@ -297,7 +322,14 @@ def computes(node: fx.Node) -> bool:
     known = facts(node)
     fresh = [made for made in known.made if made is not None]
     plain = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace in ("aten", "prims")
-    return plain and known.pure and not known.random and bool(fresh) and all(made.home is None for made in fresh)
+    return (
+        plain
+        and name_of(node) in UNDERSTOOD
+        and known.pure
+        and not known.random
+        and bool(fresh)
+        and all(made.home is None for made in fresh)
+    )
 
 
 def is_view(node: fx.Node) -> bool:

@@ -86,6 +86,11 @@ class StepGraph:
     tensors: Mapping[str, TensorInfo] = field(repr=False)
     storages: Mapping[str, Storage] = field(repr=False)
 
+    def steps_alike(self, other: StepGraph) -> bool:
+        """Whether both run the same steps on the same values, in the same order, and take as much inside."""
+        mine, others = ([(s.name, s.reads, s.writes, s.workspace) for s in g.steps] for g in (self, other))
+        return mine == others
+
     @cached_property
     def position(self) -> dict[str, int]:
         """Step name -> its place in `steps`."""

@@ -20,11 +20,14 @@ from memopt.cost import CostModel, Measured, Roofline
 from memopt.dumps import CAPTURED, count, dump_program, passed
 from memopt.early import anchors, overtaken
 from memopt.edit import DISK, HOST, Remake, edit
+from memopt.emission import beating_inductor, emitted
+from memopt.errors import VerifyError
 from memopt.fences import fenced
 from memopt.fusion import Fences, Fused, expanded, fused, fused_seconds, unfused
 from memopt.garbage import collected_later
-from memopt.graph import StepGraph
+from memopt.graph import StepGraph, verify
 from memopt.joints import Part
+from memopt.merged import Region, merged
 from memopt.noise import Noise
 from memopt.optim.moved import GRADIENTS, PLACES
 from memopt.optim.photograph import WHOLE, OptimizerPhase
@@ -35,6 +38,7 @@ from memopt.overlap import OVERLAP, moves
 from memopt.passbase import Trade
 from memopt.passes import CLEANUPS, TRADES
 from memopt.passes.offload import OffloadDisk, OffloadHost
+from memopt.photograph import photograph
 from memopt.planfile import PlanFile
 from memopt.plans import Plan, Problem, Status
 from memopt.prices import Meter, priced, unmeasured
@@ -88,7 +92,8 @@ class Planned:
     the compiler is held to the plan's kernels. update: how the optimizer is to step. lowering: what runs it.
     left_out: rewrites of the forward that it does without, beyond those that were switched off. chunks: in how many
     what streams is to run; 0: nothing does. shards: ranks that share one copy of the optimizer's state; 0: there are no
-    others. overlaps: whether there are copies that may go on while other steps run.
+    others. overlaps: whether there are copies that may go on while other steps run. kernels: regions that run as one;
+    beside: whether such kernels stand in Inductor's code, where they move fewer bytes.
     """
 
     result: PlanResult
@@ -104,6 +109,8 @@ class Planned:
     chunks: int = 0
     shards: int = 0
     overlaps: bool = False
+    kernels: tuple[Region, ...] = ()
+    beside: bool = False
 
     @cached_property
     def released(self) -> PlanResult:
@@ -152,7 +159,16 @@ class Planned:
         prefix = _prefix(place)
         mine = [step for step in edit(self.whole, self.remakes(place)).steps if _owner(step.name) == prefix]
         own = (tuple(n.removeprefix(prefix) for n in (s.name, *s.reads) if _owner(n) == prefix) for s in mine)
-        return tuple(own)
+        return (*own, *((region.step.removeprefix(prefix), region.key) for region in self.regions(prefix)))
+
+    def regions(self, prefix: str) -> tuple[Region, ...]:
+        """The regions of the runs whose steps' names begin so that run as one kernel."""
+        return tuple(region for region in self.kernels if _owner(region.step) == prefix)
+
+    @property
+    def running(self) -> StepGraph:
+        """The step as it runs: after the plan's decisions, with its kernels."""
+        return merged(self.result.after, self.kernels) if self.kernels else self.result.after
 
     @property
     def whole(self) -> StepGraph:
@@ -164,8 +180,18 @@ class Planned:
         return expanded(self.contracted, plan.chosen)
 
     def applied(self, program: Program, remakes: Sequence[Remake], fences: Fences) -> Program:
-        """One of the step's programs with its remakes inserted, verified, and the kernels' borders marked."""
-        return fenced(apply_plan(program, self.whole, remakes), self.contracted, remakes, fences)
+        """One of the step's programs with its remakes inserted, verified; kernels' borders marked, or ours put in."""
+        changed = fenced(apply_plan(program, self.whole, remakes), self.contracted, remakes, fences)
+        mine = beating_inductor(changed) if self.beside else self.regions(program.prefix)
+        return in_kernels(changed, mine) if mine else changed
+
+
+def in_kernels(program: Program, regions: Sequence[Region]) -> Program:
+    """The program with these regions as kernels: its photograph must be what `merged` predicted."""
+    made = emitted(program, regions)
+    if verify(photograph(made)).steps_alike(merged(photograph(program), regions)):
+        return made
+    raise VerifyError("a region's kernel does not stand where the plan has it; this is a bug in memopt.emission")
 
 
 def _prefix(index: int) -> str:

@@ -17,6 +17,7 @@ from torch import nn
 from memopt.accuracy import Accuracy
 from memopt.capture import Survey, survey
 from memopt.dumps import plan_made
+from memopt.generation import with_kernels, with_kernels_beside
 from memopt.noise import LOSSY, Noise
 from memopt.passes.stream import StreamAttention
 from memopt.pipeline import Costs, Planned, Progress, make_plan, optimizer_phase, prepare, silent, step_graph
@@ -277,11 +278,16 @@ class Planner:
         """The plan within the budget less what real steps were seen to take beyond theirs."""
         request = replace(request, budget=max(request.budget - self.missed, 1))
         planned = make_plan(found, request, costs, capture_seconds, self.progress, self.plan_file, noise)
+        programs = [capture.program for capture in found.captures]
         if request.lowering == "inductor" and self.measure:
-            from memopt.tuning import tuned  # loads Inductor
+            from memopt.legs import tuned_code  # loads Inductor
 
-            runs = tuple(zip((capture.program for capture in found.captures), parts_of(found), strict=True))
-            planned = tuned(planned, runs, request.time_limit, request.device.kind, search)
+            runs = tuple(zip(programs, parts_of(found), strict=True))
+            planned = replace(planned, beside=request.kernels)
+            planned = tuned_code(planned, runs, request.time_limit, request.device.kind, search)
+            planned = with_kernels_beside(planned, programs) if request.kernels else planned
+        if request.lowering == "eager" and request.kernels:
+            planned = with_kernels(planned, programs, request, search)
         return planned
 
     def advised(self, planned: Planned, found: Survey, call: Call | None) -> PlanResult:

@@ -36,7 +36,7 @@ PROFILED = "the measured seconds are of a step under the profiler, which slows i
 @dataclass(frozen=True, slots=True)
 class Lever:
     """What one trade did: bytes it keeps out of memory across the gaps, seconds its copies take, values remade. Of a
-    rewrite: bytes its backwards need not hold, and its places."""
+    rewrite: bytes its backwards need not hold, and its places. Of kernels: bytes that are never stored, and places."""
 
     lever: str
     numerics: str
@@ -76,7 +76,8 @@ class PlanResult:
     (the same if infeasible). seconds: step name -> seconds of one run; a copy costs what its original does.
     breaks: graph breaks. timings: seconds of "capture", "plan", "lower". binding, ways_out: set when infeasible.
     classes: lever -> "exact", "reordered" or "lossy". formula: the peak in batch B and sequence S. notes: what was
-    assumed. rewrites: what was rewritten in the forward before it was captured: `before` has it already; plain,
+    assumed. rewrites: what was rewritten in the forward before it was captured: `before` has it already; kernels: what
+    fused regions do, which `after` has not; plain,
     plain_seconds: then the step as the user wrote it.
     lowered: peak bytes of each phase of the compiled code, {} if the graph runs step by step.
     identity: {"graph": hash, "torch": version, "schema": "1"}, what a plan file is checked against.
@@ -100,6 +101,7 @@ class PlanResult:
     formula: str = ""
     notes: tuple[str, ...] = ()
     rewrites: tuple[Lever, ...] = ()
+    kernels: tuple[Lever, ...] = ()
     plain: StepGraph | None = field(default=None, repr=False)
     plain_seconds: Mapping[str, float] = field(default_factory=dict, repr=False)
     measured: MeasuredStep | None = None
@@ -249,7 +251,7 @@ class PlanResult:
     @cached_property
     def levers(self) -> tuple[Lever, ...]:
         """The rewrites of the forward, and the decisions summed by trade, most bytes first."""
-        rows = list(self.rewrites)
+        rows = [*self.rewrites, *self.kernels]
         for name in dict.fromkeys(decision.lever for decision in self.decisions):
             mine = [decision for decision in self.decisions if decision.lever == name]
             nbytes, seconds = sum(d.bytes for d in mine), sum(d.seconds for d in mine)

@@ -23,7 +23,8 @@ class Request:
     update: "backward" if parameters may be updated there, where the budget needs it. states: names of ways to store
     AdamW's moments in fewer bits that may be used (memopt/optim/precision.py), in the order to try them; weights: the
     same of frozen weights, (name, codec) (memopt/weights.py). quick: it is only compared with others: no lower bound is
-    sought, nor the lowest peak where none can be within the budget.
+    sought, nor the lowest peak where none can be within the budget. kernels: whether fused regions become kernels of
+    their own in the eager lowering.
     """
 
     budget: int
@@ -44,6 +45,7 @@ class Request:
     states: tuple[str, ...] = ()
     weights: tuple[tuple[str, str], ...] = ()
     quick: bool = False
+    kernels: bool = False
 
     @property
     def lowerings(self) -> tuple[str, ...]:

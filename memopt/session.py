@@ -15,11 +15,13 @@ from torch import fx, nn
 from memopt.agreement import agreed, together
 from memopt.capture import Capture, Survey, tensor_names
 from memopt.coded import ROUNDED, with_bytes
-from memopt.dumps import PLANNED, dump_program
+from memopt.dumps import PLANNED, dump_program, dump_text
 from memopt.early import Updates, anchors
+from memopt.emission import kernels_of
 from memopt.errors import BudgetError
 from memopt.gathered import group_of, localized
 from memopt.hosts import without_full_mask
+from memopt.kernels.generated import KERNELS
 from memopt.lighter import LighterPlanner
 from memopt.local import local
 from memopt.lowering import Transform, lower, signature
@@ -203,7 +205,7 @@ class Session(LighterPlanner):
         away = frozenset(name for name in planned.update.gradients if not watched(params[name]))  # since it was planned
         call = {name: self.stepper.consumer(name, params[name]) for name in early}
         call |= {name: self.stepper.mover(name, params[name]) for name in away}
-        return {name: (step, call[name]) for name, step in anchors(planned.result.after, early | away).items()}
+        return {name: (step, call[name]) for name, step in anchors(planned.running, early | away).items()}
 
     def dispatched(
         self, first: Callable[..., Any], spare: fx.GraphModule, inputs: Sequence[Any], planned: Planned, mark: str
@@ -263,4 +265,6 @@ class Session(LighterPlanner):
         prepared = prepare(planned.lowering, self.request.off)(planned.named(program, place))
         changed = planned.applied(prepared, planned.remakes(place), planned.fences)
         dump_program(PLANNED, changed)
+        for key in kernels_of(changed):
+            dump_text(f"kernels/{key}.py", lambda key=key: KERNELS[key].source.text)  # type: ignore[misc]
         return changed

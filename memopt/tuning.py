@@ -1,40 +1,29 @@
-"""Under Inductor the planner's bytes are not the code's: fusion makes temporaries vanish. Compile, count, correct.
+"""Where the planner's bytes are not the code's, as fusion makes temporaries vanish: count, correct, plan again.
 
-The plan is lowered under fake tensors and its code rehearsed (memopt/runtime/rehearse.py). The difference between the
-rehearsed peak and the budget moves the budget the solver is given, and it solves again. No byte of the step is
-allocated meanwhile. What is returned holds the budget by rehearsal, or is infeasible.
+The difference between the code's peak and the budget moves the budget the solver is given, and it solves again. No byte
+of the step is allocated meanwhile. What is returned holds the budget by the code's bytes, or is infeasible. The code is
+Inductor's (memopt/legs.py), or the eager lowering's with kernels of its own (memopt/generation.py).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
-from memopt.compose import LET_GO, without_outputs
 from memopt.edit import Remake, edit
 from memopt.fusion import Fences
-from memopt.graph import StepGraph
-from memopt.inductor import Half, generate
-from memopt.joints import Part
 from memopt.pipeline import Planned
 from memopt.plans import REUSED, Plan, Problem, Status
-from memopt.profiling import SECONDS
-from memopt.program import Program, split
-from memopt.relay import Leg, rehearsed
 from memopt.report import PlanResult
-from memopt.runtime import rows
-from memopt.runtime.opcost import OpCosts
-from memopt.runtime.rehearse import Workspace, nothing
 from memopt.solvers import bounded, solve
 from memopt.solvers.overlapped import bounded_overlapped, solve_overlapped
-from memopt.timeline import phase_peaks, rounded
 
 log = logging.getLogger("memopt")
 
-Run = tuple[Program, Part]  # one run of a graph: its program, and what it passes to the others
+Phases = dict[str, int]  # peak bytes of each
+Peaks = Callable[[Plan, Fences], tuple[Phases, Phases]]  # of a plan's code, with the outputs held, and released
 
 TRIES = 5  # lowerings at most; each costs a compilation
 ABOVE = (1.0, 1.02, 1.05, 1.1, 1.18, 1.3)  # of the solver's floor: where else to look before a step is refused
@@ -61,7 +50,7 @@ class Try:
 
 @dataclass
 class Tuner:
-    """The lowerings of one step within one budget. runs: the programs of the step. needs: of library calls.
+    """The lowerings of one step within one budget. peaks: of a plan's code. tightest: fences there are.
 
     tries: in the order made. lowest: those of the way down that no budget has a part in. code: peaks of what was
     lowered, by decisions and fences. asked: the solver's budgets of plans whose lower bound nobody sought yet, by
@@ -69,9 +58,9 @@ class Tuner:
     """
 
     planned: Planned
-    runs: Sequence[Run]
+    peaks: Peaks
     time_limit: float
-    needs: Workspace = nothing
+    tightest: Fences = Fences.TIGHT
     tries: list[Try] = field(default_factory=list)
     lowest: list[Try] = field(default_factory=list)
     code: dict[Any, tuple[dict[str, int], dict[str, int]]] = field(default_factory=dict)
@@ -84,7 +73,7 @@ class Tuner:
     def lower(self, plan: Plan, fences: Fences) -> Try:
         key = plan.chosen, fences
         if key not in self.code:
-            self.code[key] = lowered_phases(self.planned, self.runs, plan, fences, self.needs)
+            self.code[key] = self.peaks(plan, fences)
         made = Try(plan, fences, *self.code[key])
         self.tries.append(made)
         log.info("lowering %d: solver says %d bytes, code %s, %s", len(self.tries), plan.peak, made.phases, fences.name)
@@ -123,17 +112,17 @@ class Tuner:
                 break
             if slack >= 0 and (slack <= CLOSE * self.budget or not plan.chosen):
                 break
-            if slack < -FAR * self.budget and plan.chosen and fences is not Fences.TIGHT:
-                fences = Fences.TIGHT if slack < -FARTHER * self.budget else Fences(fences + 1)
+            if slack < -FAR * self.budget and plan.chosen and fences is not self.tightest:
+                fences = self.tightest if slack < -FARTHER * self.budget else Fences(fences + 1)
                 continue
             plan = self.solved(plan.peak + slack)
-            if slack < 0 and self.known(plan, fences) and fences is not Fences.TIGHT:
+            if slack < 0 and self.known(plan, fences) and fences is not self.tightest:
                 fences = Fences(fences + 1)
 
     def hold(self, plan: Plan) -> None:
         """Lower a saved plan as it is, ever closer to its kernels until the code holds the budget."""
         for fences in Fences:
-            if self.lower(plan, fences).peak <= self.budget:
+            if fences > self.tightest or self.lower(plan, fences).peak <= self.budget:
                 break
 
     def explore(self) -> None:
@@ -151,7 +140,7 @@ class Tuner:
         """
         floor, best = self.solved(1).peak, None
         for share in ABOVE:
-            made = self.lower(self.solved(int(floor * share)), Fences.TIGHT)
+            made = self.lower(self.solved(int(floor * share)), self.tightest)
             best = made if best is None or made.peak < best.peak else best
             yield made
             if best.peak == floor:  # the code is the plan, and no plan takes less
@@ -174,25 +163,20 @@ class Tuner:
         return min(other.tries, key=lambda t: t.peak)
 
 
-def tuned(planned: Planned, runs: Sequence[Run], time_limit: float, kind: str = "cpu", search: bool = True) -> Planned:
-    """The plan corrected until its code, rehearsed, holds the budget and wastes little of it.
+def tuned(
+    planned: Planned, peaks: Peaks, time_limit: float, search: bool = True, tightest: Fences = Fences.TIGHT
+) -> Planned:
+    """The plan corrected until its code holds the budget and wastes little of it.
 
-    runs: the programs of the step in the order they run. kind: of device, where library calls are tried for what they
-    need. search: before a step is refused, for the least its code can take, which is the floor; without, the outcome is
-    the least of a few. An infeasible outcome has that status, and this as its peak.
+    peaks: of a plan's code. search: before a step is refused, for the least its code can take, which is the floor;
+    without, the outcome is the least of a few. tightest: as of `Tuner`. An infeasible outcome has that status, and this
+    as its peak.
     """
-    with OpCosts(kind, seconds_limit=SECONDS) as meter:
-        tuner = Tuner(planned, runs, time_limit, partial(_workspace, meter))
-        tuner.approach()
-        if search and planned.result.plan.solver != REUSED and min(t.peak for t in tuner.tries) > tuner.budget:
-            tuner.explore()
+    tuner = Tuner(planned, peaks, time_limit, tightest)
+    tuner.approach()
+    if search and planned.result.plan.solver != REUSED and min(t.peak for t in tuner.tries) > tuner.budget:
+        tuner.explore()
     return _with(planned, planned.problem, tuner.bounded(_best(tuner, tuner.budget)), tuner.budget)
-
-
-def _workspace(meter: OpCosts, op: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """What a library call needs inside itself: tried, unless other ranks take part in it."""
-    known = rows.workspace(op, args)
-    return meter.workspace(op, args, kwargs) if known is None else known
 
 
 def _best(tuner: Tuner, budget: int) -> Try:
@@ -212,64 +196,3 @@ def _with(planned: Planned, problem: Problem, best: Try, budget: int) -> Planned
     after = edit(problem.graph, plan.chosen) if status is not Status.INFEASIBLE else problem.graph
     result: PlanResult = replace(planned.result, plan=plan, after=after, lowered=best.phases)
     return replace(planned, result=result, lowered_released=best.released, fences=best.fences)
-
-
-def lowered_phases(
-    planned: Planned, legs: Sequence[Run], plan: Plan, fences: Fences, needs: Workspace = nothing
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Peak bytes of each phase when the programs with this plan run as Inductor's code.
-
-    Twice: when the caller holds the outputs beside the loss through the backward, and when it has let them go.
-    """
-    graph = planned.whole
-    edited, block = edit(planned.problem.graph, plan.chosen), planned.problem.block
-    static = sum(rounded(graph.storages[name].nbytes, block) for name in graph.input_storages)
-    made = compiled_legs(replace(planned, result=replace(planned.result, plan=plan)), legs, fences)
-
-    def phases(whole: StepGraph, after: StepGraph) -> dict[str, int]:
-        peaks = rehearsed(made, frozenset(whole.outputs), _seeds(whole), needs, block)
-        return phase_peaks(after, block) | {"forward": static + peaks[0], "backward": static + peaks[1]}
-
-    return phases(graph, edited), phases(without_outputs(graph), without_outputs(edited))
-
-
-def compiled_legs(planned: Planned, runs: Sequence[Run], fences: Fences) -> tuple[Leg, ...]:
-    """Inductor's code of every run; runs of one graph whose decisions are the same share it."""
-    known: dict[Any, tuple[Half, Half | None]] = {}
-    made = []
-    for place, (program, part) in enumerate(runs):
-        key = planned.signatures[place], planned.decisions(place) if fences is Fences.FREE else place
-        if key not in known:
-            changed = planned.applied(program, planned.remakes(place), fences)
-            known[key] = _halves(changed, _ownership(planned.whole, changed, part))
-        made.append(Leg(part, *known[key]))
-    return tuple(made)
-
-
-def _halves(program: Program, mine: Callable[[str], bool]) -> tuple[Half, Half | None]:
-    if not program.outputs[1]:
-        return generate(program.module, False, program.forward_outputs, mine), None
-    forward, backward = split(program)
-    first = generate(forward, False, program.forward_outputs, mine)
-    return first, generate(backward, True, 0, mine, first.strides)
-
-
-def _seeds(graph: StepGraph) -> frozenset[str]:
-    """Gradients of outputs that the caller holds through the backward."""
-    return frozenset(name for step in graph.steps if step.op == LET_GO for name in step.reads)
-
-
-def _ownership(graph: StepGraph, program: Program, part: Part) -> Callable[[str], bool]:
-    """Whether an input of a half, by name, is the step's to free or write into: no parameter, input or output."""
-    seeds = _seeds(graph)
-    outputs = (program.name(node) for node in program.outputs[0] if node is not None)
-    own = part.graph
-    others = {*own.input_storages, *(own.storage_of(name) for name in outputs if name in own.outputs)}
-
-    def mine(name: str) -> bool:
-        tensor = program.prefix + name
-        if name in program.kinds:
-            return program.kinds[name] == "tangent" and tensor not in seeds
-        return tensor not in own.tensors or own.storage_of(tensor) not in others
-
-    return mine

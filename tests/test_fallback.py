@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import memopt
-from memopt import tuning
+from memopt import legs
 from memopt.errors import BudgetError
 from memopt.pipeline import Planned
 from memopt.planfile import save_plan
@@ -28,7 +28,7 @@ def large_code(monkeypatch: pytest.MonkeyPatch) -> None:
         plan = replace(made.result.plan, peak=CODE, status=Status.INFEASIBLE)
         return replace(made, result=replace(made.result, plan=plan, lowered={"backward": CODE}))
 
-    monkeypatch.setattr(tuning, "tuned", tuned)
+    monkeypatch.setattr(legs, "tuned_code", tuned)
 
 
 def compiled(budget: int, lowering: str = "auto", **options: Any) -> tuple[Any, Any]:

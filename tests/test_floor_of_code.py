@@ -39,16 +39,15 @@ def by_no_rule(seed: int) -> More:
 def outcome(monkeypatch: pytest.MonkeyPatch, more: More, budget: int) -> Planned:
     """What is made of this budget where code takes so much more than its plan."""
 
-    def phases(planned: Planned, runs: Any, plan: Plan, fences: Fences, needs: Any) -> Any:
+    def phases(plan: Plan, fences: Fences) -> Any:
         peaks = {"backward": int(plan.peak * (1 + more(plan.peak, fences)))}
         return peaks, peaks
 
     monkeypatch.setattr(tuning, "solve", solved)
-    monkeypatch.setattr(tuning, "lowered_phases", phases)
     result = tiny(budget)
     problem = Problem(result.before, (), budget)
     first = Planned(replace(result, plan=solved(problem)), problem, None, (), ())  # type: ignore[arg-type]
-    return tuned(first, (), 1.0)
+    return tuned(first, phases, 1.0)
 
 
 @pytest.mark.parametrize("seed", range(20))

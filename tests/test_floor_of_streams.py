@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import memopt
-from memopt import tuning
+from memopt import legs
 from memopt.pipeline import Planned
 from memopt.planning import Planner
 from memopt.plans import Status
@@ -39,7 +39,7 @@ def tuned(planned: Planned, runs: Any, time_limit: float, kind: str, search: boo
 
 @pytest.fixture(autouse=True)
 def large_code(monkeypatch: pytest.MonkeyPatch, unadvised: None) -> None:
-    monkeypatch.setattr(tuning, "tuned", tuned)
+    monkeypatch.setattr(legs, "tuned_code", tuned)
 
 
 def asked(budget: int, lowering: str = "inductor", rows: int = 1024) -> int | None:

@@ -17,14 +17,15 @@ FOLDERS = {"memopt": ROOT / "memopt", "memopt.passes": ROOT / "passes", "memopt.
 # A module has the level of its longest listed prefix, so that one line serves a whole folder.
 LEVELS = {
     0: "graph units errors presets files calls garbage",
-    1: "plans edit tokens overlap cost timeline devices fusion joints",
+    1: "plans edit tokens overlap merged cost timeline devices fusion joints",
     2: "program photograph insertion places facts listing unwrapped passbase operations local forward algebra kernels "
     "solvers",
     3: "passes blame capture frames hosts optim runtime regions streamed streams lowering fences inductor relay "
     "compose seams outputs recurrent models workload factory nets text fakes prices noise applied later early trained "
-    "shapes weights gathered coded",
-    4: "pipeline dumps refusal smaller profiling tuning planning session report table planfile html chart page formula "
-    "carry sizing attach watch probe accuracy rewrites remarks reused request agreement lighter ways",
+    "shapes weights gathered coded emission",
+    4: "pipeline dumps refusal smaller profiling tuning legs generation planning session report table planfile html "
+    "chart page formula carry sizing attach watch probe accuracy rewrites remarks reused request agreement lighter "
+    "ways",
     5: "api workbench",
     6: "cli options __main__ backend integrations",
 }

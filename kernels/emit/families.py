@@ -24,24 +24,28 @@ EPS = 1e-5
 
 @dataclass(frozen=True)
 class Family:
-    """run: what is fused. shapes: of its arguments, of batch B, sequence S, width C, inner width F and heads of D.
-    computed: in fp32 whatever the type, as models do."""
+    """run: what is fused. shapes: of its arguments, of batch B, sequence S, width C, inner width F and heads of D."""
 
     run: Callable[..., Any]
     shapes: Callable[[int, int, int, int, int], Sequence[tuple[int, ...]]]
 
 
+def wide(x: Tensor) -> Tensor:
+    """In fp32 at least, as models compute norms and softmax."""
+    return x if x.dtype is torch.float64 else x.float()
+
+
 def rms_norm(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """As Llama has it: fp32 inside; the norm's reciprocal is kept for the backward."""
-    wide = x.float()
-    rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
-    return (wide * rstd).to(x.dtype) * weight, rstd
+    high = wide(x)
+    rstd = torch.rsqrt(high.pow(2).mean(-1, keepdim=True) + EPS)
+    return (high * rstd).to(x.dtype) * weight, rstd
 
 
 def rms_norm_backward(grad: Tensor, x: Tensor, rstd: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """dx = r (g w - n mean(g w n)), dw = sum over rows of g n, with n = r x."""
-    n, above = x.float() * rstd, grad.float()
-    scaled = above * weight.float()
+    n, above = wide(x) * rstd, wide(grad)
+    scaled = above * wide(weight)
     by_x = rstd * (scaled - n * (scaled * n).mean(-1, keepdim=True))
     return by_x.to(x.dtype), (above * n).sum([0, 1]).to(weight.dtype)
 
@@ -99,7 +103,7 @@ def rope_backward(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def softmax(scores: Tensor) -> Tensor:
     """Of the last dimension."""
-    return torch.softmax(scores * 0.125, -1, dtype=torch.float32).to(scores.dtype)
+    return torch.softmax(wide(scores) * 0.125, -1).to(scores.dtype)
 
 
 FAMILIES: dict[str, Family] = {

@@ -33,7 +33,7 @@ class Layout:
     @property
     def tile(self) -> int:
         """Rows a program holds at once."""
-        return max(1, TILE // self.block) if self.columns else 1
+        return min(max(1, TILE // self.block), 1 << (self.rows - 1).bit_length()) if self.columns else 1
 
     @property
     def tiles(self) -> int:

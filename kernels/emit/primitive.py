@@ -26,6 +26,11 @@ COMPOSITE = (
 )
 
 
+TAKEN_APART = (*COMPOSITE, "mean", "var", "var_mean", "native_layer_norm", "new_ones", "new_zeros", "new_full", "ones",
+               "zeros", "ones_like", "zeros_like", "split", "split_with_sizes", "unbind", "chunk", "stack",
+               "constant_pad_nd", "tril", "triu", "expand_as")  # fmt: skip
+
+
 @cache
 def decompositions() -> Mapping[Any, Callable[..., Any]]:
     """Operation -> what it is made of, in torch's words; in ours where those end in an operation of several passes."""

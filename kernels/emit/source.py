@@ -15,11 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from memopt.kernels.emit import words
+from memopt.kernels.emit.indices import Unreadable
 from memopt.kernels.emit.layout import Layout
+from memopt.kernels.emit.nodes import shape_of
+from memopt.kernels.emit.primitive import TAKEN_APART
+from memopt.kernels.emit.views import VIEWS
 from memopt.kernels.emit.words import POINTER
-from memopt.kernels.emit.writer import AT, COL, ROW, Writer
+from memopt.kernels.emit.writer import AT, COL, ROW, SPECIAL, Writer
 
 WIDE = 2**31  # elements from which indices need 64 bits
+# Operations that a region may have; of what others decompose into, nothing is known.
+UNDERSTOOD = frozenset({*words.ARITHMETIC, *words.COMPARISON, *words.LOGICAL, "pow", *VIEWS, *SPECIAL, *TAKEN_APART})
 
 
 @dataclass(frozen=True)
@@ -35,13 +42,14 @@ class Result:
 @dataclass(frozen=True)
 class Source:
     """A kernel. text: the file. pointers: types of its arguments, inputs before results. moved: bytes it reads and
-    writes."""
+    writes; moved_by_two: that two kernels would, one for the sums over rows and one for the rest."""
 
     text: str
     layout: Layout
     results: tuple[Result, ...]
     pointers: tuple[str, ...]
     moved: int
+    moved_by_two: int
 
     @property
     def key(self) -> str:
@@ -61,14 +69,28 @@ def written(module: fx.GraphModule, inputs: Sequence[Tensor], outputs: Sequence[
     """
     writer = Writer(module, inputs, outputs)
     made: Any = module.graph.output_node().args[0]
+    if [shape_of(node) for node in made] != [tuple(out.shape) for out in outputs]:
+        raise Unreadable("results of other shapes than the operations'")
     summed = [writer.store(at, node, like) for at, (node, like) in enumerate(zip(made, outputs, strict=True))]
-    moved = sum(writer.loads.values()) + sum(out.numel() * out.element_size() for out in outputs)
+    stored = sum(out.numel() * out.element_size() for out in outputs)
+    moved = stored + sum(writer.loads.values())
+    parts = [[node for node, over in zip(made, summed, strict=True) if over is both] for both in (False, True)]
+    by_two = stored + sum(_read(module, inputs, outputs, part) for part in parts)
     results = tuple(
         Result(tuple(out.shape), tuple(out.stride()), out.dtype, total)
         for out, total in zip(outputs, summed, strict=True)
     )
     kinds = [POINTER[x.dtype] for x in inputs] + ["fp32" if out.summed else POINTER[out.dtype] for out in results]
-    return Source(_file(writer, inputs, outputs, title), writer.layout, results, tuple(kinds), moved)
+    return Source(_file(writer, inputs, outputs, title), writer.layout, results, tuple(kinds), moved, by_two)
+
+
+def _read(module: fx.GraphModule, inputs: Sequence[Tensor], outputs: Sequence[Tensor], part: Sequence[Any]) -> int:
+    """Bytes that a kernel of these results alone reads."""
+    writer = Writer(module, inputs, outputs)
+    for at, (node, like) in enumerate(zip(module.graph.output_node().args[0], outputs, strict=True)):  # type: ignore[arg-type]
+        if node in part:
+            writer.store(at, node, like)
+    return sum(writer.loads.values())
 
 
 def _file(writer: Writer, inputs: Sequence[Tensor], outputs: Sequence[Tensor], title: str) -> str:

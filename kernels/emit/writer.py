@@ -55,17 +55,18 @@ class Writer:
         return total([(self.layout.columns, self.rows), (1, self.columns)]) if self.layout.columns else self.rows
 
     def enumerated(self, like: Tensor) -> Place:
-        """The index of the element of a dense tensor that is counted, in the order of its memory."""
-        order = sorted(range(like.dim()), key=lambda dim: (-like.stride(dim), dim))
-        shape = [like.shape[dim] for dim in order]
-        steps = [(like.stride(dim), prod(shape[at + 1 :])) for at, dim in enumerate(order) if like.shape[dim] > 1]
-        if any(step != dense for step, dense in steps):
-            raise Unreadable("a result with gaps in memory")
+        """The index of the element of a dense tensor that is counted: in the order of its memory, or, where that runs
+        across the rows, in that of its dimensions."""
         counted = {self.layout.rows * max(self.layout.columns, 1): self.place, self.layout.rows: self.rows}
         if like.numel() not in counted:
             raise Unreadable("results of several sizes")
-        found = dict(zip(order, unravelled(counted[like.numel()], shape), strict=True))
-        return tuple(found[dim] for dim in range(like.dim()))
+        order, shape = memory_order(like)
+        try:
+            found = unravelled(counted[like.numel()], shape)
+        except Unreadable:
+            return unravelled(counted[like.numel()], like.shape)
+        places = dict(zip(order, found, strict=True))
+        return tuple(places[dim] for dim in range(like.dim()))
 
     # results
 
@@ -77,10 +78,15 @@ class Writer:
             self.add_up(f"y{at}", summed)
             return True
         value = self.value(node, self.enumerated(like), ()).cast(kind(like.dtype))
-        where = flattened(self.enumerated(like), like.stride())
+        where = self.address(like)
         stored = value.text if value.number is not None else f"{value.text}.to(tl.{words.STORED[like.dtype]})"
-        self.lines.append(f"tl.store(y{at}_ptr + {where.text()}, {stored}{self.mask(where, ())})")
+        single = f" + {ROW if self.layout.columns else AT} * 0" if self.layout.rows == 1 else ""  # else no block
+        self.lines.append(f"tl.store(y{at}_ptr + {where.text()}{single}, {stored}{self.mask(where, ())})")
         return False
+
+    def address(self, like: Tensor) -> Index:
+        """Of the element of a result."""
+        return flattened(self.enumerated(like), like.stride())
 
     def add_up(self, name: str, node: fx.Node) -> None:
         """What a tile of rows adds to a sum over all of them."""
@@ -259,6 +265,18 @@ class Writer:
         where = conditions.every([text for text, _ in inside])
         axes = value.axes | under.axes | index[dim].variables()
         return self.named("placed", Value(f"tl.where({where}, {value.text}, {under.text})", value.kind, axes))
+
+
+def memory_order(like: Tensor) -> tuple[list[int], list[int]]:
+    """(dimensions in the order in which a dense tensor's memory counts them, their sizes). Raises Unreadable for one
+    with gaps."""
+    strides = like.stride()
+    order = sorted(range(like.dim()), key=lambda dim: (-strides[dim], dim))
+    shape = [like.shape[dim] for dim in order]
+    steps = [(strides[dim], prod(shape[at + 1 :])) for at, dim in enumerate(order) if like.shape[dim] > 1]
+    if any(step != dense for step, dense in steps):
+        raise Unreadable("a result with gaps in memory")
+    return order, shape
 
 
 def moved(index: Place, dim: int, by: int) -> Place:

@@ -1,4 +1,7 @@
-"""Build every kernel for an architecture, with or without a GPU: `python -m memopt.kernels.gpu.build 80 90 100`."""
+"""Build every kernel for an architecture, with or without a GPU: `python -m memopt.kernels.gpu.build 80 90 100`.
+
+Those written by hand, and the emitted ones of what most transformers have (memopt/kernels/emit/families.py).
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from memopt.kernels.emit.build import built as emitted
 from memopt.kernels.gpu import adam, exponents, fewbit, fp8, nf4, nf4_linear, pack_bits, quantise, steps
 
 Build = tuple[Any, dict[str, str], dict[str, Any]]  # the kernel, its arguments' types, its constants and `LAUNCH`
@@ -42,11 +46,12 @@ def built(capability: int) -> Iterator[tuple[str, Any]]:
 
 def main(words: Sequence[str] | None = None) -> int:
     """A line for each kernel: its name, the architecture, the bytes of its binary, a thread's registers and stack."""
-    for word in sys.argv[1:] if words is None else words:
-        for name, found in built(int(word)):
-            registers, stack = resources(found.asm["cubin"])
-            size = f"{len(found.asm['cubin']):7,} bytes"
-            print(f"{name:19} sm_{word:4} {size} {registers:4} registers {stack:3} bytes of stack")
+    with TemporaryDirectory() as folder:
+        for word in sys.argv[1:] if words is None else words:
+            for name, found in (*built(int(word)), *emitted(int(word), Path(folder))):
+                registers, stack = resources(found.asm["cubin"])
+                size = f"{len(found.asm['cubin']):7,} bytes"
+                print(f"{name:24} sm_{word:4} {size} {registers:4} registers {stack:3} bytes of stack")
     return 0
 
 

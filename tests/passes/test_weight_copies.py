@@ -11,13 +11,13 @@ from memopt.api import make_request
 from memopt.capture import Survey, survey
 from memopt.devices import device
 from memopt.fusion import Fences
+from memopt.legs import lowered_phases
 from memopt.passes.weight_copies import weight_copies
 from memopt.photograph import photograph
 from memopt.pipeline import Costs, Planned, make_plan, prepare, silent
 from memopt.plans import simulated
 from memopt.program import Program
 from memopt.seams import parts_of
-from memopt.tuning import lowered_phases
 
 WEIGHT = 64 * 64 * 3 * 3 * 4  # bytes; an image takes a ninth of that
 
