@@ -26,7 +26,7 @@ from memopt.kernels.emit.primitive import primitive
 from memopt.kernels.emit.source import UNDERSTOOD, Source, written
 from memopt.kernels.generated import GENERATED, KERNELS, Kernel
 from memopt.merged import HALF, Region
-from memopt.program import Program, boundary
+from memopt.program import FORWARD, Program, boundary
 from memopt.runtime.opcache import cache_dir
 
 MOST_STEPS = 48  # of a region: what a program holds in registers is bounded, and what is tried to find it
@@ -107,12 +107,18 @@ def emitted(program: Program, chosen: Sequence[Region]) -> Program:
         return program
     program = program.copy()
     nodes = list(program.graph.nodes)
+    border = boundary(program)
+    first_backward = len(nodes) if border is None else nodes.index(border)
     known = {program.name(node): node for node in nodes}
     place: dict[fx.Node, tuple[float, int]] = {node: (at, 0) for at, node in enumerate(nodes)}
     for region in chosen:
         where = place[known[region.at]][0] - (HALF if region.ahead else 0)
         made = _replaced(program, region, [known[name] for name in region.steps])
-        place |= {node: (where, at) for at, node in enumerate((*made, *(known[name] for name in region.looks)))}
+        together = (*made, *(known[name] for name in region.looks))
+        place |= {node: (where, at) for at, node in enumerate(together)}
+        if where < first_backward:
+            for node in together:  # a view that only the backward reads would else be taken for its first node
+                node.meta["partitioner_tag"] = FORWARD
     last = program.graph._root
     for node in sorted(program.graph.nodes, key=lambda node: place[node]):
         last.append(node)

@@ -21,6 +21,7 @@ from memopt.facts import facts, is_getitem, tensor_values
 # A copy of a node whose target is a key calls the value instead: how a random draw is replayed (memopt.runtime.rng).
 AGAIN: dict[Any, Any] = {}
 
+FORWARD = "must_be_in_forward"  # what node.meta has as "partitioner_tag", torch's or ours, where that is so
 WRITE_BACK = "write_back"  # the step in which the caller copies new values into mutated inputs and lets go of them
 
 
@@ -176,11 +177,7 @@ def boundary(program: Program) -> fx.Node | None:
     forward = _ancestors(node for node in program.outputs[0] if node)
     nodes = [node for node in program.graph.nodes if node.op == "call_function"]
     last = max(
-        (
-            at
-            for at, node in enumerate(nodes)
-            if node in forward or node.meta.get("partitioner_tag") == "must_be_in_forward"
-        ),
+        (at for at, node in enumerate(nodes) if node in forward or node.meta.get("partitioner_tag") == FORWARD),
         default=-1,
     )
     while last + 1 < len(nodes) and is_getitem(nodes[last + 1]):

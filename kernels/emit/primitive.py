@@ -43,6 +43,7 @@ def decompositions() -> Mapping[Any, Callable[..., Any]]:
         aten.var_mean.correction: _var_mean,
         aten.var.correction: lambda *args, **named: _var_mean(*args, **named)[0],
         aten.mean.dim: _mean,
+        aten.mean.default: lambda x, **named: _mean(x, None, **named),
     }
 
 

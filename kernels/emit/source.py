@@ -26,7 +26,7 @@ from memopt.kernels.emit.writer import AT, COL, ROW, SPECIAL, Writer
 
 WIDE = 2**31  # elements from which indices need 64 bits
 # Operations that a region may have; of what others decompose into, nothing is known.
-UNDERSTOOD = frozenset({*words.ARITHMETIC, *words.COMPARISON, *words.LOGICAL, "pow", *VIEWS, *SPECIAL, *TAKEN_APART})
+UNDERSTOOD = frozenset({*words.SPELLED, *VIEWS, *SPECIAL, *TAKEN_APART})
 
 
 @dataclass(frozen=True)

@@ -131,6 +131,7 @@ LOGICAL: dict[str, Callable[..., str]] = {
     "logical_not": lambda a: f"{a} == 0",
     "bitwise_not": lambda a: f"{a} == 0",  # of booleans
 }
+SPELLED = frozenset({*ARITHMETIC, *COMPARISON, *LOGICAL, "pow", "add_", "mul_", "sub_", "div_"})
 INPLACE = {"add_": "add", "mul_": "mul", "sub_": "sub", "div_": "div"}  # in decompositions, of values of their own
 
 

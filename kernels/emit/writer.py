@@ -132,6 +132,8 @@ class Writer:
     def computed(self, node: fx.Node, index: Place, masks: Masks) -> Value:
         """A pointwise operation."""
         name = name_of(node)
+        if name not in words.SPELLED:
+            raise Unreadable(f"the operation {name}")
         if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("rounding_mode") is not None:
             raise Unreadable(f"a {name} with options")
         given = [arg for arg in node.args if arg is not None]
