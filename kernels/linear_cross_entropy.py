@@ -92,11 +92,16 @@ def _by_rows(
     wanted: list[bool], chunk: int,
 ) -> tuple[Tensor, Gradients]:  # fmt: skip
     """Weighted sum of the losses and its gradients, some rows at a time. weights: (N,), 0 where ignored."""
-    loss = hidden.new_zeros((), dtype=torch.float64)
+    loss, passes = hidden.new_zeros((), dtype=torch.float64), logits.passes(hidden)
 
     def slopes(rows: slice) -> Tensor:
-        made = logits.made(hidden[rows], weight, bias)
-        loss.add_(_slopes(made, places[rows], weights[rows], smoothing))
+        if passes is None:
+            made = logits.made(hidden[rows], weight, bias)
+            loss.add_(_slopes(made, places[rows], weights[rows], smoothing))
+        else:
+            made = logits.product(hidden[rows], weight, bias)
+            losses = _slopes_in_passes(passes, made, places[rows], weights[rows], smoothing)
+            loss.add_(_dot(losses, weights[rows]))
         return made
 
     return loss, logits.by_rows(hidden, weight, wanted, chunk, slopes)
@@ -120,6 +125,26 @@ def _slopes(made: Tensor, places: Tensor, weights: Tensor, smoothing: float) -> 
     return _dot(losses, weights)
 
 
+def _slopes_in_passes(passes: Any, made: Tensor, places: Tensor, weights: Tensor, smoothing: float) -> Tensor:
+    """The rows' losses, the same on a GPU. A row's own sum is nearer than its log, which may be large, rounds to."""
+    sums = passes.nothing(len(made), made)
+    passes.add_to_sums(made, 0, places, sums, smoothing > 0)
+    losses: Tensor = sums.top - _taken_off(sums, smoothing, made.shape[1]) + sums.powers.log()
+    passes.to_slopes(made, 0, places, sums.top, weights / sums.powers, *_constants(weights, smoothing, made.shape[1]))
+    return losses
+
+
+def _taken_off(sums: Any, smoothing: float, words: int) -> Tensor:
+    """What of each row's logits the loss takes off."""
+    chosen: Tensor = (1 - smoothing) * sums.chosen
+    return chosen + (smoothing / words) * sums.total if smoothing else chosen
+
+
+def _constants(weights: Tensor, smoothing: float, words: int) -> tuple[Tensor, Tensor | None]:
+    """The parts of the gradients that read no logits: of each row's target, and of each of its words, None for 0."""
+    return (smoothing - 1) * weights, (-smoothing / words) * weights if smoothing else None
+
+
 def _dot(losses: Tensor, weights: Tensor) -> Tensor:
     """In fp64: N numbers cost nothing, and a sum of chunks is as good as one of all."""
     return losses.double().dot(weights.double())
@@ -130,6 +155,8 @@ def _by_words(
     wanted: list[bool], chunk: int,
 ) -> tuple[Tensor, Gradients]:  # fmt: skip
     """Weighted sum of the losses and its gradients, some words of the vocabulary at a time, each twice."""
+    if (passes := logits.passes(hidden)) is not None:
+        return _by_words_in_passes(passes, hidden, weight, bias, places, weights, smoothing, wanted, chunk)
     lse, chosen = _normalisers(hidden, weight, bias, places, smoothing, chunk)
 
     def slopes(words: slice) -> Tensor:
@@ -138,6 +165,27 @@ def _by_words(
         within, at = logits.inside(places, words)
         made.scatter_add_(1, at[:, None], torch.where(within, smoothing - 1.0, 0.0)[:, None])
         return made.mul_(weights[:, None])
+
+    return _dot(lse - chosen, weights), logits.by_words(hidden, weight, wanted, chunk, slopes)
+
+
+def _by_words_in_passes(
+    passes: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, places: Tensor, weights: Tensor,
+    smoothing: float, wanted: list[bool], chunk: int,
+) -> tuple[Tensor, Gradients]:  # fmt: skip
+    """The same on a GPU, where no chunk is held in fp32."""
+    sums = passes.nothing(len(hidden), hidden)
+    for words in logits.word_chunks(hidden, weight, chunk):
+        made = logits.product(hidden, weight[words], logits.part(bias, words))
+        passes.add_to_sums(made, words.start, places, sums, smoothing > 0)
+        del made
+    lse, chosen = sums.lse(), _taken_off(sums, smoothing, len(weight))
+    constants = _constants(weights, smoothing, len(weight))
+
+    def slopes(words: slice) -> Tensor:
+        made = logits.product(hidden, weight[words], logits.part(bias, words))
+        passes.to_slopes(made, words.start, places, lse, weights, *constants)
+        return made
 
     return _dot(lse - chosen, weights), logits.by_words(hidden, weight, wanted, chunk, slopes)
 

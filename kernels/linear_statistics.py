@@ -79,6 +79,8 @@ def _forward(
     total = hidden.new_zeros(len(hidden) if summed else 0, dtype=dtype)
     if targets is not None:
         logits.check_targets(targets, torch.ones_like(targets, dtype=torch.bool), len(weight))
+    if (passes := logits.passes(hidden)) is not None:
+        return _forward_in_passes(passes, hidden, weight, bias, targets, bend, summed, chunk)
     whole = slice(0, len(weight)), slice(0, len(hidden))
     rowwise = logits.is_whole(hidden.dtype)
     for each in (logits.row_chunks if rowwise else logits.word_chunks)(hidden, weight, chunk):
@@ -99,9 +101,13 @@ def _backward(
     bias: Tensor | None, targets: Tensor | None, lse: Tensor, scale: float, cap: float, wanted: list[bool], chunk: int,
 ) -> logits.Gradients:  # fmt: skip
     """Gradients of hidden, weight and bias; empty where not wanted. by_*: of the outputs, None for none."""
-    bend, rowwise = Bend(scale, cap), logits.is_whole(hidden.dtype)
+    bend, rowwise, passes = Bend(scale, cap), logits.is_whole(hidden.dtype), logits.passes(hidden)
 
     def slopes(rows: slice, words: slice) -> Tensor:
+        if passes is not None:
+            by = [logits.part(each, rows) for each in (by_lse, by_chosen, by_total)]
+            made = logits.product(hidden[rows], weight[words], logits.part(bias, words))
+            return _slopes_in_passes(passes, made, words.start, logits.part(targets, rows), lse[rows], by, bend)
         made, slope = bend.with_slope(hidden[rows], weight[words], logits.part(bias, words))
         if by_lse is None:
             made.zero_()
@@ -121,6 +127,37 @@ def _backward(
         return logits.by_rows(hidden, weight, wanted, chunk, lambda rows: slopes(rows, words))
     rows = slice(0, len(hidden))
     return logits.by_words(hidden, weight, wanted, chunk, lambda words: slopes(rows, words))
+
+
+def _forward_in_passes(
+    passes: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor | None, bend: Bend, summed: bool,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The forward on a GPU: each chunk of the products is read once, in their type."""
+    sums = passes.nothing(len(hidden), hidden)
+    rowwise, all_rows, all_words = logits.is_whole(hidden.dtype), slice(0, len(hidden)), slice(0, len(weight))
+    for each in (logits.row_chunks if rowwise else logits.word_chunks)(hidden, weight, chunk):
+        rows, words = (each, all_words) if rowwise else (all_rows, each)
+        made = logits.product(hidden[rows], weight[words], logits.part(bias, words))
+        chosen = logits.part(targets, rows)
+        passes.add_to_sums(made, words.start, chosen, sums.of(rows), summed, bend.scale, bend.cap)
+        del made
+    none = hidden.new_empty(0, dtype=torch.float32)
+    return sums.lse(), none if targets is None else sums.chosen, sums.total if summed else none.clone()
+
+
+def _slopes_in_passes(
+    passes: Any, made: Tensor, first: int, targets: Tensor | None, lse: Tensor, by: Sequence[Tensor | None], bend: Bend
+) -> Tensor:
+    """Gradients of a chunk of the products in their place, on a GPU. first: its first word; by: of lse, chosen and
+    total. In fp32 a row is whole, and read again for its own sum, which is nearer than what lse rounds to."""
+    by_lse, by_chosen, by_total = by
+    if by_lse is not None and logits.is_whole(made.dtype):
+        sums = passes.nothing(len(made), made)
+        passes.add_to_sums(made, first, None, sums, False, bend.scale, bend.cap)
+        lse, by_lse = sums.top, by_lse / sums.powers
+    passes.to_slopes(made, first, targets, lse, by_lse, by_chosen, by_total, bend.scale, bend.cap)
+    return made
 
 
 def _forward_fake(

@@ -4,13 +4,16 @@
 
 fp32 is chunked by rows. Below fp32 the weight's gradient would then be rounded once a chunk, or be summed in twice its
 bytes; there chunks are of the vocabulary, whose gradients are whole. Logits are rounded to the weight's type and then
-computed with in fp32, as a model does that calls `logits.float()`. The idea of never holding the logits is Cut
-Cross-Entropy's (arXiv:2411.09009).
+computed with in fp32, as a model does that calls `logits.float()`; on a GPU by kernels that pass over a chunk once and
+need no copy of it in fp32 (`passes`). The idea of never holding the logits is Cut Cross-Entropy's (arXiv:2411.09009).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +24,7 @@ STREAMING = 4  # chunks from which on a step streams; with more of them chunks a
 FEWEST = 16  # where a smaller chunk was asked for
 CACHED = 1 << 20  # bytes of logits that a processor's cache holds
 BLOCK = 512  # rows of the hidden state's gradient that are added to at once
+LINE = 16  # bytes a GPU's thread moves at once, from a multiple of them on
 SMALL = 64  # bytes a row that stands for what is of rows alone: targets, sums, losses
 Gradients = tuple[Tensor, Tensor, Tensor]  # of hidden, weight, bias; empty where not wanted
 Slopes = Callable[[slice], Tensor]  # of a chunk's rows or words, the gradient of its logits in fp32 at least
@@ -87,9 +91,27 @@ def made(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return logits if logits.dtype is torch.float64 else logits.to(torch.float32)
 
 
-def part(bias: Tensor | None, words: slice) -> Tensor | None:
-    """The bias of these words."""
-    return None if bias is None else bias[words]
+def product(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Logits in the inputs' type, for the kernels: a tensor of its own, (N, V), whose rows begin a multiple of LINE
+    bytes apart. So products of any number of words read and write it by whole LINEs."""
+    words, each = len(weight), LINE // weight.element_size()
+    out = hidden.new_empty(len(hidden), -(-words // each) * each)[:, :words]
+    if bias is None:
+        return torch.mm(hidden, weight.t(), out=out)
+    return torch.addmm(bias, hidden, weight.t(), out=out)
+
+
+def passes(x: Tensor) -> Any:
+    """The kernels that pass over a chunk once (memopt/kernels/gpu/logits.py), where the tensor is on a GPU and its type
+    is one of theirs; else None."""
+    if not x.is_cuda or x.dtype is torch.float64 or find_spec("triton") is None:
+        return None
+    return import_module("memopt.kernels.gpu.logits")
+
+
+def part(numbers: Tensor | None, of: slice) -> Tensor | None:
+    """The bias of these words, or what is of these rows; None where there is none."""
+    return None if numbers is None else numbers[of]
 
 
 def inside(places: Tensor, words: slice) -> tuple[Tensor, Tensor]:

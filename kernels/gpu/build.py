@@ -18,12 +18,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from memopt.kernels.emit.build import built as emitted
-from memopt.kernels.gpu import adam, exponents, fewbit, fp8, nf4, nf4_linear, pack_bits, quantise, steps
+from memopt.kernels.gpu import adam, exponents, fewbit, fp8, logits, nf4, nf4_linear, pack_bits, quantise, steps
 
 Build = tuple[Any, dict[str, str], dict[str, Any]]  # the kernel, its arguments' types, its constants and `LAUNCH`
 LAUNCH = ("num_warps", "num_stages")  # how it is launched, if not as Triton does by itself
 BUILDS: dict[str, Build] = {}
-for _module in (adam, pack_bits, quantise, fp8, fewbit, nf4, nf4_linear, exponents, steps):
+for _module in (adam, pack_bits, quantise, fp8, fewbit, nf4, nf4_linear, exponents, steps, logits):
     BUILDS |= _module.BUILDS
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 WARP = 32  # threads, on every NVIDIA architecture
