@@ -11,13 +11,16 @@ is what a model added, so large that nothing of the score is left; its gradient 
 
 A chunk holds whole rows of all heads of a sample, so that the backward normalises again from q, k, v and the terms, the
 only things saved: no tensor of Q x K outlives a chunk. Products are in the type of q and v, what is between them in
-fp32 (fp64 for fp64). Chunks as in Rabe and Staats, arXiv:2112.05682, with whole rows; windows as in arXiv:2403.04690.
+fp32 (fp64 for fp64). On a GPU the same is done by kernels in tiles, where they take it. Chunks as in Rabe and Staats,
+arXiv:2112.05682, with whole rows; windows as in arXiv:2403.04690.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -206,6 +209,13 @@ def forward(
     hidden_added: bool, scale: float, cap: float, dropout: float, seed: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """out."""
+    if (tiles := in_tiles(q, v, terms, seed)) is not None:
+        with torch.cuda.device_of(q):  # Triton launches on the current device
+            made: Tensor = tiles.forward(
+                q, k, v, terms, fills, by_distance, added, trained, left, right, hidden, hidden_added, scale, cap,
+                dropout, seed,
+            )  # fmt: skip
+            return made
     scores = Scores(terms, fills, by_distance, added, left, right, hidden, hidden_added, scale, cap, dropout, seed)
     out = joined(q, q.shape[1], v.shape[3])
     for chunk in scores.chunks(q, k):
@@ -225,6 +235,13 @@ def backward(
     hidden: float, hidden_added: bool, scale: float, cap: float, dropout: float, seed: Tensor | None,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of q, k and v, then of the terms that `trained` numbers. Sums over chunks are made in fp32."""
+    if not trained and (tiles := in_tiles(q, v, terms, seed)) is not None:
+        with torch.cuda.device_of(q):
+            made: list[Tensor] = tiles.backward(
+                grad, q, k, v, terms, fills, by_distance, added, trained, left, right, hidden, hidden_added, scale,
+                cap, dropout, seed,
+            )  # fmt: skip
+            return made
     scores = Scores(terms, fills, by_distance, added, left, right, hidden, hidden_added, scale, cap, dropout, seed)
     dq = joined(q, q.shape[1], q.shape[3])
     dk, dv = (joined(x, x.shape[1], x.shape[3], _sum_type(x)).zero_() for x in (k, v))
@@ -232,6 +249,15 @@ def backward(
     for chunk in scores.chunks(q, k):
         _chunk_backward(scores, chunk, grad, (q, k, v), (dq, dk, dv), found)
     return [dq, dk.to(k.dtype), dv.to(v.dtype), *(found[at].to(terms[at].dtype) for at in trained)]
+
+
+def in_tiles(q: Tensor, v: Tensor, terms: Sequence[Tensor], seed: Tensor | None) -> Any:
+    """What keeps scores in registers (memopt/kernels/gpu/chunked_attention.py), on a GPU where it takes them; else
+    None."""
+    if not q.is_cuda or find_spec("triton") is None:
+        return None
+    tiles = import_module("memopt.kernels.gpu.chunked_attention")
+    return tiles if tiles.takes(q, v, terms, seed) else None
 
 
 def _chunk_backward(
@@ -268,7 +294,8 @@ def workspace_bytes(
     q: Tensor, k: Tensor, v: Tensor, terms: Sequence[Tensor], by_distance: Sequence[bool], window: bool, cap: bool,
     dropout: bool,
 ) -> tuple[int, int]:  # fmt: skip
-    """At most what forward and backward hold inside themselves: tensors of a chunk, and sums in a wider type."""
+    """At most what forward and backward hold inside themselves, in bytes: tensors of a chunk, and sums in a wider type;
+    or three numbers a query and a flag a group, by the kernels of a GPU."""
     (heads, queries, width), (groups, keys), value_width = q.shape[1:], k.shape[1:3], v.shape[3]
     rows, item = rows_of(heads, queries, keys), q.element_size()
     full, cast = max(4, item), item if item < 4 else 0  # bytes of a score, and of its copy in a type of less
@@ -283,7 +310,8 @@ def workspace_bytes(
     scores = heads * rows * keys
     sums = sum(4 * x.numel() for x in (k, v, *terms) if x.element_size() < 4 and x.is_floating_point())
     sums += item * (rows * heads * (width + value_width) + keys * groups * max(width, value_width))
-    return forward_scores * scores + parts, backward_scores * scores + parts + sums
+    told = q.shape[0] * (12 * heads * queries + 4 * groups) * q.is_cuda
+    return forward_scores * scores + parts, max(backward_scores * scores + parts + sums, told)
 
 
 def part_bytes(term: Tensor, by_distance: bool, full: int) -> int:

@@ -19,11 +19,12 @@ from triton.compiler import ASTSource
 
 from memopt.kernels.emit.build import built as emitted
 from memopt.kernels.gpu import adam, exponents, fewbit, fp8, logits, nf4, nf4_linear, pack_bits, quantise, steps
+from memopt.kernels.gpu import chunked_attention as attention
 
-Build = tuple[Any, dict[str, str], dict[str, Any]]  # the kernel, its arguments' types, its constants and `LAUNCH`
-LAUNCH = ("num_warps", "num_stages")  # how it is launched, if not as Triton does by itself
+Build = tuple[Any, dict[str, Any], dict[str, Any]]  # the kernel, its arguments' types, its constants and `LAUNCH`
+LAUNCH = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")  # if not as Triton does by itself
 BUILDS: dict[str, Build] = {}
-for _module in (adam, pack_bits, quantise, fp8, fewbit, nf4, nf4_linear, exponents, steps, logits):
+for _module in (adam, pack_bits, quantise, fp8, fewbit, nf4, nf4_linear, exponents, steps, logits, attention):
     BUILDS |= _module.BUILDS
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 WARP = 32  # threads, on every NVIDIA architecture
@@ -36,12 +37,36 @@ def built(capability: int) -> Iterator[tuple[str, Any]]:
     for name, (function, types, given) in BUILDS.items():
         constants = {key: value for key, value in given.items() if key not in LAUNCH}
         launched = {key: value for key, value in given.items() if key in LAUNCH}
-        signature = {**types, **dict.fromkeys(constants, "constexpr")}
-        places = {(function.arg_names.index(arg),): value for arg, value in constants.items()}
         for kind in FLOATS if "*T" in types.values() else ("",):
-            ordered = {arg: signature[arg].replace("*T", f"*{kind}") for arg in function.arg_names}
-            source = ASTSource(fn=function, signature=ordered, constexprs=places)
+            source = _source(function, types, constants, kind)
             yield f"{name} {kind}".strip(), triton.compile(source, target=target, options={**options, **launched})
+
+
+def _source(function: Any, types: dict[str, Any], constants: dict[str, Any], kind: str) -> ASTSource:
+    """Of a kernel's text for these types, *T being one of `kind`."""
+    values: dict[tuple[int, ...], Any] = {}
+    multiples: dict[tuple[int, ...], Any] = {}
+    signature = {}
+    for at, arg in enumerate(function.arg_names):
+        if arg in constants:
+            values[at,], signature[arg] = constants[arg], "constexpr"
+        else:
+            signature[arg] = _typed(types[arg], kind, (at,), values, multiples)
+    return ASTSource(fn=function, signature=signature, constexprs=values, attrs=multiples)
+
+
+def _typed(given: Any, kind: str, at: tuple[int, ...], values: dict[Any, Any], multiples: dict[Any, Any]) -> Any:
+    """A type as Triton takes it. "i32:16": of multiples of 16, which are told apart at launch; in a tuple what is no
+    text is a constant."""
+    if isinstance(given, tuple):
+        return tuple(_typed(each, kind, (*at, place), values, multiples) for place, each in enumerate(given))
+    if not isinstance(given, str):
+        values[at] = given
+        return "constexpr"
+    name, _, multiple = given.replace("*T", f"*{kind}").partition(":")
+    if multiple:
+        multiples[at] = [["tt.divisibility", int(multiple)]]
+    return name
 
 
 def main(words: Sequence[str] | None = None) -> int:
