@@ -37,6 +37,7 @@ gpu: $(READY) ## the tests and benchmarks that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
 	$(BIN)/python -m benchmarks.gpu
 	$(BIN)/python -m benchmarks.gpu.updates
+	$(BIN)/python -m benchmarks.gpu.kernels
 
 bench: $(READY) ## memopt against its peers on this CPU: a table and a picture
 	$(BIN)/python benchmarks/recompute_cpu.py

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from benchmarks.gpu import setup, updates, worker
+from benchmarks.gpu import kernels, setup, updates, worker
 from benchmarks.gpu.__main__ import Command, arguments, has_cuda, main
 from benchmarks.gpu.beds import BEDS, TINY
 from benchmarks.gpu.launch import Ended, environment, launched, run_row
@@ -279,6 +279,22 @@ def test_updates_need_a_gpu_too_and_are_tried_out_without_one(
     lines = capsys.readouterr().out.splitlines()
     assert [line[:20].strip() for line in lines][:4] == ["copy", "torch foreach", "torch fused", "memopt fp32"]
     assert all(" ms " in line and line.endswith("of a copy's bandwidth") for line in lines)
+    assert not list(tmp_path.iterdir())  # no figure of a CPU is a result here
+
+
+def test_kernels_need_a_gpu_too_and_are_tried_out_without_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert kernels.main([]) == 2
+    assert "no CUDA device" in capsys.readouterr().err
+    monkeypatch.setattr(torch, "compile", lambda run, **_: run)
+    assert kernels.main(["--device", "cpu", "--rounds", "2", "--results", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 * len(kernels.FAMILIES) + 6
+    ours = [line for line in lines if line[27:45].strip() == "memopt"]
+    assert len(ours) == len(kernels.FAMILIES) + 2
+    assert all(" ms " in line and " % of a " in line for line in ours)
     assert not list(tmp_path.iterdir())  # no figure of a CPU is a result here
 
 

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from benchmarks.gpu.timing import timed_in_rounds
 from benchmarks.record import RESULTS, command, surroundings, write_lines
 from memopt.optim import AdamW, AdamW4bit, AdamW8bit, AdamWBf16
 from memopt.runtime.resident import distinct_bytes, resident_tensors
@@ -60,13 +59,10 @@ def compared(device: str, dtype: torch.dtype, rounds: int) -> list[dict[str, Any
             continue
         state = distinct_bytes(resident_tensors(list(optimizer.state.values())))
         steps[name], rows[-1]["bytes"] = optimizer.step, sum(3 * one.nbytes for one in p) + 2 * state
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds + 1):
-        for name, step in steps.items():
-            seconds[name].append(timed(step, device))
+    found = timed_in_rounds(steps, rounds, device)
     for row in rows:
-        if found := seconds.get(row["entry"], [])[1:]:  # the first warms up
-            row |= {"seconds": median(found), "rounds": found}
+        row |= found.get(row["entry"], {})
+        if "seconds" in row:
             row["share"] = row["bytes"] / row["seconds"] / (rows[0]["bytes"] / rows[0]["seconds"])
     return rows
 
@@ -78,16 +74,6 @@ def prepared(build: Build, device: str, dtype: torch.dtype) -> tuple[Optimizer, 
     for one in p:
         one.grad = torch.randn_like(one)
     return build(p), p
-
-
-def timed(step: Callable[[], Any], device: str) -> float:
-    """Seconds to the end of its last kernel."""
-    wait: Callable[[], Any] = torch.cuda.synchronize if device == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
-    step()
-    wait()
-    return time.perf_counter() - start
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -21,6 +21,7 @@ from memopt.runtime.measure import measure, measure_step
 from memopt.runtime.opcost import OpCosts
 
 MIB = 2**20
+BITS = "-generated_kernels"  # which round otherwise, and not the same in every plan
 
 
 @pytest.fixture(autouse=True)
@@ -175,11 +176,12 @@ def test_a_step_given_up_does_not_free_what_is_still_copied() -> None:
 def test_activations_in_host_memory_change_nothing_and_hold_the_budget(lowering: str) -> None:
     """Ten steps behind one another, memory dirtied between: a copy read before it is there would show."""
     plain, inputs = wide_llama()
-    whole, wanted = ran(plain, inputs, lowering, {})
+    whole, wanted = ran(plain, inputs, lowering, {"passes": BITS})
     model, inputs = wide_llama()
-    free = memopt.plan(model, inputs, budget="90%", lowering=lowering, passes="-recompute")
+    passes = f"-recompute,{BITS}"
+    free = memopt.plan(model, inputs, budget="90%", lowering=lowering, passes=passes)
     budget = round(free.plan.peak * 0.85)
-    peak, found = ran(model, inputs, lowering, {"host_budget": "8GB", "passes": "-recompute"}, budget)
+    peak, found = ran(model, inputs, lowering, {"host_budget": "8GB", "passes": passes}, budget)
     assert [lever.lever for lever in model.memopt.plan.levers] == ["offload_host"]
     assert peak <= budget < whole
     close = torch.equal if lowering == "eager" else partial(torch.allclose, rtol=1e-3, atol=1e-5)  # other kernels
@@ -256,6 +258,7 @@ def test_the_optimizers_state_in_host_memory_changes_no_bit_and_holds_the_budget
             model: Any = nn.Sequential(*(nn.Linear(2048, 2048) for _ in range(6)))
             x = torch.randn(16, 2048)
         optimizer = torch.optim.AdamW(model.parameters())
+        options |= {"passes": BITS}
         model = memopt.compile(model, budget, optimizer=optimizer, lowering="eager", gradients="all", **options)
         step = measure_step(lambda: model(x).square().mean(), optimizer, resident=[model, x], warmup=3, repeats=3)
         states = (state for _, state in sorted(optimizer.state_dict()["state"].items()))
@@ -277,7 +280,7 @@ def test_gradients_in_host_memory_are_clipped_and_accumulated_to_the_bit() -> No
             batches = [torch.randn(16, 2048) for _ in range(6)]
         optimizer = torch.optim.AdamW(model.parameters())
         model = memopt.compile(
-            model, budget, optimizer=optimizer, lowering="eager", gradients="all", accumulate=2, **options
+            model, budget, optimizer=optimizer, lowering="eager", gradients="all", accumulate=2, passes=BITS, **options
         )
         for at in range(3):
             if at == 2:
@@ -315,3 +318,22 @@ def test_trained_weights_in_bytes_are_those_of_the_cpu() -> None:
         wanted = before - 1e-2 * gradient
         error = (model.weight.detach() - wanted).float().norm() / wanted.float().norm()
         assert error == 0 if codec == "exponents" else error < 0.02
+
+
+@pytest.mark.parametrize("name", ["llama-tiny", "gpt2-tiny"])
+def test_generated_kernels_hold_the_plan_and_are_as_near_as_the_operations(name: str) -> None:
+    """Every kernel of the step runs on the device; gradients differ from the operations' by rounding alone."""
+    found, peaks = {}, {}
+    for passes in (BITS, ""):
+        model, inputs = made(name)
+        memopt.compile(model, "90%", lowering="eager", passes=passes)
+        for _ in range(3):
+            model.zero_grad()
+            torch.cuda.reset_peak_memory_stats()
+            model(**inputs).loss.backward()
+        peaks[passes], found[passes] = torch.cuda.max_memory_allocated(), gradients(model)
+        assert bool(model.memopt.plan.kernels) == (passes == "")
+        assert peaks[passes] <= model.memopt.plan.peak * 1.01 + MIB
+    for parameter, wanted in found[BITS].items():
+        error = (found[""][parameter] - wanted).norm() / wanted.norm()
+        assert error < 1e-4, (parameter, error)
