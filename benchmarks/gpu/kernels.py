@@ -31,6 +31,7 @@ from memopt.runtime.opcache import cache_dir
 SIZES = {"cuda": (1, 8192, 4096, 14336, 128), "cpu": (1, 64, 64, 96, 16)}  # (B, S, C, F, D)
 WORDS = {"cuda": 128256, "cpu": 1000}
 WINDOW = {"cuda": 1024, "cpu": 16}
+DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}  # a CPU's norm wants its statistics in bfloat16 too
 BASE, OURS = "plain", "memopt"
 Entry = Callable[[], Any]
 LIGER: dict[str, tuple[str, tuple[Any, ...]]] = {  # family -> its function, and what it takes besides
@@ -133,7 +134,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print("cannot run: torch sees no CUDA device here; --device cpu tries it out", file=sys.stderr)
         return 2
     typed = command("gpu.kernels", sys.argv[1:] if words is None else words)
-    rows = compared(asked.device, torch.bfloat16, asked.rounds)
+    rows = compared(asked.device, DTYPES[asked.device], asked.rounds)
     print("\n".join(map(told, rows)), flush=True)
     if asked.device == "cuda":  # a try-out leaves no result
         write_lines(asked.results / "gpu_kernels.jsonl", [{"surroundings": surroundings(), "command": typed}, *rows])
