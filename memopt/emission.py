@@ -327,7 +327,7 @@ def computes(node: fx.Node) -> bool:
         return False
     known = facts(node)
     fresh = [made for made in known.made if made is not None]
-    plain = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace in ("aten", "prims")
+    plain = isinstance(node.target, torch._ops.OpOverload) and node.target.namespace in ("aten", "prims", "memopt")
     return (
         plain
         and name_of(node) in UNDERSTOOD

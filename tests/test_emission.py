@@ -194,6 +194,21 @@ def test_a_budget_between_is_held_and_less_is_made_again(plain: tuple[int, list[
     assert made[ON] <= made[""]
 
 
+def test_what_is_saved_in_bytes_is_unpacked_in_the_kernel_that_reads_it(plain: tuple[int, list[float]]) -> None:
+    options = {"allow": ("int8_activations",), "max_grad_error": 1.0}
+    model, optimizer = compiled(int(0.75 * plain[0]), passes=f"{ON},-recompute,-stream", **options)
+    losses = train(model, optimizer)
+    assert losses == pytest.approx(plain[1], rel=1e-2)
+    assert model.memopt.measured.peak_bytes <= model.memopt.plan.peak
+    titles = [told(region) for region in planned_regions(model)]
+    assert any(title.startswith("unpack_int8") and "mul" in title for title in titles)
+
+
+def planned_regions(model: Any) -> tuple[Region, ...]:
+    """Of the latest plan."""
+    return tuple(model.memopt._session.latest.kernels)
+
+
 def test_a_refusal_names_a_floor_that_is_planned_and_one_byte_less_is_refused(unadvised: None) -> None:
     def floor(budget: int) -> int | None:
         model = compiled(budget, passes=ON)[0]

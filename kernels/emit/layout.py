@@ -60,6 +60,8 @@ def layout_of(graph: fx.Graph, outputs: Sequence[Tensor]) -> Layout:
     """Rows, where anything in the region sums them or sums over them; else elements. Raises Unreadable where rows have
     several lengths, or one that no program holds."""
     count = max((out.numel() for out in outputs), default=0)
+    packed = (node.args[0] for node in graph.nodes if name_of(node) == "pack_bits")
+    count = max((count, *(prod(shape_of(x)) for x in packed)))
     lengths, most = set[int](), WIDEST
     for node in (node for node in graph.nodes if name_of(node) in REDUCTIONS):
         shape, dims = shape_of(node.args[0]), reduced(node)

@@ -19,6 +19,7 @@ from memopt.kernels.emit import words
 from memopt.kernels.emit.indices import Unreadable
 from memopt.kernels.emit.layout import Layout
 from memopt.kernels.emit.nodes import shape_of
+from memopt.kernels.emit.packed import PACK_BITS
 from memopt.kernels.emit.primitive import TAKEN_APART
 from memopt.kernels.emit.views import VIEWS
 from memopt.kernels.emit.words import POINTER
@@ -26,7 +27,7 @@ from memopt.kernels.emit.writer import AT, COL, ROW, SPECIAL, Writer
 
 WIDE = 2**31  # elements from which indices need 64 bits
 # Operations that a region may have; of what others decompose into, nothing is known.
-UNDERSTOOD = frozenset({*words.SPELLED, *VIEWS, *SPECIAL, *TAKEN_APART})
+UNDERSTOOD = frozenset({*words.SPELLED, *VIEWS, *SPECIAL, *TAKEN_APART, PACK_BITS})
 
 
 @dataclass(frozen=True)

@@ -115,7 +115,7 @@ ARITHMETIC: dict[str, Callable[..., str]] = {
     "clamp": _clamped,
     "clamp_most": lambda x, most: _clamped(x, None, most),
 }
-HELPERS = ("tanh", "log1p", "expm1")  # of memopt.kernels.gpu.functions
+HELPERS = ("tanh", "log1p", "expm1", "e4m3")  # of memopt.kernels.gpu.functions
 # Of values in their common type.
 COMPARISON: dict[str, Callable[..., str]] = {
     "eq": lambda a, b: f"{a} == {b}",

@@ -16,9 +16,11 @@ from memopt.kernels.emit.indices import Index, Unreadable, counting, flattened, 
 from memopt.kernels.emit.layout import layout_of, over_rows
 from memopt.kernels.emit.masks import Masks, within
 from memopt.kernels.emit.nodes import REDUCTIONS, argument, dimension, kind_of, name_of, reduced, shape_of, value_of
+from memopt.kernels.emit.packed import PACK_BITS, UNPACKED, unpacked
 from memopt.kernels.emit.views import VIEWS, Place, first_of, spread
 from memopt.kernels.emit.words import Value, constant, kind, spelled
 
+EIGHT = 8
 AT, ROW, COL = "at", "row", "col"  # what kernels count with: elements; rows and columns
 TAKEN = frozenset({AT, ROW, COL, "tl", "program", "tile", "triton", "kernel", "sum", "abs", "pow", "range", "float",
                    *words.HELPERS})  # fmt: skip
@@ -74,6 +76,9 @@ class Writer:
         """Write a result; whether it is a sum over all rows, of which each program writes its own."""
         if not isinstance(node, fx.Node):
             raise Unreadable("a result that is no tensor")
+        if name_of(node) == PACK_BITS:
+            self.pack_bits(at, node)
+            return False
         if self.layout.columns and (summed := over_rows(node, self.layout)) is not None:
             self.add_up(f"y{at}", summed)
             return True
@@ -83,6 +88,27 @@ class Writer:
         single = f" + {ROW if self.layout.columns else AT} * 0" if self.layout.rows == 1 else ""  # else no block
         self.lines.append(f"tl.store(y{at}_ptr + {where.text()}{single}, {stored}{self.mask(where, ())})")
         return False
+
+    def pack_bits(self, at: int, node: fx.Node) -> None:
+        """Write masks, eight to a byte: what a program's elements are is eight times as many bytes'."""
+        x: Any = node.args[0]
+        like = torch.empty_strided(shape_of(x), argument(node, 1), device="meta")
+        count = self.layout.rows
+        if self.layout.columns or count != like.numel() or count < EIGHT:
+            raise Unreadable("masks that are packed among rows")
+        value = self.value(x, self.enumerated(like), ()).cast("int32")
+        text = value.text if AT in value.axes else f"tl.broadcast_to({value.text}, [BLOCK])"
+        text = f"tl.where({AT} < {count}, {text}, 0)" if count % self.layout.block else text
+        bits = f"tl.reshape({text}, [BLOCK // 8, 8]) << tl.arange(0, 8)[None, :]"
+        self.lines.append(f"bits_{at} = tl.sum({bits}, 1).to(tl.uint8)")
+        self.lines.append(f"byte_{at} = tl.program_id(0) * (BLOCK // 8) + tl.arange(0, BLOCK // 8)")
+        self.lines.append(f"tl.store(y{at}_ptr + byte_{at}, bits_{at}, mask=byte_{at} < {-(-count // 8)})")
+
+    def pointer_of(self, node: Any) -> str:
+        """The name of what is read whole. Raises Unreadable for what the region makes itself."""
+        if node not in self.pointer:
+            raise Unreadable("bytes that the region makes itself")
+        return self.pointer[node][0]
 
     def address(self, like: Tensor) -> Index:
         """Of the element of a result."""
@@ -294,4 +320,5 @@ SPECIAL: dict[str, Callable[[Writer, fx.Node, Place, Masks], Value]] = {
     "where": Writer.chosen,
     "cat": Writer.concatenated,
     "slice_scatter": Writer.placed,
+    **dict.fromkeys(UNPACKED, unpacked),
 }

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from memopt.kernels.fp8 import GROUP, LARGEST, SMALLEST, nbytes
+from memopt.kernels.gpu.functions import e4m3
 
 ROWS = 4  # groups a program
 
@@ -29,16 +30,6 @@ def _code(value):
     denormal = (tl.abs(value) + 16384.0).to(tl.int32, bitcast=True) & 0x7FFFFF
     code = tl.where(size < (121 << 23), denormal, normal)
     return tl.where(value != value, 0x7F, code | sign)
-
-
-@triton.jit
-def _value(code):
-    """The fp32 of an e4m3 in int32."""
-    size = code & 0x7F
-    normal = ((size << 20) + (120 << 23)).to(tl.float32, bitcast=True)
-    value = tl.where(size < 8, size.to(tl.float32) * 0.001953125, normal)
-    value = tl.where(size == 0x7F, float("nan"), value)
-    return tl.where((code & 0x80) != 0, -value, value)
 
 
 @triton.jit
@@ -66,7 +57,7 @@ def unpack_kernel(scales, codes, out, count, groups, GROUP: tl.constexpr, ROWS: 
     at = (row * GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
     scale = tl.load(scales + row, mask=row < groups, other=0.0)
     code = tl.load(codes + at, mask=at < count, other=0).to(tl.int32)
-    value = _value(code) * scale[:, None]
+    value = e4m3(code) * scale[:, None]
     tl.store(out + at, value.to(out.dtype.element_ty), mask=at < count)
 
 

@@ -19,6 +19,16 @@ def tanh(x):
 
 
 @triton.jit
+def e4m3(code):
+    """The fp32 of an e4m3 in int32, by integers: no instruction does so before compute capability 8.9."""
+    size = code & 0x7F
+    normal = ((size << 20) + (120 << 23)).to(tl.float32, bitcast=True)
+    value = tl.where(size < 8, size.to(tl.float32) * 0.001953125, normal)
+    value = tl.where(size == 0x7F, float("nan"), value)
+    return tl.where((code & 0x80) != 0, -value, value)
+
+
+@triton.jit
 def log1p(x):
     """log(u) x / (u - 1) with u = 1 + x: what rounding u loses, the quotient makes good (W. Kahan)."""
     u = 1.0 + x

@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 pytest.importorskip("triton")
 
-from memopt.kernels import generated
+from memopt.kernels import fewbit, fp8, generated, pack_bits, quantise  # noqa: F401  # their operations
 from memopt.kernels.emit import families
 from memopt.kernels.emit.families import FAMILIES, inputs_of, region
 from memopt.kernels.emit.indices import Unreadable, contiguous, counting, flattened, reshaped, unravelled
@@ -179,6 +179,32 @@ def test_strides_and_gaps_of_inputs(tmp_path: Path) -> None:
     x, y = values(6, 40)[:, 3:35:2], values(16, 6).t()
     same(lambda x, y: (x * y, x.sum(-1, keepdim=True) * y), x, y, folder=tmp_path)
     same(lambda x, y: torch.softmax(x + y, -1), x, y, folder=tmp_path)
+
+
+@pytest.mark.parametrize("codec", ["bits", "fp8", "int8", "int4", "int2", "int8_64", "int4_128"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_saved_values_are_unpacked_where_they_are_read(codec: str, turned: bool, tmp_path: Path) -> None:
+    """Bit for bit what the operation makes, times two: a product and a sum are rounded apart, as a GPU is told to."""
+    x = values(12, 100).t() if turned else values(100, 12)
+    x = x > 0 if codec == "bits" else x
+    pack, unpack = (getattr(torch.ops.memopt, f"{way}_{codec}") for way in ("pack", "unpack"))
+    packed = pack(x, x.stride())
+
+    def run(packed: Tensor, y: Tensor) -> Tensor:
+        return unpack(packed, x.shape, x.stride(), x.dtype) * 2 * y
+
+    text = same(run, packed, torch.ones_like(x, dtype=torch.float32), folder=tmp_path)
+    assert text.count("tl.load(x0_ptr") > 0
+
+
+@pytest.mark.parametrize("count", [8, 9, 1000, 1024, 3000])
+def test_masks_are_packed_where_they_are_made(count: int, tmp_path: Path) -> None:
+    x = values(count)
+    pack = torch.ops.memopt.pack_bits
+    same(lambda x: (pack(x > 0, [1]), x.relu()), x, folder=tmp_path)
+    same(lambda x: pack(x.sin() > 0.5, [1]), x, folder=tmp_path)
+    turned = values(count, 3).t()
+    same(lambda x: (pack(x > 0, x.stride()), x * 2), turned, folder=tmp_path)
 
 
 def test_a_row_is_read_once_however_many_sums_it_goes_into(tmp_path: Path) -> None:
