@@ -52,6 +52,7 @@ from memopt.runtime import disk
 from memopt.seams import parts_of
 from memopt.solvers import solve
 from memopt.solvers.overlapped import solve_overlapped
+from memopt.streams import renumbered
 from memopt.timeline import peak
 from memopt.trained import (
     affordable,
@@ -93,7 +94,8 @@ class Planned:
     left_out: rewrites of the forward that it does without, beyond those that were switched off. chunks: in how many
     what streams is to run; 0: nothing does. shards: ranks that share one copy of the optimizer's state; 0: there are no
     others. overlaps: whether there are copies that may go on while other steps run. kernels: regions that run as one;
-    beside: whether such kernels stand in Inductor's code, where they move fewer bytes.
+    beside: whether such kernels stand in Inductor's code, where they move fewer bytes. numbers: of chunks, of steps
+    that stream in fewer than the others.
     """
 
     result: PlanResult
@@ -111,6 +113,7 @@ class Planned:
     overlaps: bool = False
     kernels: tuple[Region, ...] = ()
     beside: bool = False
+    numbers: Mapping[str, int] = field(default_factory=dict)
 
     @cached_property
     def released(self) -> PlanResult:
@@ -159,7 +162,9 @@ class Planned:
         prefix = _prefix(place)
         mine = [step for step in edit(self.whole, self.remakes(place)).steps if _owner(step.name) == prefix]
         own = (tuple(n.removeprefix(prefix) for n in (s.name, *s.reads) if _owner(n) == prefix) for s in mine)
-        return (*own, *((region.step.removeprefix(prefix), region.key) for region in self.regions(prefix)))
+        kernels = ((region.step.removeprefix(prefix), region.key) for region in self.regions(prefix))
+        numbers = ((n.removeprefix(prefix), str(k)) for n, k in self.numbers.items() if _owner(n) == prefix)
+        return (*own, *kernels, *numbers)
 
     def regions(self, prefix: str) -> tuple[Region, ...]:
         """The regions of the runs whose steps' names begin so that run as one kernel."""
@@ -182,6 +187,7 @@ class Planned:
     def applied(self, program: Program, remakes: Sequence[Remake], fences: Fences) -> Program:
         """One of the step's programs with its remakes inserted, verified; kernels' borders marked, or ours put in."""
         changed = fenced(apply_plan(program, self.whole, remakes), self.contracted, remakes, fences)
+        changed = renumbered(changed, self.numbers) if self.numbers else changed
         mine = beating_inductor(changed) if self.beside else self.regions(program.prefix)
         return in_kernels(changed, mine) if mine else changed
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from memopt.accuracy import Accuracy
 from memopt.capture import Survey, survey
+from memopt.chunking import widened
 from memopt.dumps import plan_made
 from memopt.generation import with_kernels, with_kernels_beside
 from memopt.noise import LOSSY, Noise
@@ -288,6 +289,8 @@ class Planner:
             planned = with_kernels_beside(planned, programs) if request.kernels else planned
         if request.lowering == "eager" and request.kernels:
             planned = with_kernels(planned, programs, request, search)
+        if request.lowering == "eager" and not request.quick:
+            planned = widened(planned, programs)
         return planned
 
     def advised(self, planned: Planned, found: Survey, call: Call | None) -> PlanResult:

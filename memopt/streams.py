@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from torch import fx
@@ -47,8 +47,15 @@ def in_chunks(survey: Survey, chunks: int) -> Survey:
 
 
 def _changed(capture: Capture, chunks: int) -> Capture:
-    program = capture.program.copy()
+    every = (capture.program.name(node) for node in streamed_nodes(capture.program))
+    return replace(capture, program=renumbered(capture.program, dict.fromkeys(every, chunks)))
+
+
+def renumbered(program: Program, numbers: Mapping[str, int]) -> Program:
+    """The program with these of its steps in so many chunks."""
+    program = program.copy()
     for node in streamed_nodes(program):
-        node.args = (*node.args[:-1], IN_CHUNKS[node.target](chunks))
-        node.meta.pop(FACTS, None)
-    return replace(capture, program=program)
+        if (name := program.name(node)) in numbers:
+            node.args = (*node.args[:-1], IN_CHUNKS[node.target](numbers[name]))
+            node.meta.pop(FACTS, None)
+    return program

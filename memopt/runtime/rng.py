@@ -29,12 +29,12 @@ def _set_state(state: torch.Tensor, device: str) -> None:
         torch.set_rng_state(state)
 
 
-def draw(op: Any, device: str, state: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+def draw(op: Any, device: str, state: torch.Tensor, /, *args: Any, **kwargs: Any) -> Any:
     """The op as the forward runs it. state: as `generator_state` gave it just before; named here to keep it."""
     return op(*args, **kwargs)
 
 
-def draw_again(op: Any, device: str, state: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+def draw_again(op: Any, device: str, state: torch.Tensor, /, *args: Any, **kwargs: Any) -> Any:
     """The same draw once more; the generator is left as it was found."""
     now = generator_state(device)
     _set_state(state, device)
