@@ -9,10 +9,12 @@ stored, and its values below fp32 are not rounded in between: other rounding, th
 
 from __future__ import annotations
 
+import logging
 import operator
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import ceil, prod
 from typing import Any
 
@@ -28,6 +30,8 @@ from memopt.kernels.generated import GENERATED, KERNELS, Kernel
 from memopt.merged import HALF, Region
 from memopt.program import FORWARD, Program, boundary
 from memopt.runtime.opcache import cache_dir
+
+log = logging.getLogger("memopt")
 
 MOST_STEPS = 48  # of a region: what a program holds in registers is bounded, and what is tried to find it
 MOST_TENSORS = 24
@@ -54,8 +58,21 @@ _WRITTEN: dict[str, Source | str] = {}  # by structure: layers repeat
 
 def regions(program: Program) -> tuple[Region, ...]:
     """The regions worth a kernel, in the order they run."""
-    nodes = list(program.graph.nodes)
-    return tuple(_described(program, found, nodes[ceil(found.place)]) for found in _Finder(program).found())
+    nodes, every = list(program.graph.nodes), _Finder(program).found()
+    return tuple(_described(program, one, nodes[ceil(one.place)]) for one in every if _builds(one.source.key))
+
+
+@cache
+def _builds(key: str) -> bool:
+    """Whether the GPU that is here can run the kernel, if there is one: a step must not find out at its first call."""
+    if not torch.cuda.is_available():
+        return True
+    from memopt.kernels.emit.build import obstacle
+
+    high, low = torch.cuda.get_device_capability()
+    if why := obstacle(KERNELS[key], 10 * high + low):
+        log.warning("memopt: the kernel %s is left out, its operations run one by one: %s", KERNELS[key].path, why)
+    return not why
 
 
 def beating_inductor(program: Program) -> tuple[Region, ...]:

@@ -15,6 +15,8 @@ from torch import Tensor, fx, nn
 
 pytest.importorskip("triton")
 
+from triton.compiler.errors import CompilationError
+
 import memopt
 from memopt import emission
 from memopt.emission import beating_inductor, emitted, kernels_of, regions
@@ -314,6 +316,31 @@ def test_graphs_that_run_several_times_share_their_kernels(plain: tuple[int, lis
     assert model.memopt.plan.breaks > 1
     assert model.memopt.plan.kernels[0].count > 6
     assert measured[ON] <= measured[""]
+
+
+def test_a_kernel_that_the_gpu_here_cannot_run_is_left_out_and_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from memopt.kernels.emit import build
+
+    program = captured(Tower(1), torch.randn(4, 8, 32))
+    every = regions(program)
+    title = generated.KERNELS[every[0].key].source.text
+
+    def compiled(kernel: generated.Kernel, capability: int) -> None:
+        assert capability == 90
+        if kernel.source.text == title:
+            raise CompilationError("def kernel(): ...", None, "no such instruction")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(build, "compiled", compiled)
+    emission._builds.cache_clear()
+    found = regions(program)
+    emission._builds.cache_clear()
+    assert found == tuple(region for region in every if region.key != every[0].key)
+    assert len(found) < len(every)
+    assert [record.message for record in caplog.records if "no such instruction" in record.message]
 
 
 def test_kernels_of_a_program_are_told() -> None:

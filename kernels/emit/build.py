@@ -1,4 +1,4 @@
-"""Emitted kernels of the families, compiled for an architecture without a GPU."""
+"""Emitted kernels compiled for an architecture, with or without a GPU."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.errors import TritonError
 
 from memopt.kernels.emit.families import FAMILIES, inputs_of, region
 from memopt.kernels.generated import Kernel
@@ -31,6 +32,15 @@ def compiled(kernel: Kernel, capability: int) -> Any:
     ast = ASTSource(fn=function, signature=signature, constexprs=sizes, attrs=told)
     options = {"num_warps": source.layout.warps, "enable_fp_fusion": False}
     return triton.compile(ast, target=GPUTarget("cuda", capability, WARP), options=options)
+
+
+def obstacle(kernel: Kernel, capability: int) -> str:
+    """Why this compute capability cannot run it, in the compiler's words; "" if it can."""
+    try:
+        compiled(kernel, capability)
+    except (TritonError, RuntimeError) as error:  # the second: of LLVM and of ptxas, by version
+        return str(error).strip().split("\n")[-1]
+    return ""
 
 
 def built(capability: int, folder: Path) -> Iterator[tuple[str, Any]]:
