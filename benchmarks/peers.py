@@ -19,7 +19,7 @@ from benchmarks.checkpoints import BLOCKS, EVERY_SECOND, checkpointed
 from memopt.api import make_request
 from memopt.attach import attach
 from memopt.errors import BudgetError
-from memopt.pipeline import Planned
+from memopt.planned import Planned
 from memopt.runtime.here import device_of
 from memopt.session import Session
 

@@ -11,7 +11,7 @@ from memopt.capture import Survey
 from memopt.errors import PlanFileError
 from memopt.noise import LOSSY, Noise
 from memopt.passes import TRADES
-from memopt.pipeline import Planned
+from memopt.planned import Planned
 from memopt.probe import Probe, measured_noise, probe_of
 from memopt.request import Request
 from memopt.smaller import Call

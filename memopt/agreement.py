@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 from memopt.errors import MemoptError
 from memopt.optim.sharded import Sharded
-from memopt.pipeline import Planned
 from memopt.planfile import PlanFile, dumps, loads, to_plan_file
+from memopt.planned import Planned
 
 Make = Callable[[PlanFile | None], Planned]
 

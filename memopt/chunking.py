@@ -17,7 +17,7 @@ from memopt.compose import without_outputs
 from memopt.facts import facts
 from memopt.fusion import Fences
 from memopt.graph import StepGraph
-from memopt.pipeline import Planned
+from memopt.planned import Planned
 from memopt.program import Program
 from memopt.streamed import STREAMED, STREAMED_BACKWARD
 from memopt.streams import renumbered, streamed_nodes

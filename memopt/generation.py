@@ -19,7 +19,7 @@ from memopt.emission import beating_inductor, regions
 from memopt.fusion import Fences
 from memopt.graph import StepGraph
 from memopt.merged import Region, harmless, merged
-from memopt.pipeline import Planned
+from memopt.planned import Planned
 from memopt.plans import Plan
 from memopt.program import Program
 from memopt.report import Lever

@@ -13,7 +13,7 @@ from memopt.fusion import Fences
 from memopt.graph import StepGraph
 from memopt.inductor import Half, generate
 from memopt.joints import Part
-from memopt.pipeline import Planned
+from memopt.planned import Planned
 from memopt.plans import Plan
 from memopt.profiling import SECONDS
 from memopt.program import Program, split

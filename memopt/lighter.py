@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from memopt.edit import HOST
 from memopt.errors import BudgetError, PlanFileError
-from memopt.pipeline import Planned
+from memopt.planned import Planned
 from memopt.planning import Planner
 from memopt.report import Lever, PlanResult
 from memopt.request import Request

@@ -9,25 +9,19 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 from torch.optim import Optimizer
 
-from memopt.applied import apply_plan
 from memopt.capture import Survey
-from memopt.compose import whole_step, with_inputs, with_workspaces, without_outputs
+from memopt.compose import whole_step, with_inputs, with_workspaces
 from memopt.cost import CostModel, Measured, Roofline
 from memopt.dumps import CAPTURED, count, dump_program, passed
 from memopt.early import anchors, overtaken
 from memopt.edit import DISK, HOST, Remake, edit
-from memopt.emission import beating_inductor, emitted
-from memopt.errors import VerifyError
-from memopt.fences import fenced
-from memopt.fusion import Fences, Fused, expanded, fused, fused_seconds, unfused
+from memopt.fusion import Fused, fused, fused_seconds, unfused
 from memopt.garbage import collected_later
-from memopt.graph import StepGraph, verify
+from memopt.graph import StepGraph
 from memopt.joints import Part
-from memopt.merged import Region, merged
 from memopt.noise import Noise
 from memopt.optim.moved import GRADIENTS, PLACES
 from memopt.optim.photograph import WHOLE, OptimizerPhase
@@ -38,8 +32,8 @@ from memopt.overlap import OVERLAP, moves
 from memopt.passbase import Trade
 from memopt.passes import CLEANUPS, TRADES
 from memopt.passes.offload import OffloadDisk, OffloadHost
-from memopt.photograph import photograph
 from memopt.planfile import PlanFile
+from memopt.planned import Planned
 from memopt.plans import Plan, Problem, Status
 from memopt.prices import Meter, priced, unmeasured
 from memopt.program import Program
@@ -52,8 +46,6 @@ from memopt.runtime import disk
 from memopt.seams import parts_of
 from memopt.solvers import solve
 from memopt.solvers.overlapped import solve_overlapped
-from memopt.streams import renumbered
-from memopt.timeline import peak
 from memopt.trained import (
     affordable,
     candidates,
@@ -65,7 +57,6 @@ from memopt.trained import (
     unread,
     update_phase,
 )
-from memopt.units import format_size
 
 Progress = Callable[[str, float | None], None]
 UNMEASURED = Noise()
@@ -82,132 +73,6 @@ class Costs:
     workspaces: Mapping[str, int] = field(default_factory=dict)
     libraries: int = 0
     meter: Meter = unmeasured
-
-
-@dataclass(frozen=True)
-class Planned:
-    """result: what is shown. problem: what was solved, on the contracted graph.
-
-    signatures, names: of the programs of the step's runs, in order (`Program.names`).
-    lowered_released: as `PlanResult.lowered`, when the caller lets go of the outputs beside the loss. fences: how far
-    the compiler is held to the plan's kernels. update: how the optimizer is to step. lowering: what runs it.
-    left_out: rewrites of the forward that it does without, beyond those that were switched off. chunks: in how many
-    what streams is to run; 0: nothing does. shards: ranks that share one copy of the optimizer's state; 0: there are no
-    others. overlaps: whether there are copies that may go on while other steps run. kernels: regions that run as one;
-    beside: whether such kernels stand in Inductor's code, where they move fewer bytes. numbers: of chunks, of steps
-    that stream in fewer than the others.
-    """
-
-    result: PlanResult
-    problem: Problem
-    contracted: Fused
-    signatures: tuple[str, ...]
-    names: tuple[Mapping[str, str], ...]
-    lowered_released: Mapping[str, int] = field(default_factory=dict)
-    fences: Fences = Fences.FREE
-    update: Update = WHOLE
-    lowering: str = "eager"
-    left_out: frozenset[str] = frozenset()
-    chunks: int = 0
-    shards: int = 0
-    overlaps: bool = False
-    kernels: tuple[Region, ...] = ()
-    beside: bool = False
-    numbers: Mapping[str, int] = field(default_factory=dict)
-
-    @cached_property
-    def released(self) -> PlanResult:
-        """The result when the caller drops the forward's outputs beside the loss before the backward begins."""
-        before, after = (without_outputs(graph) for graph in (self.result.before, self.result.after))
-        plain = self.result.plain and without_outputs(self.result.plain)
-        lowered = self.lowered_released
-        plan = replace(self.result.plan, peak=max(lowered.values(), default=peak(after, self.result.block)))
-        return replace(self.result, before=before, after=after, plain=plain, plan=plan, lowered=lowered)
-
-    def noted(self, note: str) -> Planned:
-        """The plan with one more thing to say."""
-        return replace(self, result=replace(self.result, notes=(*self.result.notes, note)))
-
-    def missing(self, missed: int) -> Planned:
-        """The plan when real steps were seen to take `missed` bytes more than predicted: added to every phase."""
-        if not missed:
-            return self
-        result = self.result
-        plan = replace(result.plan, peak=result.plan.peak + missed)
-        phases = {name: size + missed for name, size in result.phases.items()}
-        free = {name: size + missed for name, size in self.lowered_released.items()}
-        lifted = replace(result, budget=result.budget + missed, plan=plan, lowered=phases)
-        return replace(self, result=lifted, lowered_released=free)
-
-    def instead_of(self, refused: PlanResult) -> Planned:
-        """The plan, saying that it is not what the compiler's code would have been."""
-        least, budget = format_size(refused.plan.peak), format_size(refused.budget)
-        note = f"runs in the eager lowering: Inductor's code takes {least} at least, of a budget of {budget}"
-        return replace(self, result=replace(self.result, notes=(note, *self.result.notes)))
-
-    def places(self, signature: str) -> tuple[int, ...]:
-        """Which runs of the step are of the graph with this signature; none if it is not part of the plan."""
-        return tuple(place for place, known in enumerate(self.signatures) if known == signature)
-
-    def named(self, program: Program, place: int) -> Program:
-        """The program of this run, under the names of the plan."""
-        return replace(program, prefix=_prefix(place), names=self.names[place])
-
-    def remakes(self, place: int) -> tuple[Remake, ...]:
-        """The remakes of this run."""
-        return tuple(r for r in self.expanded(self.result.plan) if _owner(r.value) == _prefix(place))
-
-    def decisions(self, place: int) -> tuple[tuple[str, ...], ...]:
-        """What this run makes again and where: its steps and their reads. Equal for runs that may share their code."""
-        prefix = _prefix(place)
-        mine = [step for step in edit(self.whole, self.remakes(place)).steps if _owner(step.name) == prefix]
-        own = (tuple(n.removeprefix(prefix) for n in (s.name, *s.reads) if _owner(n) == prefix) for s in mine)
-        kernels = ((region.step.removeprefix(prefix), region.key) for region in self.regions(prefix))
-        numbers = ((n.removeprefix(prefix), str(k)) for n, k in self.numbers.items() if _owner(n) == prefix)
-        return (*own, *kernels, *numbers)
-
-    def regions(self, prefix: str) -> tuple[Region, ...]:
-        """The regions of the runs whose steps' names begin so that run as one kernel."""
-        return tuple(region for region in self.kernels if _owner(region.step) == prefix)
-
-    @property
-    def running(self) -> StepGraph:
-        """The step as it runs: after the plan's decisions, with its kernels."""
-        return merged(self.result.after, self.kernels) if self.kernels else self.result.after
-
-    @property
-    def whole(self) -> StepGraph:
-        """The graph of the real steps, which `expanded` remakes refer to."""
-        return self.contracted.original
-
-    def expanded(self, plan: Plan) -> tuple[Remake, ...]:
-        """The plan's remakes as they are inserted: of the real steps, not the fused ones."""
-        return expanded(self.contracted, plan.chosen)
-
-    def applied(self, program: Program, remakes: Sequence[Remake], fences: Fences) -> Program:
-        """One of the step's programs with its remakes inserted, verified; kernels' borders marked, or ours put in."""
-        changed = fenced(apply_plan(program, self.whole, remakes), self.contracted, remakes, fences)
-        changed = renumbered(changed, self.numbers) if self.numbers else changed
-        mine = beating_inductor(changed) if self.beside else self.regions(program.prefix)
-        return in_kernels(changed, mine) if mine else changed
-
-
-def in_kernels(program: Program, regions: Sequence[Region]) -> Program:
-    """The program with these regions as kernels: its photograph must be what `merged` predicted."""
-    made = emitted(program, regions)
-    if verify(photograph(made)).steps_alike(merged(photograph(program), regions)):
-        return made
-    raise VerifyError("a region's kernel does not stand where the plan has it; this is a bug in memopt.emission")
-
-
-def _prefix(index: int) -> str:
-    return f"g{index}/" if index else ""
-
-
-def _owner(name: str) -> str:
-    """The prefix of a step's or a value's name."""
-    head, slash, _ = name.partition("/")
-    return head + slash if slash and head[0] == "g" and head[1:].isdigit() else ""
 
 
 def prepare(lowering: str, off: frozenset[str] = frozenset()) -> Callable[[Program], Program]:

@@ -21,8 +21,9 @@ from memopt.dumps import plan_made
 from memopt.generation import with_kernels, with_kernels_beside
 from memopt.noise import LOSSY, Noise
 from memopt.passes.stream import StreamAttention
-from memopt.pipeline import Costs, Planned, Progress, make_plan, optimizer_phase, prepare, silent, step_graph
+from memopt.pipeline import Costs, Progress, make_plan, optimizer_phase, prepare, silent, step_graph
 from memopt.planfile import PlanFile
+from memopt.planned import Planned
 from memopt.plans import Plan
 from memopt.profiling import measured_costs
 from memopt.recurrent import fused_cells

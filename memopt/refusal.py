@@ -18,7 +18,8 @@ from memopt.optim.precision import obstacle
 from memopt.passbase import Numerics
 from memopt.passes import TRADES
 from memopt.passes.offload import Offload, OffloadDisk, OffloadHost
-from memopt.pipeline import UNMEASURED, Costs, Planned, make_plan, silent
+from memopt.pipeline import UNMEASURED, Costs, make_plan, silent
+from memopt.planned import Planned
 from memopt.plans import Plan
 from memopt.report import PlanResult
 from memopt.request import Request

@@ -26,8 +26,9 @@ from memopt.lighter import LighterPlanner
 from memopt.local import local
 from memopt.lowering import Transform, lower, signature
 from memopt.optim.stepper import Stepper, watched
-from memopt.pipeline import Planned, prepare
+from memopt.pipeline import prepare
 from memopt.planfile import PlanFile
+from memopt.planned import Planned
 from memopt.program import Program, copied
 from memopt.report import PlanResult
 from memopt.runtime.resident import resident_tensors

@@ -18,7 +18,8 @@ from memopt.graph import StepGraph
 from memopt.optim.photograph import WHOLE, OptimizerPhase
 from memopt.optim.portions import Update
 from memopt.passes import TRADES
-from memopt.pipeline import Planned, make_plan, optimizer_phase, step_graph
+from memopt.pipeline import make_plan, optimizer_phase, step_graph
+from memopt.planned import Planned
 from memopt.seams import parts_of
 from memopt.session import Session
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from memopt.edit import Remake, edit
 from memopt.fusion import Fences
-from memopt.pipeline import Planned
+from memopt.planned import Planned
 from memopt.plans import REUSED, Plan, Problem, Status
 from memopt.report import PlanResult
 from memopt.solvers import bounded, solve

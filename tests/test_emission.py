@@ -25,7 +25,8 @@ from memopt.kernels import generated
 from memopt.lowering import lower
 from memopt.merged import Region, harmless, merged
 from memopt.photograph import photograph
-from memopt.pipeline import in_kernels, prepare
+from memopt.pipeline import prepare
+from memopt.planned import in_kernels
 from memopt.program import Program
 from memopt.timeline import peak
 from tests.test_program import BINARY, UNARY, WIDTH, Toy, gradients

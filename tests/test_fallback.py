@@ -11,8 +11,8 @@ import pytest
 import memopt
 from memopt import legs
 from memopt.errors import BudgetError
-from memopt.pipeline import Planned
 from memopt.planfile import save_plan
+from memopt.planned import Planned
 from memopt.plans import Status
 from memopt.report import PlanResult
 from tests.test_api import batch, built, planned, train

@@ -11,7 +11,7 @@ import pytest
 
 from memopt import tuning
 from memopt.fusion import Fences
-from memopt.pipeline import Planned
+from memopt.planned import Planned
 from memopt.plans import Plan, Problem, Status
 from memopt.tuning import tuned
 from tests.report.conftest import planned as tiny

@@ -11,7 +11,7 @@ import torch
 
 import memopt
 from memopt import legs
-from memopt.pipeline import Planned
+from memopt.planned import Planned
 from memopt.planning import Planner
 from memopt.plans import Status
 from memopt.solvers import solve

@@ -22,8 +22,8 @@ LEVELS = {
     "solvers",
     3: "passes blame capture frames hosts optim runtime regions streamed streams lowering fences inductor relay "
     "compose seams outputs recurrent models workload factory nets text fakes prices noise applied later early trained "
-    "shapes weights gathered coded emission",
-    4: "pipeline dumps refusal smaller profiling tuning legs generation chunking planning session report table "
+    "shapes weights gathered coded emission excerpt",
+    4: "pipeline planned dumps refusal smaller profiling tuning legs generation chunking planning session report table "
     "planfile html chart page formula carry sizing attach watch probe accuracy rewrites remarks reused request "
     "agreement lighter ways",
     5: "api workbench",

@@ -16,8 +16,8 @@ from memopt.api import make_request
 from memopt.devices import device
 from memopt.errors import BudgetError
 from memopt.kernels import logits
-from memopt.pipeline import Planned
 from memopt.planfile import save_plan
+from memopt.planned import Planned
 from memopt.planning import Planner
 from memopt.runtime.measure import measure
 from memopt.streams import WIDER

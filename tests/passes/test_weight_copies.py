@@ -14,7 +14,8 @@ from memopt.fusion import Fences
 from memopt.legs import lowered_phases
 from memopt.passes.weight_copies import weight_copies
 from memopt.photograph import photograph
-from memopt.pipeline import Costs, Planned, make_plan, prepare, silent
+from memopt.pipeline import Costs, make_plan, prepare, silent
+from memopt.planned import Planned
 from memopt.plans import simulated
 from memopt.program import Program
 from memopt.seams import parts_of
