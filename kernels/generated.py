@@ -57,7 +57,7 @@ class Kernel:
     @cached_property
     def function(self) -> Any:
         """The kernel, loaded from its file: a compiler reads the text of what it compiles."""
-        if not self.path.exists():
+        if _text(self.path) != self.source.text:
             self.folder.mkdir(parents=True, exist_ok=True)
             part = self.path.with_suffix(f".{os.getpid()}.tmp")  # other ranks write the same
             part.write_text(self.source.text, encoding="utf-8")
@@ -80,8 +80,9 @@ class Kernel:
         source, made = self.source, self.empty(inputs[0])
         into = [self._sums(out, x) if out.summed else x for out, x in zip(source.results, made, strict=True)]
         grid, args = (self.programs,), (*inputs, *into)
-        warps = tuned.warps(self, args, grid, source.sizes)
-        wrap_triton(self.function)[grid](*args, **source.sizes, num_warps=warps)
+        with torch.cuda.device_of(inputs[0]):  # Triton launches on the current device
+            warps = tuned.warps(self, args, grid, source.sizes)
+            wrap_triton(self.function)[grid](*args, **source.sizes, num_warps=warps)
         for out, x, sums in zip(source.results, made, into, strict=True):
             if out.summed:
                 x.copy_(sums.sum(0).view(x.shape))
@@ -97,6 +98,14 @@ class Kernel:
         for x, out in zip(self.region(*inputs), self.empty(inputs[0]), strict=True):
             found.append(x if x.stride() == out.stride() else out.copy_(x))
         return found
+
+
+def _text(path: Path) -> str:
+    """Of a file; "" where there is none that can be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 KERNELS: dict[str, Kernel] = {}  # of this process, by the key of their source

@@ -30,7 +30,8 @@ def warps(kernel: Kernel, args: Sequence[Tensor], grid: tuple[int], sizes: dict[
         return guess
     device = torch.cuda.get_device_name(x.device)
     if device not in kernel.warps:
-        known = _remembered(kernel.path, device)
+        known = _remembered(kernel.path).get(device)
+        known = known if known in candidates(guess) else None
         kernel.warps[device] = known or _fastest(kernel, args, grid, sizes, guess)
         if not known:
             _remember(kernel.path, device, kernel.warps[device])
@@ -66,20 +67,19 @@ def _file(path: Path) -> Path:
     return path.with_suffix(".json")
 
 
-def _remembered(path: Path, device: str) -> int | None:
-    """What an earlier process found on this device; a file that cannot be read is no answer."""
+def _remembered(path: Path) -> dict[str, Any]:
+    """Device -> what an earlier process found; a file that cannot be read is no answer."""
     try:
         found: Any = json.loads(_file(path).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    number = found.get(device) if isinstance(found, dict) else None
-    return number if isinstance(number, int) and 1 <= number <= MOST else None
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _remember(path: Path, device: str, number: int) -> None:
     part = _file(path).with_suffix(f".{os.getpid()}.tmp")
     try:
-        part.write_text(json.dumps({device: number}), encoding="utf-8")
+        part.write_text(json.dumps(_remembered(path) | {device: number}), encoding="utf-8")
         part.replace(_file(path))
     except OSError:  # it is found again next time
         return

@@ -14,10 +14,10 @@ from memopt.compose import last_uses
 from memopt.errors import VerifyError
 from memopt.facts import is_getitem
 from memopt.graph import StepGraph
+from memopt.merged import UPDATE
 from memopt.program import Program
 
 Updates = Mapping[str, tuple[str, Callable[[Tensor], None]]]
-UPDATE = "opt:"  # how the names of the optimizer's steps begin (memopt/optim/recorder.py)
 
 
 def overtaken(graph: StepGraph, names: Iterable[str]) -> frozenset[str]:

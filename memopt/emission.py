@@ -24,13 +24,15 @@ from memopt.facts import FACTS, WORKSPACES, tensor_values
 from memopt.kernels.emit.indices import Unreadable
 from memopt.kernels.emit.source import Source
 from memopt.kernels.generated import GENERATED, KERNELS, Kernel
-from memopt.merged import HALF, Region
+from memopt.merged import HALF, Region, standing
+from memopt.photograph import photograph
 from memopt.program import FORWARD, Program, boundary
 
 log = logging.getLogger("memopt")
 
 MOST_STEPS = 48  # of a region: what a program holds in registers is bounded, and what is tried to find it
 MOST_TENSORS = 24
+NEAREST, MOST_TRACED = 8, 600  # neighbours that are tried, and kernels that are written, 15 ms each, in one program
 # Inductor sums rows and over rows in one kernel only from these sizes on (MixOrderReduction.can_fuse in
 # torch/_inductor/scheduler.py, 2.13); else it reads twice what both need. Below JOINED_ELEMENTS the second read ends in
 # a cache.
@@ -55,7 +57,9 @@ _WRITTEN: dict[str, Source | str] = {}  # by structure: layers repeat
 def regions(program: Program) -> tuple[Region, ...]:
     """The regions worth a kernel, in the order they run."""
     nodes, every = list(program.graph.nodes), _Finder(program).found()
-    return tuple(_described(program, one, nodes[ceil(one.place)]) for one in every if _builds(one.source.key))
+    found = [_described(program, one, nodes[ceil(one.place)]) for one in every]
+    built = [region for region in found if _builds(region.key)]
+    return tuple(built if len(built) == len(found) else standing(photograph(program), built))
 
 
 @cache
@@ -73,7 +77,8 @@ def _builds(key: str) -> bool:
 
 def beating_inductor(program: Program) -> tuple[Region, ...]:
     """The regions that move fewer bytes than what Inductor would fuse of the same steps."""
-    return tuple(region for region in regions(program) if _beats(KERNELS[region.key]))
+    found = [region for region in regions(program) if _beats(KERNELS[region.key])]
+    return tuple(standing(photograph(program), found) if found else found)
 
 
 def _beats(kernel: Kernel) -> bool:
@@ -171,6 +176,7 @@ class _Finder:
         first = boundary(program)
         self.backward = self.position.get(first, len(nodes)) if first is not None else len(nodes)
         self.region: dict[fx.Node, Found] = {}
+        self.traced = 0
 
     def found(self) -> list[Found]:
         for node in self.program.graph.nodes:
@@ -192,7 +198,7 @@ class _Finder:
         made = [root(arg) for arg in node.all_input_nodes]
         beside = [reader for arg in made for reader in readers(arg) if self.position[reader] < self.position[node]]
         every = [self.region[other] for other in (*made, *beside) if other in self.region]
-        return sorted(dict.fromkeys(every), key=lambda one: -one.place)
+        return sorted(dict.fromkeys(every), key=lambda one: -one.place)[:NEAREST]
 
     def merged(self, one: Found, other: Found) -> Found | None:
         """Both in one, if that may be and moves no more bytes."""
@@ -226,8 +232,14 @@ class _Finder:
         part = Part.of(nodes)
         if len(part.inputs) + len(part.outputs) > MOST_TENSORS:
             return "too many tensors"
-        key = part.structure()
+        try:
+            key = part.structure()
+        except Unreadable as reason:
+            return str(reason)
         if key not in _WRITTEN:
+            self.traced += 1
+            if self.traced > MOST_TRACED:
+                return "enough was tried"
             try:
                 _WRITTEN[key] = part.kernel()
             except Unreadable as reason:

@@ -99,6 +99,8 @@ class Part:
         if not self.outputs or not self.inputs:
             raise Unreadable("nothing goes in or comes out")
         inputs, outputs = [list(map(_value, part)) for part in (self.inputs, self.outputs)]
+        if len({x.device for x in (*inputs, *outputs)}) > 1:
+            raise Unreadable("several devices")
         for x in (*inputs, *outputs):
             if any(not isinstance(n, int) for n in (*x.shape, *x.stride())) or not x.numel():
                 raise Unreadable("sizes that change, or nothing")

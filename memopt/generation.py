@@ -6,6 +6,7 @@ those that move fewer than its kernels would.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -18,7 +19,7 @@ from memopt.edit import Remake, edit
 from memopt.emission import beating_inductor, regions
 from memopt.fusion import Fences
 from memopt.graph import StepGraph
-from memopt.merged import Region, harmless, merged
+from memopt.merged import Region, harmless, merged, standing
 from memopt.planned import Planned
 from memopt.plans import Plan
 from memopt.program import Program
@@ -35,10 +36,12 @@ KERNELS = "generated_kernels"
 
 def wanted(passes: str, device: Device, numerics: str, off: frozenset[str]) -> bool:
     """Whether regions are to become kernels: on a GPU, unless that is switched off or all must be exact; elsewhere only
-    when asked for by name ("+generated_kernels"), as there a kernel is the region's own operations."""
+    when asked for by name ("+generated_kernels") and Triton interprets: else a kernel is the region's own operations,
+    and holds what they make."""
     by_name = f"+{KERNELS}" in {word.strip() for word in passes.split(",")}
     possible = numerics != "exact" and KERNELS not in off and find_spec("triton") is not None
-    return possible and (by_name or device.kind == "cuda")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    return possible and (device.kind == "cuda" or (by_name and interpreted))
 
 
 def with_kernels(planned: Planned, programs: Sequence[Program], request: Request, search: bool) -> Planned:
@@ -94,7 +97,7 @@ class _Step:
         kept = harmless(whole, self.each(plan, regions), self.planned.problem.block)
         early = self.planned.update.in_backward
         late = overtaken(merged(whole, kept), early) if early else frozenset()
-        return tuple(region for region in kept if late.isdisjoint(region.reads))
+        return tuple(standing(whole, [region for region in kept if late.isdisjoint(region.reads)]))
 
     def peaks(self, plan: Plan) -> tuple[Phases, Phases]:
         """Peak bytes of each phase with the kernels, with the outputs held and released."""

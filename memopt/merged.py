@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
@@ -10,6 +10,7 @@ from memopt.graph import Step, StepGraph
 from memopt.timeline import timeline
 
 GENERATED = "memopt.generated.default"
+UPDATE = "opt:"  # how the names of the optimizer's steps begin (memopt/optim/recorder.py)
 HALF = 0.5  # a place between two steps
 Order = tuple[float, int]
 
@@ -41,6 +42,18 @@ def merged(graph: StepGraph, chosen: Iterable[Region]) -> StepGraph:
 
     What no program has, updates in the backward, moves behind the region whose result it reads.
     """
+    steps, place = _placed(graph, chosen)
+    made = _makers(steps, place)
+    for step in sorted(steps.values(), key=lambda step: place[step.name]):
+        ready = max((made[name] for name in step.reads if name in made), default=0.0)
+        if step.name.startswith(UPDATE) and ready > place[step.name][0]:
+            place[step.name] = (ready, 0)
+            made |= dict.fromkeys(step.writes, ready)
+    return replace(graph, steps=tuple(sorted(steps.values(), key=lambda step: place[step.name])))
+
+
+def _placed(graph: StepGraph, chosen: Iterable[Region]) -> tuple[dict[str, Step], dict[str, Order]]:
+    """(steps by name, where each stands)."""
     place: dict[str, Order] = {step.name: (at, 0) for at, step in enumerate(graph.steps)}
     steps = {step.name: step for step in graph.steps}
     for region in chosen:
@@ -54,22 +67,32 @@ def merged(graph: StepGraph, chosen: Iterable[Region]) -> StepGraph:
         )  # fmt: skip
         for at, step in enumerate((one, *looks)):
             steps[step.name], place[step.name] = step, (where, at - len(looks) - 1)
-    return replace(graph, steps=tuple(_behind_what_they_read(steps, place)))
+    return steps, place
 
 
-def _behind_what_they_read(steps: dict[str, Step], place: dict[str, Order]) -> list[Step]:
-    """The steps in the order of their places, each behind those that make what it reads."""
-    ordered = sorted(steps.values(), key=lambda step: place[step.name])
+def _makers(steps: Mapping[str, Step], place: Mapping[str, Order]) -> dict[str, float]:
+    """Tensor -> where the step stands that makes it."""
     made: dict[str, float] = {}
-    for step in ordered:
+    for step in sorted(steps.values(), key=lambda step: place[step.name]):
         for name in step.writes:
             made.setdefault(name, place[step.name][0])
-    for step in ordered:
-        ready = max((made[name] for name in step.reads if name in made), default=0.0)
-        if ready > place[step.name][0]:
-            place[step.name] = (ready, 0)
-            made |= dict.fromkeys(step.writes, ready)
-    return sorted(ordered, key=lambda step: place[step.name])
+    return made
+
+
+def standing(graph: StepGraph, found: Sequence[Region]) -> list[Region]:
+    """Those of the regions whose places hold without others that were left out: each was placed by where those stood
+    that it reads of, and that read of it."""
+    kept = list(found)
+    while kept:
+        steps, place = _placed(graph, kept)
+        made = _makers(steps, place)
+        early = {name for step in steps.values() for name in step.reads
+                 if not step.name.startswith(UPDATE) and made.get(name, -1.0) > place[step.name][0]}  # fmt: skip
+        fallen = [region for region in kept if not early.isdisjoint((*region.reads, *region.writes, *region.looks))]
+        if not fallen:
+            break
+        kept = [region for region in kept if region not in fallen]
+    return kept
 
 
 def harmless(graph: StepGraph, found: Sequence[Region], block: int) -> tuple[Region, ...]:
@@ -77,7 +100,7 @@ def harmless(graph: StepGraph, found: Sequence[Region], block: int) -> tuple[Reg
 
     The region that runs at the peak is left out, then the one that moves least, until that is so.
     """
-    least, kept = max(timeline(graph, block), default=0), list(found)
+    least, kept = max(timeline(graph, block), default=0), standing(graph, found)
     while kept:
         after = merged(graph, kept)
         line = timeline(after, block)
@@ -86,6 +109,7 @@ def harmless(graph: StepGraph, found: Sequence[Region], block: int) -> tuple[Reg
         at = line.index(max(line))
         mine = [region for region in kept if region.step == after.steps[at].name]
         kept.remove(mine[0] if mine else _longest(after, kept, at))
+        kept = standing(graph, kept)
     return tuple(kept)
 
 

@@ -23,7 +23,7 @@ from memopt.emission import beating_inductor, emitted, kernels_of, regions
 from memopt.generation import KERNELS as NAME
 from memopt.kernels import generated
 from memopt.lowering import lower
-from memopt.merged import Region, harmless, merged
+from memopt.merged import Region, harmless, merged, standing
 from memopt.photograph import photograph
 from memopt.pipeline import prepare
 from memopt.planned import in_kernels
@@ -131,18 +131,21 @@ def test_the_photograph_is_as_predicted_and_the_step_computes_the_same(ops: list
         changed = in_kernels(program, found)  # raises if the photograph is not the predicted one
         assert photograph(program).steps_alike(before)  # what was given is as it was
         kept = harmless(before, found, 1)
+        for some in (found[::2], found[1::2], found[:1], found[1:]):  # as if others were left out
+            in_kernels(program, standing(before, some))
         assert peak(merged(before, kept)) <= peak(before)
         assert peak(photograph(emitted(program, kept))) == peak(merged(before, kept))
         assert all(region.moved < region.apart for region in found)
         seen.append(len(found))
         return changed
 
-    want = gradients(model, model, x)
+    torch._dynamo.reset()
+    want = gradients(lowered(model, prepare("eager")), model, x)  # which draws as the step does
     torch._dynamo.reset()
     found = gradients(lowered(model, transform), model, x)
     assert seen
     for one, other in zip(want[:-1], found[:-1], strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
     assert torch.equal(want[-1], found[-1])  # the generator
 
 
@@ -342,6 +345,34 @@ def test_a_kernel_that_the_gpu_here_cannot_run_is_left_out_and_said(
     assert found == tuple(region for region in every if region.key != every[0].key)
     assert len(found) < len(every)
     assert [record.message for record in caplog.records if "no such instruction" in record.message]
+
+
+class Turned(nn.Module):
+    """A norm of what was transposed, whose result is dense, looked at as a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layer = nn.LayerNorm(16), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.norm(x.transpose(1, 2)).view(-1, 16).sigmoid()).square().mean().mean()
+
+
+def test_what_torch_does_not_take_apart_is_left_alone() -> None:
+    made: dict[str, list[float]] = {}
+    for passes in ("", ON):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model: Any = Turned()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model = memopt.compile(model, "1GB", optimizer=optimizer, lowering="eager", passes=passes)
+        made[passes] = []
+        for _ in range(2):
+            loss = model(torch.ones(4, 16, 9))
+            loss.backward()
+            optimizer.step()
+            made[passes].append(loss.item())
+    assert made[ON] == pytest.approx(made[""], rel=1e-5)
 
 
 def test_kernels_of_a_program_are_told() -> None:

@@ -9,7 +9,7 @@ from math import prod
 from torch import Tensor, fx
 
 from memopt.kernels.emit.indices import Unreadable
-from memopt.kernels.emit.nodes import REDUCTIONS, name_of, reduced, shape_of
+from memopt.kernels.emit.nodes import REDUCTIONS, name_of, reduced, shape_of, value_of
 
 WIDEST = 16384  # columns that a program holds at once: 16 registers a value for each of 1,024 threads
 WIDEST_SUMMED = 8192  # where it also keeps sums over its rows: with more, 408 bytes a thread of a norm's backward spill
@@ -85,7 +85,7 @@ PASSED = ("_to_copy", "clone", "alias", "view", "_unsafe_view", "reshape", "sque
 
 def over_rows(node: fx.Node, layout: Layout) -> fx.Node | None:
     """The sum over all rows that a result is, behind casts and views; None if it is none."""
-    while name_of(node) in PASSED:
+    while name_of(node) in PASSED and value_of(node).is_floating_point():
         node = node.args[0]  # type: ignore[assignment]
     if name_of(node) != "sum":
         return None

@@ -12,6 +12,8 @@ from torch import Tensor, fx
 from torch._decomp import core_aten_decompositions, get_decompositions
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from memopt.kernels.emit.indices import Unreadable
+
 aten: Any = torch.ops.aten
 
 # Beside what torch takes apart before any compiler: these it leaves whole, for kernels that it calls.
@@ -49,8 +51,11 @@ def decompositions() -> Mapping[Any, Callable[..., Any]]:
 
 def primitive(module: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
     """The module in pointwise operations, sums and maxima of rows, and views. inputs: fake, of these shapes."""
-    with inputs[0].fake_mode:  # type: ignore[attr-defined]
-        found = make_fx(module, decomposition_table=dict(decompositions()))(*inputs)
+    try:
+        with inputs[0].fake_mode:  # type: ignore[attr-defined]
+            found = make_fx(module, decomposition_table=dict(decompositions()))(*inputs)
+    except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:  # strides, say, that a view cannot have
+        raise Unreadable(f"what torch does not take apart: {error}") from error
     found.graph.eliminate_dead_code()
     return found
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from memopt.kernels.emit.indices import Unreadable
 
@@ -58,6 +59,8 @@ def constant(x: float | int | bool, of: str) -> Value:
     if of == "int1":
         return Value(str(bool(x)), of, number=bool(x))
     if of.startswith("int"):
+        if not math.isfinite(x):
+            raise Unreadable("an integer that is none")
         return Value(str(int(x)), of, number=int(x))
     number = float(x)
     text = repr(number) if math.isfinite(number) else f'float("{number}")'
@@ -133,6 +136,26 @@ LOGICAL: dict[str, Callable[..., str]] = {
 }
 SPELLED = frozenset({*ARITHMETIC, *COMPARISON, *LOGICAL, "pow", "add_", "mul_", "sub_", "div_"})
 INPLACE = {"add_": "add", "mul_": "mul", "sub_": "sub", "div_": "div"}  # in decompositions, of values of their own
+
+
+NARROW = (torch.uint8, torch.int8, torch.int16)  # wider in a kernel: what would wrap around there does not
+WHOLE = {"add", "sub", "mul", "div", "neg", "floor", "ceil", "abs", "clamp", "pow", "relu"}
+
+
+def check(name: str, made: Tensor, given: Sequence[Any]) -> None:
+    """Raise Unreadable where a kernel would compute something else: arithmetic of booleans and of integers that wrap
+    around, comparisons that round first, bounds that are values themselves."""
+    tensors = [x for x in given if isinstance(x, Tensor)]
+    whole = name in ("floor", "ceil") and not made.is_floating_point()
+    if name in WHOLE and (whole or made.dtype in (torch.bool, *NARROW)):
+        raise Unreadable(f"{name} of {made.dtype}")
+    if name in COMPARISON:
+        types = {x.dtype for x in tensors}
+        scalars = any(not isinstance(x, Tensor) and x not in (0, 1) for x in given)
+        if len(types) > 1 or (scalars and not types <= {torch.float32, torch.int32, torch.int64}):
+            raise Unreadable("a comparison that rounds first")
+    if name == "clamp" and len(tensors) > 1:
+        raise Unreadable("bounds that are values")
 
 
 def spelled(name: str, values: Sequence[Value], of: str, common: str) -> str:

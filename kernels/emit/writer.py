@@ -117,6 +117,8 @@ class Writer:
     def add_up(self, name: str, node: fx.Node) -> None:
         """What a tile of rows adds to a sum over all of them."""
         x: Any = node.args[0]
+        if kind_of(node) != "float32":
+            raise Unreadable("a sum of integers over all rows")
         shape, outer = shape_of(x), len(reduced(node))
         index = unravelled(self.rows, shape[:outer]) + unravelled(self.columns, shape[outer:])
         value = self.value(x, index, ()).cast("float32")
@@ -163,10 +165,11 @@ class Writer:
         if node.kwargs.get("alpha", 1) != 1 or node.kwargs.get("rounding_mode") is not None:
             raise Unreadable(f"a {name} with options")
         given = [arg for arg in node.args if arg is not None]
+        words.check(name, value_of(node), [value_of(arg) if isinstance(arg, fx.Node) else arg for arg in given])
         values = [self.argument(arg, index, masks) for arg in given]
         if all(value.number is not None for value in values) and values:
-            first = values[0]
-            values[0] = self.named("number", Value(f"tl.full([1, 1], {first.text}, tl.{first.kind})", first.kind))
+            first, size = values[0], "[1, 1]" if self.layout.columns else "[1]"
+            values[0] = self.named("number", Value(f"tl.full({size}, {first.text}, tl.{first.kind})", first.kind))
         self.helpers.update({name} & set(words.HELPERS))
         spelling = "clamp_most" if name == "clamp" and node.args[1] is None else name
         return self.joined(name, spelled(spelling, values, kind_of(node), self.common(name, given)), node, values)
@@ -210,7 +213,10 @@ class Writer:
         own = [f"{AT} < {layout.rows}"] if AT in counted and layout.rows % layout.block else []
         own += [f"{ROW} < {layout.rows}"] if ROW in counted and layout.ragged else []
         own += [f"{COL} < {layout.columns}"] if COL in counted and layout.padded else []
-        found = [*own, *(text for text, along in masks if along <= counted)]
+        shared = [(text, along) for text, along in masks if along & counted]
+        if any(not along <= counted for _, along in shared):
+            raise Unreadable("a condition along more than what is read")
+        found = [*own, *(text for text, _ in shared)]
         return f", mask={conditions.every(found)}" if found else ""
 
     # what is neither pointwise nor a view
@@ -218,9 +224,13 @@ class Writer:
     def reduced(self, node: fx.Node, index: Place, masks: Masks) -> Value:
         """A sum, or the largest or least, of whole rows."""
         x, shape, dims = node.args[0], shape_of(node.args[0]), reduced(node)
+        if not dims:  # of a number
+            return self.value(x, index, masks).cast(kind_of(node))
         outer = len(shape) - len(dims)
-        if dims != tuple(range(outer, len(shape))):
+        if dims != tuple(range(outer, len(shape))) or prod(shape[outer:]) != self.layout.columns:
             raise Unreadable("a reduction of what is no row")
+        if name_of(node) != "sum" and kind_of(node) != "float32":
+            raise Unreadable("the largest of integers")
         kept = index[:outer]
         if any({COL, AT} & i.variables() for i in kept) or any(COL in along for _, along in masks):
             raise Unreadable("a reduction for each column")
@@ -228,11 +238,17 @@ class Writer:
         word, none = REDUCTIONS[name_of(node)]
         text = value.text if COL in value.axes else f"tl.broadcast_to({value.text}, [ROWS, BLOCK])"
         text = f"tl.where({COL} < {self.layout.columns}, {text}, {none})" if self.layout.padded else text
-        found = Value(f"tl.{word}({text}, 1, keep_dims=True)", kind_of(node), frozenset({ROW}))
-        return self.named(name_of(node), found)
+        found = f"tl.{word}({text}, 1, keep_dims=True)"
+        if word != "sum":  # of which Triton's pass over what is not a number
+            wrong = f"tl.sum(({text} != {text}).to(tl.int32), 1, keep_dims=True) > 0"
+            found = f'tl.where({wrong}, float("nan"), {found})'
+        return self.named(name_of(node), Value(found, kind_of(node), frozenset({ROW})))
 
     def cast(self, node: fx.Node, index: Place, masks: Masks) -> Value:
         value, to = self.value(node.args[0], index, masks), kind_of(node)
+        source, target = value_of(node.args[0]).dtype, value_of(node).dtype
+        if target in words.NARROW and source not in (target, torch.bool):
+            raise Unreadable("a cast to integers that wrap around")
         return value if value.kind == to else self.named("cast", value.cast(to))
 
     def filled(self, node: fx.Node, index: Place, masks: Masks) -> Value:
@@ -247,6 +263,8 @@ class Writer:
         if name_of(node) != "arange" or not (isinstance(first, int) and isinstance(step, int)) or len(node.args) < 2:
             raise Unreadable("a range of another kind")
         found = total([(step, index[0])]).shifted(first)
+        if max(abs(found.most), abs(first)) >= 2**31:
+            raise Unreadable("a range of 64 bits")
         if not found.terms:
             return constant(found.constant, kind_of(node))
         counted = self.named("count", Value(f"({found.text()})", "int32", frozenset(found.variables())))
@@ -264,9 +282,9 @@ class Writer:
         if len({len(shape_of(part)) for part in parts}) > 1:
             raise Unreadable("a concatenation with nothing")
         found: list[tuple[int, Value]] = []
-        for part in parts:
+        for at, part in enumerate(parts):
             end = first + shape_of(part)[dim]
-            inside = within(index[dim], first, None if part is parts[-1] else end)
+            inside = within(index[dim], first, None if at == len(parts) - 1 else end)
             value = self.value(part, moved(index, dim, -first), (*masks, *inside))
             found.append((end, value.cast(kind_of(node))))
             first = end

@@ -163,6 +163,42 @@ def test_operations(name: str, shape: tuple[int, int], tmp_path: Path) -> None:
     same(run, values(*shape), values(shape[0], shape[1]) + 0.5, folder=tmp_path)
 
 
+def test_sums_of_a_number_are_itself(tmp_path: Path) -> None:
+    """In a region of rows and in one of elements: a loss that is averaged once more."""
+    one = torch.tensor(3.0)
+    same(lambda x, s: x - x.sum(-1, keepdim=True) + s.mean() * s.sum(), values(3, 5), one, folder=tmp_path)
+    same(lambda x, s: x * s.mean() + s.sum(), values(3, 5), one, folder=tmp_path)
+
+
+def test_numbers_alone_are_computed_with(tmp_path: Path) -> None:
+    same(
+        lambda x, y: x * -torch.ones_like(x) + (1.0 - torch.zeros_like(y)), values(3, 5), values(3, 5), folder=tmp_path
+    )
+    same(lambda x: x.sum(-1, keepdim=True) * -torch.ones_like(x), values(3, 5), folder=tmp_path)
+
+
+def test_nothing_is_read_beyond_a_part_that_stands_twice_in_a_concatenation(tmp_path: Path) -> None:
+    text = same(lambda x: torch.cat((x, x), -1) * 2, values(3, 5), folder=tmp_path)
+    loads = [line for line in text.splitlines() if "tl.load" in line]
+    assert len(loads) == 2
+    assert "% 10 < 5" in loads[0]
+    assert "% 10 >= 5" in loads[1]
+
+
+def test_the_largest_of_what_is_no_number_is_none(tmp_path: Path) -> None:
+    x = values(3, 5)
+    x[0, 2] = float("nan")
+    same(lambda x: x.amax(-1, keepdim=True) + x.amin(-1, keepdim=True), x, folder=tmp_path)
+
+
+def test_another_text_under_the_same_name_is_written_anew(tmp_path: Path) -> None:
+    inputs = inputs_of("swiglu", SIZES[1], torch.float32)
+    kernel = kernel_of("swiglu", inputs, tmp_path)
+    kernel.path.write_text("kernel = None")
+    assert all(map(torch.isfinite, kernel.launch([x.to(DEVICE) for x in inputs])[0].flatten()))
+    assert kernel.path.read_text() == kernel.source.text
+
+
 def test_what_is_not_a_number_stays_so(tmp_path: Path) -> None:
     x = torch.tensor([[float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-30, 80.0, -80.0]])
     same(lambda x: (x.relu(), x.clamp(-1, 1), torch.maximum(x, -x), x.tanh(), x.expm1()), x, folder=tmp_path)
@@ -221,6 +257,14 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "powers of others": (lambda x, y: x**y, "power"),
     "remainders": (lambda x, y: torch.remainder(x, y), "remainder"),
     "integer division": (lambda x, y: torch.div(x, y, rounding_mode="floor"), "options|floor"),
+    "booleans added up": (lambda x, y: ((x > 0) + (y > 0)) * 1.0, "add of torch.bool"),
+    "bytes that wrap around": (lambda x, y: (x.to(torch.uint8) + 200).float(), "wrap around|uint8"),
+    "whole numbers rounded": (lambda x, y: x.to(torch.int32).floor() + y, "floor of torch.int32"),
+    "bounds that are values": (lambda x, y: x.clamp(y), "bounds"),
+    "the largest of integers": (lambda x, y: x.to(torch.int64).amax(-1, keepdim=True) + y, "integers"),
+    "integers over rows": (lambda x, y: (x.to(torch.int64).sum(0), x + y), "integers|several sizes"),
+    "comparisons that round": (lambda x, y: (x.half() == 0.1) * y, "rounds first"),
+    "infinite integers": (lambda x, y: torch.full_like(x, float("inf")).to(torch.int64) + y, "integer that is none"),
     "fp64": (lambda x, y: x.double() * y, "float64"),
 }
 
