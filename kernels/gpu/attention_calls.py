@@ -16,7 +16,7 @@ TYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDEST, NARROWEST = 128, 16  # elements of a head: what registers hold, what tensor cores take
 TERMS = 3
 # (queries, keys, warps, stages) of a tile, by bytes an element and width: the largest that 128 registers a thread hold.
-# fp32 has one for all, so that scores made again have the same bits.
+# fp32 has one for all but keys of crowded calls, so that scores made again have the same bits.
 TILES: dict[str, dict[tuple[int, int], tuple[int, int, int, int]]] = {
     "forward": {(2, 64): (128, 32, 8, 2), (2, 128): (64, 32, 8, 2), (4, 64): (32, 32, 8, 2), (4, 128): (32, 32, 8, 2)},
     "statistics": {
@@ -25,6 +25,13 @@ TILES: dict[str, dict[tuple[int, int], tuple[int, int, int, int]]] = {
     },
     "queries": {(2, 64): (128, 32, 8, 2), (2, 128): (32, 64, 8, 2), (4, 64): (32, 32, 8, 2), (4, 128): (32, 32, 8, 2)},
     "keys": {(2, 64): (32, 32, 4, 2), (2, 128): (16, 64, 8, 1), (4, 64): (32, 32, 16, 1), (4, 128): (32, 32, 8, 1)},
+}
+# Of calls that are `crowded`: with the tiles above, up to 808 bytes a thread would be on the stack.
+CROWDED: dict[str, dict[tuple[int, int], tuple[int, int, int, int]]] = {
+    "forward": {(2, 64): (32, 32, 8, 2), (2, 128): (32, 32, 8, 2)},
+    "statistics": {(2, 64): (64, 32, 8, 2), (2, 128): (64, 16, 8, 2)},
+    "queries": {(2, 64): (32, 32, 8, 2), (2, 128): (32, 32, 8, 2)},
+    "keys": {(2, 64): (32, 32, 8, 2), (2, 128): (16, 32, 8, 1), (4, 128): (16, 32, 8, 1)},
 }
 LAUNCH = {"maxnreg": 128, "enable_fp_fusion": True}  # more registers, and half of a processor's threads would be idle
 
@@ -52,6 +59,7 @@ class Call:
         size = (self.samples, self.heads, self.queries, self.keys)
         squares = [square(term, far, size) for term, far in zip(terms, by_distance, strict=True)]
         kinds = tuple(kind(term, replaced) for term, replaced in zip(terms, added, strict=True))
+        self.crowded = crowded(kinds, [steps[2] is not None for _, steps in squares], self.item)
         self.same = {
             "terms": tuple((*each, float(fill)) for each, fill in zip(squares, fills, strict=True)),
             "window": (left, right),
@@ -62,24 +70,32 @@ class Call:
 
     def given(self, name: str) -> dict[str, Any]:
         """All that the kernel of this name is given besides its tensors and their steps."""
-        return {**self.same, **constants(name, self.width, self.value, self.item)}
+        return {**self.same, **constants(name, self.width, self.value, self.item, self.crowded)}
 
     def programs(self, name: str) -> tuple[int]:
         """One for each tile of queries of each head, or of keys of each group."""
-        m, n, *_ = tile(name, self.width, self.value, self.item)
+        m, n, *_ = tile(name, self.width, self.value, self.item, self.crowded)
         if name == "keys":
             return (self.samples * self.groups * triton.cdiv(self.keys, n),)
         return (self.samples * self.heads * triton.cdiv(self.queries, m),)
 
 
-def tile(name: str, width: int, value: int, item: int) -> tuple[int, int, int, int]:
-    """(queries, keys, warps, stages)."""
-    return TILES[name][item, 64 if max(width, value) <= 64 else WIDEST]
+def crowded(kinds: Sequence[int], by_query: Sequence[bool], item: int) -> bool:
+    """Whether registers hold less of a tile, the terms being any but one mask of keys; in fp32 none takes more too."""
+    if not kinds:
+        return item == torch.float32.itemsize
+    return len(kinds) > 1 or kinds[0] == ADDED or by_query[0]
 
 
-def constants(name: str, width: int, value: int, item: int) -> dict[str, Any]:
+def tile(name: str, width: int, value: int, item: int, less: bool) -> tuple[int, int, int, int]:
+    """(queries, keys, warps, stages); less: of a `crowded` call."""
+    at = item, 64 if max(width, value) <= 64 else WIDEST
+    return CROWDED[name].get(at, TILES[name][at]) if less else TILES[name][at]
+
+
+def constants(name: str, width: int, value: int, item: int, less: bool) -> dict[str, Any]:
     """Of a kernel, for heads so wide."""
-    m, n, warps, stages = tile(name, width, value, item)
+    m, n, warps, stages = tile(name, width, value, item, less)
     padded = {at: max(NARROWEST, triton.next_power_of_2(each)) for at, each in (("E", width), ("D", value))}
     launched = {"num_warps": warps, "num_stages": stages, **LAUNCH}
     return {"WIDTH": width, "VALUE": value, **padded, "M": m, "N": n, **launched}
@@ -102,26 +118,3 @@ def square(
     samples, heads, *steps = term.expand(size).stride()
     rows, columns = (None if n == 1 else step for n, step in zip(term.shape[2:], steps, strict=True))
     return term, (samples, heads, rows, columns)
-
-
-def builds(name: str, function: Any, tensors: Sequence[str], matrices: int) -> dict[str, Any]:
-    """A causal mask and one of keys, as most models ask for both, of each type and width. tensors: the kernel's
-    arguments in the type of q; matrices: how many have steps."""
-    told = dict.fromkeys(("bases", "inverses", "deltas"), "*fp32:16") | {"flags": "*i32:16"}
-    same = {
-        "steps": (("i32:16", "i32:16", "i32:16", 1),) * matrices,
-        "terms": (("*i1:16", ("i32:16", "i32:16", None, 1), "fp32"),),
-        "window": (None, "i32:16"),
-        "numbers": ("fp32", "fp32", "fp32"),
-        "sizes": ("i32", "i32", "i32:16", "i32:16"),
-    }
-    form = {"FORM": ((REPLACES,), False, True, False)}
-    return {
-        f"attention_{name}_{kind}_{width}": (
-            function,
-            {**told, **dict.fromkeys(tensors, f"*{kind}:16"), **same},
-            {**form, **constants(name, width, width, item)},
-        )
-        for kind, item in (("fp32", 4), ("bf16", 2), ("fp16", 2))
-        for width in (64, WIDEST)
-    }

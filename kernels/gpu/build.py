@@ -26,6 +26,7 @@ LAUNCH = ("num_warps", "num_stages", "maxnreg", "enable_fp_fusion")  # if not as
 BUILDS: dict[str, Build] = {}
 for _module in (adam, pack_bits, quantise, fp8, fewbit, nf4, nf4_linear, exponents, steps, logits, attention):
     BUILDS |= _module.BUILDS
+MORE = {90: attention.MORE}  # each takes half a second or more: of one architecture
 TOOL = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 WARP = 32  # threads, on every NVIDIA architecture
 FLOATS = ("fp32", "bf16", "fp16")  # what the types of a build call *T
@@ -34,7 +35,7 @@ FLOATS = ("fp32", "bf16", "fp16")  # what the types of a build call *T
 def built(capability: int) -> Iterator[tuple[str, Any]]:
     """(name, compiled kernel) for this compute capability, such as 90 for 9.0; of each type it takes."""
     target, options = GPUTarget("cuda", capability, WARP), {"enable_fp_fusion": False}  # as they are launched
-    for name, (function, types, given) in BUILDS.items():
+    for name, (function, types, given) in {**BUILDS, **MORE.get(capability, {})}.items():
         constants = {key: value for key, value in given.items() if key not in LAUNCH}
         launched = {key: value for key, value in given.items() if key in LAUNCH}
         for kind in FLOATS if "*T" in types.values() else ("",):

@@ -21,11 +21,12 @@ import triton.language as tl
 from torch import Tensor
 
 from memopt.kernels.chunked_attention import joined
-from memopt.kernels.gpu.attention_calls import Call, builds, takes
+from memopt.kernels.gpu.attention_builds import Kernel, everywhere, more
+from memopt.kernels.gpu.attention_calls import Call, takes
 from memopt.kernels.gpu.attention_gradients import keys_kernel, queries_kernel
 from memopt.kernels.gpu.attention_tiles import advanced, begin, blind, others, places, rows, scored, seen
 
-__all__ = ["BUILDS", "backward", "forward", "takes"]
+__all__ = ["BUILDS", "MORE", "backward", "forward", "takes"]
 
 
 @triton.jit
@@ -129,9 +130,11 @@ def backward(
 
 
 INPUTS = ("q", "k", "v", "grad")
-BUILDS: dict[str, Any] = {
-    **builds("forward", forward_kernel, ("q", "k", "v", "out"), 4),
-    **builds("statistics", statistics_kernel, INPUTS, 4),
-    **builds("queries", queries_kernel, (*INPUTS, "dq"), 5),
-    **builds("keys", keys_kernel, (*INPUTS, "dk", "dv"), 6),
-}
+KERNELS = (
+    Kernel("forward", forward_kernel, ("q", "k", "v", "out"), 4),
+    Kernel("statistics", statistics_kernel, INPUTS, 4),
+    Kernel("queries", queries_kernel, (*INPUTS, "dq"), 5),
+    Kernel("keys", keys_kernel, (*INPUTS, "dk", "dv"), 6),
+)
+BUILDS: dict[str, Any] = {name: build for kernel in KERNELS for name, build in everywhere(kernel).items()}
+MORE: dict[str, Any] = {name: build for kernel in KERNELS for name, build in more(kernel).items()}

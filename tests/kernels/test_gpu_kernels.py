@@ -230,7 +230,8 @@ def test_every_kernel_builds_for_three_architectures_without_a_gpu() -> None:
     done = subprocess.run(words, env=clean, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert len(lines) == 3 * (121 + 3 * len(FAMILIES))  # a build for each type that a kernel takes, or size
+    # A build for each type that a kernel takes, or size; more forms of attention's on one architecture.
+    assert len(lines) == 3 * (129 + 3 * len(FAMILIES)) + 40
     found = re.findall(r" sm_(\d+) +[\d,]+ bytes +(\d+) registers +(\d+) bytes of stack", done.stdout)
     assert {capability for capability, _, _ in found} == {"80", "90", "100"}
     assert max(int(registers) for _, registers, _ in found) <= 128, "half of a processor's threads would be idle"
