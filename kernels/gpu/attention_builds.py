@@ -74,6 +74,6 @@ def build(kernel: Kernel, form: Form, kind: str, width: int) -> tuple[Any, dict[
         "numbers": ("fp32", "fp32", "fp32"),
         "sizes": ("i32", "i32", "i32:16", "i32:16"),
     }
-    less = crowded(form.kinds, [steps[2] is not None for _, steps, _ in form.terms], SIZES[kind])
+    less = crowded(form.kinds, [steps[2] is not None for _, steps, _ in form.terms], form.capped, SIZES[kind])
     asked = {"FORM": (form.kinds, form.capped, form.blind, False)}
     return kernel.function, types, {**asked, **constants(kernel.name, width, width, SIZES[kind], less)}

@@ -59,7 +59,7 @@ class Call:
         size = (self.samples, self.heads, self.queries, self.keys)
         squares = [square(term, far, size) for term, far in zip(terms, by_distance, strict=True)]
         kinds = tuple(kind(term, replaced) for term, replaced in zip(terms, added, strict=True))
-        self.crowded = crowded(kinds, [steps[2] is not None for _, steps in squares], self.item)
+        self.crowded = crowded(kinds, [steps[2] is not None for _, steps in squares], bool(cap), self.item)
         self.same = {
             "terms": tuple((*each, float(fill)) for each, fill in zip(squares, fills, strict=True)),
             "window": (left, right),
@@ -80,11 +80,11 @@ class Call:
         return (self.samples * self.heads * triton.cdiv(self.queries, m),)
 
 
-def crowded(kinds: Sequence[int], by_query: Sequence[bool], item: int) -> bool:
-    """Whether registers hold less of a tile, the terms being any but one mask of keys; in fp32 none takes more too."""
+def crowded(kinds: Sequence[int], by_query: Sequence[bool], capped: bool, item: int) -> bool:
+    """Whether registers hold less of a tile: with terms, but for one mask of keys and no cap; in fp32 without any."""
     if not kinds:
         return item == torch.float32.itemsize
-    return len(kinds) > 1 or kinds[0] == ADDED or by_query[0]
+    return capped or len(kinds) > 1 or kinds[0] == ADDED or by_query[0]
 
 
 def tile(name: str, width: int, value: int, item: int, less: bool) -> tuple[int, int, int, int]:
