@@ -150,6 +150,7 @@ ROWS: dict[str, Callable[..., Any]] = {
     "over rows": lambda x, y: ((x * y).sum(0), x + y),
     "both": lambda x, y: (x * (x * y).sum(-1, keepdim=True), (x * y).sum(0), y.sum(0, keepdim=True)),
     "of columns": lambda x, y: (x[:1] * 2 + y, (x[:1] + 0 * y).sum(0)),
+    "ones over rows": lambda x, y: ((x * 0 + 1).sum(0), x + y),
     "kept": lambda x, y: (x.sum(-1), x.mean(-1, keepdim=True) * y),
     "rows of a view": lambda x, y: (x.t() * y.t()).t().sum(-1, keepdim=True) + x,
 }
@@ -263,6 +264,7 @@ REFUSED: dict[str, tuple[Callable[..., Any], str]] = {
     "bounds that are values": (lambda x, y: x.clamp(y), "bounds"),
     "the largest of integers": (lambda x, y: x.to(torch.int64).amax(-1, keepdim=True) + y, "integers"),
     "integers over rows": (lambda x, y: (x.to(torch.int64).sum(0), x + y), "integers|several sizes"),
+    "sums cut off": (lambda x, y: ((x * 9).sum(0).to(torch.int32).to(torch.float32), x + y), "several sizes"),
     "comparisons that round": (lambda x, y: (x.half() == 0.1) * y, "rounds first"),
     "infinite integers": (lambda x, y: torch.full_like(x, float("inf")).to(torch.int64) + y, "integer that is none"),
     "fp64": (lambda x, y: x.double() * y, "float64"),
