@@ -22,7 +22,7 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## train a Hugging Face model under a budget and compare what was promised with what was measured
 	$(BIN)/python examples/demo.py
 
-test: $(READY) ## the tests: under fifteen minutes on two cores, no GPU
+test: $(READY) ## the tests: about twenty minutes on two cores, no GPU
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m "not gpu and not long"
 
 test-long: $(READY) ## what `test` leaves out: the same promises on further models, and longer sweeps
