@@ -67,7 +67,7 @@ def _builds(key: str) -> bool:
     """Whether the GPU that is here can run the kernel, if there is one: a step must not find out at its first call."""
     if not torch.cuda.is_available():
         return True
-    from memopt.kernels.emit.build import obstacle
+    from memopt.kernels.emit.build import obstacle  # loads Triton, which is not everywhere
 
     high, low = torch.cuda.get_device_capability()
     if why := obstacle(KERNELS[key], 10 * high + low):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from memopt.facts import facts, is_getitem, tensor_values
+from memopt.facts import facts, is_getitem
 from memopt.kernels.emit.indices import Unreadable
 from memopt.kernels.emit.nodes import name_of
 from memopt.kernels.emit.primitive import primitive
@@ -173,8 +173,8 @@ def chain(node: fx.Node) -> list[fx.Node]:
 
 def results(node: fx.Node) -> list[fx.Node]:
     """The nodes that stand for the tensors it makes."""
-    return [user for user in node.users if is_getitem(user)] if len(tensor_values(node)) > 1 or isinstance(
-        node.meta.get("val"), list | tuple) else [node]  # fmt: skip
+    many = isinstance(node.meta.get("val"), list | tuple)
+    return [user for user in node.users if is_getitem(user)] if many else [node]
 
 
 def readers(node: fx.Node) -> list[fx.Node]:

@@ -14,7 +14,7 @@ from memopt.facts import facts, hint, is_getitem
 from memopt.graph import Step, StepGraph
 from memopt.operations import overload
 from memopt.photograph import own_statistics
-from memopt.program import AGAIN, Program, sweep
+from memopt.program import AGAIN, FORWARD, Program, sweep
 
 
 def insert(program: Program, graph: StepGraph, remakes: Iterable[Remake]) -> Program:
@@ -50,7 +50,7 @@ def _pack(program: Program, nodes: dict[str, fx.Node], step: Step, behind: fx.No
         behind = behind.next
     with program.graph.inserting_after(behind):
         _made(program, nodes, step, (value, *how), value)
-    nodes[step.name].meta["partitioner_tag"] = "must_be_in_forward"
+    nodes[step.name].meta["partitioner_tag"] = FORWARD
 
 
 def _unpack(program: Program, nodes: dict[str, fx.Node], placed: Copy, reader: fx.Node) -> None:

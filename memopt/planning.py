@@ -290,7 +290,7 @@ class Planner:
             planned = with_kernels_beside(planned, programs) if request.kernels else planned
         if request.lowering == "eager" and request.kernels:
             planned = with_kernels(planned, programs, request, search)
-        if request.lowering == "eager" and not request.quick:
+        if request.lowering == "eager":
             planned = widened(planned, programs)
         return planned
 

@@ -126,7 +126,7 @@ def _forward_first(program: Program) -> None:
     """Stable-move what the forward's outputs need (mutations of buffers, say) before the first backward node."""
     forward = _ancestors(node for node in program.outputs[0] if node)
     for node in program.graph.nodes:
-        if node.meta.get("partitioner_tag") == "must_be_in_forward":
+        if node.meta.get("partitioner_tag") == FORWARD:
             forward |= _ancestors([node])
     tangents = _descendants(
         n for n in program.graph.find_nodes(op="placeholder") if program.kinds.get(n.name) == "tangent"

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from memopt.facts import facts, is_getitem, storage_bytes
 from memopt.passbase import Cleanup, Numerics, PassResult
 from memopt.places import edited
-from memopt.program import Program, boundary, changing
+from memopt.program import FORWARD, Program, boundary, changing
 
 Place = tuple[int, int]
 
@@ -50,7 +50,7 @@ def _late(node: fx.Node, place: dict[fx.Node, Place], first: Place) -> bool:
         return False
     known = facts(node)
     plain = known.pure and not known.random and known.made[0] is not None and known.made[0].home is None
-    wanted = node.meta.get("partitioner_tag") == "must_be_in_forward"
+    wanted = node.meta.get("partitioner_tag") == FORWARD
     readers = [user for user in node.users if user.op != "output"]
     return plain and not wanted and len(readers) == len(node.users) > 0 and all(place[r] >= first for r in readers)
 

@@ -19,7 +19,7 @@ from memopt.graph import StepGraph
 from memopt.passbase import Cleanup, Numerics, PassResult
 from memopt.photograph import photograph
 from memopt.places import edited
-from memopt.program import Program, boundary
+from memopt.program import FORWARD, Program, boundary
 
 ATEN = torch.ops.aten
 SAME = (ATEN.detach.default, ATEN.alias.default)
@@ -98,7 +98,7 @@ def _early(graph: fx.Graph, node: fx.Node) -> None:
         target = ATEN.le.Scalar if node.target is ATEN.threshold_backward.default else node.target
         mask = graph.call_function(target, (read, number))  # type: ignore[arg-type]
     mask.meta = {key: value for key, value in read.meta.items() if key not in (FACTS, "val", "tensor_meta")}
-    mask.meta["partitioner_tag"] = "must_be_in_forward"
+    mask.meta["partitioner_tag"] = FORWARD
     with read.meta["val"].fake_mode:
         mask.meta["val"] = target(read.meta["val"], number)  # type: ignore[operator]
     facts(mask)

@@ -145,7 +145,8 @@ def test_the_photograph_is_as_predicted_and_the_step_computes_the_same(ops: list
     found = gradients(lowered(model, transform), model, x)
     assert seen
     for one, other in zip(want[:-1], found[:-1], strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+        # as a whole: an element that nearly cancels has the rounding of the largest
+        assert (one - other).norm() <= 1e-4 * other.norm() + 1e-6
     assert torch.equal(want[-1], found[-1])  # the generator
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import fx
 
 from memopt.kernels import fp8, quantise
 from memopt.kernels.emit.indices import Index, flattened
-from memopt.kernels.emit.nodes import argument, kind_of, value_of
+from memopt.kernels.emit.nodes import argument, kind_of, name_of, value_of
 from memopt.kernels.emit.words import Value
 
 if TYPE_CHECKING:
@@ -31,13 +31,8 @@ def unpacked(writer: Writer, node: fx.Node, index: Sequence[Index], masks: Masks
     size, stride = argument(node, 1), argument(node, 2)
     pointer = writer.pointer_of(packed)
     writer.loads[pointer, "packed", ""] = value_of(packed).numel()
-    found = UNPACKED[_name(node)](writer, pointer, flattened(index, stride), prod(size), masks)
+    found = UNPACKED[name_of(node)](writer, pointer, flattened(index, stride), prod(size), masks)
     return found.cast(kind_of(node))
-
-
-def _name(node: fx.Node) -> str:
-    target: Any = node.target
-    return str(target.__name__).split(".")[0]
 
 
 def _loaded(writer: Writer, pointer: str, where: str, place: Index, masks: Masks) -> str:

@@ -19,8 +19,6 @@ POINTER = {
     torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int64: "i64", torch.int32: "i32",
     torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "i1",
 }  # fmt: skip
-
-
 STORED = {dtype: str(dtype).removeprefix("torch.") for dtype in POINTER} | {torch.bool: "int1"}
 
 
@@ -136,8 +134,6 @@ LOGICAL: dict[str, Callable[..., str]] = {
 }
 SPELLED = frozenset({*ARITHMETIC, *COMPARISON, *LOGICAL, "pow", "add_", "mul_", "sub_", "div_"})
 INPLACE = {"add_": "add", "mul_": "mul", "sub_": "sub", "div_": "div"}  # in decompositions, of values of their own
-
-
 NARROW = (torch.uint8, torch.int8, torch.int16)  # wider in a kernel: what would wrap around there does not
 WHOLE = {"add", "sub", "mul", "div", "neg", "floor", "ceil", "abs", "clamp", "pow", "relu"}
 
@@ -145,7 +141,7 @@ WHOLE = {"add", "sub", "mul", "div", "neg", "floor", "ceil", "abs", "clamp", "po
 def check(name: str, made: Tensor, given: Sequence[Any]) -> None:
     """Raise Unreadable where a kernel would compute something else: arithmetic of booleans and of integers that wrap
     around, comparisons that round first, bounds that are values themselves."""
-    tensors = [x for x in given if isinstance(x, Tensor)]
+    name, tensors = INPLACE.get(name, name), [x for x in given if isinstance(x, Tensor)]
     whole = name in ("floor", "ceil") and not made.is_floating_point()
     if name in WHOLE and (whole or made.dtype in (torch.bool, *NARROW)):
         raise Unreadable(f"{name} of {made.dtype}")

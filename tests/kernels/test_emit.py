@@ -7,7 +7,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 pytest.importorskip("triton")
 
 from memopt.kernels import fewbit, fp8, generated, pack_bits, quantise  # noqa: F401  # their operations
-from memopt.kernels.emit import families
 from memopt.kernels.emit.families import FAMILIES, inputs_of, region
 from memopt.kernels.emit.indices import Unreadable, contiguous, counting, flattened, reshaped, unravelled
 from memopt.kernels.emit.layout import WIDEST, WIDEST_SUMMED
@@ -35,6 +33,7 @@ pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), *([pytest.ma
 # (B, S, C, F, D): the smallest, odd ones, and rows longer than a tile.
 SIZES = ((1, 1, 8, 8, 8), (2, 3, 24, 40, 8), (1, 37, 100, 33, 20), (3, 5, 2600, 7, 26))
 SHOWN = (2, 8, 64, 96, 16)
+FLOOR = 0.25  # of a unit in the last place: below it, which of two roundings is nearer is chance
 TYPES = (torch.float32, torch.float16)  # the interpreter cuts bfloat16 off where a GPU rounds
 
 
@@ -69,7 +68,7 @@ def test_a_family_is_as_near_to_fp64_as_its_operations(
 ) -> None:
     inputs = inputs_of(name, sizes, dtype)
     for ours, theirs in errors(kernel_of(name, inputs, tmp_path), inputs, FAMILIES[name].run):
-        assert ours <= 1.5 * theirs + 4 * torch.finfo(dtype).eps * 2**-4, (ours, theirs)
+        assert ours <= 1.5 * theirs + FLOOR * torch.finfo(dtype).eps, (ours, theirs)
 
 
 def test_what_is_wrong_is_noticed(tmp_path: Path) -> None:
@@ -79,7 +78,7 @@ def test_what_is_wrong_is_noticed(tmp_path: Path) -> None:
     assert wrong != kernel.source.text
     source = Source(wrong, kernel.source.layout, kernel.source.results, kernel.source.pointers, 0, 0)
     ((ours, theirs),) = errors(Kernel(source, kernel.region, tmp_path), inputs, FAMILIES["swiglu"].run)
-    assert ours > 10 * (1.5 * theirs + 4 * torch.finfo(torch.float32).eps * 2**-4)
+    assert ours > 10 * (1.5 * theirs + FLOOR * torch.finfo(torch.float32).eps)
 
 
 def source_of(run: Callable[..., Any], *inputs: Tensor) -> tuple[Source, Any]:
@@ -102,6 +101,7 @@ def same(run: Callable[..., Any], *inputs: Tensor, folder: Path) -> str:
     kernel = Kernel(source, module, folder)
     ours, theirs = kernel.launch([x.to(DEVICE) for x in inputs]), kernel.one_by_one(inputs)
     for one, other in zip(ours, theirs, strict=True):
+        # sums of up to a hundred terms in another order, and divisions and powers that a GPU rounds by a unit or two
         torch.testing.assert_close(one.cpu(), other, rtol=2e-5, atol=2e-6, equal_nan=True)
         assert one.stride() == other.stride()
     return source.text
@@ -379,12 +379,6 @@ def test_the_text_depends_on_nothing_but_the_region() -> None:
     environment = os.environ | {"PYTHONHASHSEED": "7"}
     told = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert told.stdout == shown("layer_norm_backward")
-
-
-def test_families_are_regions_of_every_shape() -> None:
-    for name, sizes in product(FAMILIES, SIZES):
-        assert region(name, inputs_of(name, sizes, torch.bfloat16))[1].moved > 0
-    assert families.aten is torch.ops.aten
 
 
 if __name__ == "__main__":
